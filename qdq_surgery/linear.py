@@ -1,0 +1,38 @@
+"""The linear with quantizers on its input and its weight."""
+
+from __future__ import annotations
+
+from pytorch_quantization import nn as quant_nn
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qdq_surgery.quantizer import TensorQuantizer
+
+__all__ = ["QuantLinear"]
+
+
+class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
+    """What an ``nn.Linear`` becomes, in place: same object, same parameters, same hooks.
+
+    ``_input_quantizer`` and ``_weight_quantizer`` are children under pytorch-quantization's names; one of them may be
+    missing where a rule quantizes only the other operand.
+    """
+
+    _input_quantizer: TensorQuantizer | None
+    _weight_quantizer: TensorQuantizer | None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
+        if self._input_quantizer is not None:
+            input = self._input_quantizer(input)  # noqa: A001
+        weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
+        return functional.linear(input, weight, self.bias)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether ``module`` computes exactly what ``nn.Linear`` does, so that it may become one of these."""
+        return (
+            isinstance(module, nn.Linear)
+            and not isinstance(module, quant_nn.QuantLinear)
+            and type(module).forward is nn.Linear.forward
+            and "forward" not in vars(module)
+        )

@@ -1,0 +1,507 @@
+"""Rules x recorded model -> :class:`Plan`. Reads only: nothing here edits a model or a graph.
+
+Operands are followed across blocks: what a child returns is what its own graph returns, and what a block is handed is
+what its caller hands it. So ``add(maybe(dropout)(linear(_)), _)`` finds the residual add of DistilBERT, whose linear
+lies in another block than its add.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+from transformers import PreTrainedModel
+
+from qdq_surgery.attention import QDQ_ATTENTION
+from qdq_surgery.errors import MatchError
+from qdq_surgery.linear import QuantLinear
+from qdq_surgery.pattern import COMMUTATIVE, LAYOUT, Operand, Pattern, operator_fits
+from qdq_surgery.plan import COVERED, Coverage, Plan, Refusal, Site
+from qdq_surgery.recorder import Routine, flatten_call
+from qdq_surgery.spec import Rule, RuleSet
+from qdq_surgery.survey import Survey, Unit
+
+__all__ = ["match"]
+
+#: Matrix products that are no plain matmul; the recipe has no rule for them, so they are listed.
+_OTHER_PRODUCTS = frozenset({"baddbmm", "einsum", "sdpa", "conv1d"})
+
+
+@dataclass(frozen=True, eq=False)
+class _Value:
+    """A node of a routine, after following calls: where a tensor comes from."""
+
+    routine: Routine
+    node: Node
+
+    @property
+    def op(self) -> str:
+        return str(self.node.meta.get("op", "unknown"))
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One operand of one node."""
+
+    routine: Routine
+    node: Node
+    position: int | str
+
+    def key(self) -> tuple[int, tuple[Any, ...], int | str]:
+        if self.node.op == "call_module":
+            # The same linear may be called twice (DeBERTa's shared key projection): it is one linear.
+            return 0, (self.routine.path, self.node.target), self.position
+        return id(self.routine), self.node.meta["origin"], self.position
+
+
+@dataclass
+class _Attempt:
+    """One try to fit a pattern: what was captured, how far it came, and why it ended."""
+
+    captured: dict[str, _Slot] = field(default_factory=dict)
+    depth: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Match:
+    rule: Rule
+    routine: Routine
+    node: Node
+    captured: dict[str, _Slot]
+
+
+def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
+    """Decide where quantizers go.
+
+    Args:
+        found: The recorded model.
+
+    Raises:
+        MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
+    """
+    matcher = _Matcher(model, found, rules)
+    matcher.run()
+    return matcher.plan()
+
+
+class _Matcher:
+    def __init__(self, model: PreTrainedModel, found: Survey, rules: RuleSet) -> None:
+        self.model, self.found, self.rules = model, found, rules
+        self.sites: dict[str, Site] = {}
+        self.refusals: Counter[Refusal] = Counter()
+        self.matches: Counter[str] = Counter()
+        self.per_layer: dict[str, Counter[int]] = defaultdict(Counter)
+        self.excluded: set[int] = set()
+        self.covered: dict[str, Counter[str]] = {kind: Counter() for kind in COVERED}
+        self.nearest: dict[str, str] = {}
+
+    # -- the walk ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        for unit in self.found.units:
+            if unit.tree is None:
+                self._unreached(unit)
+                continue
+            for routine in unit.tree.opaque():
+                reason = f"{routine.failure}; rules cannot look inside"
+                self._refuse(_join(unit.path, routine.path), "block", reason, unit.layer)
+            self._unit(unit, unit.tree)
+        self._check_counts()
+
+    def _unit(self, unit: Unit, tree: Routine) -> None:
+        claimed: dict[tuple[int, tuple[Any, ...], int | str], str] = {}
+        quantized: set[tuple[int, Node]] = set()
+        near: dict[tuple[int, Node], tuple[int, str]] = {}
+        taken: dict[tuple[str, str], int] = {}
+        for rule in self.rules.rules:
+            for routine in tree.walk():
+                path = _join(unit.path, routine.path)
+                for node in routine.graph.nodes:
+                    if not operator_fits(rule.pattern.operators[0], node.meta.get("op", "")):
+                        continue
+                    inside = _join(path, str(node.target)) if node.op == "call_module" and unit.tree else path
+                    if not (rule.scope.holds(path, unit.layer) or rule.scope.holds(inside, unit.layer)):
+                        continue
+                    attempt = _Attempt()
+                    if not _fit_node(rule.pattern, _Value(routine, node), attempt):
+                        best = near.get((id(routine), node))
+                        if best is None or attempt.depth > best[0]:
+                            near[id(routine), node] = (attempt.depth, f"rule '{rule.name}': {attempt.reason}")
+                        continue
+                    self._apply(_Match(rule, routine, node, attempt.captured), unit, claimed, quantized, taken)
+        self._cover(unit, tree, quantized, near)
+
+    def _apply(
+        self,
+        found: _Match,
+        unit: Unit,
+        claimed: dict[tuple[int, tuple[Any, ...], int | str], str],
+        quantized: set[tuple[int, Node]],
+        taken: dict[tuple[str, str], int],
+    ) -> None:
+        rule = found.rule
+        free = {capture: slot for capture, slot in found.captured.items() if slot.key() not in claimed}
+        wanted = [capture for capture in rule.quantize if capture in free]
+        if not wanted:
+            return
+        self.matches[rule.name] += 1
+        if unit.layer is not None:
+            self.per_layer[rule.name][unit.layer] += 1
+        for capture in wanted:
+            slot = free[capture]
+            claimed[slot.key()] = rule.name
+            quantized.add((id(slot.routine), slot.node))
+            self._site(found, capture, slot, unit, taken)
+
+    def _site(self, found: _Match, capture: str, slot: _Slot, unit: Unit, taken: dict[tuple[str, str], int]) -> None:
+        rule, node, routine = found.rule, slot.node, slot.routine
+        place = rule.quantize[capture]
+        path = _join(unit.path, routine.path)
+        op = str(node.meta["op"])
+        source = str(node.meta["source"])
+        if node.op == "call_module":
+            owner = _leaf_path(unit, path, str(node.target))
+            if op != "linear":
+                self._refuse(owner, op, f"only linears are swapped, and this is a {op}", unit.layer, rule.name, source)
+                return
+            module = self.model.get_submodule(owner)
+            if not QuantLinear.fits(module):
+                reason = f"{type(module).__name__} computes something of its own, not what nn.Linear does"
+                self._refuse(owner, op, reason, unit.layer, rule.name, source)
+                return
+            role = "weight" if slot.position == "weight" else "input"
+            name, kind = f"_{role}_quantizer", "module"
+        else:
+            owner, kind = path, routine.kind
+            if routine.specialised is not None:
+                self._refuse(owner, op, routine.specialised, unit.layer, rule.name, source)
+                return
+            operand = _operand(node, slot.position)
+            role = "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"
+            name = place.name or f"{op}_{capture}_input_quantizer"
+            # A block may have the same operator twice (DistilBERT's two residual adds): the second is numbered.
+            number = taken[owner, name] = taken.get((owner, name), 0) + 1
+            if number > 1:
+                stem, _, end = name.rpartition("_input_quantizer") if "_input_quantizer" in name else name.rpartition("_quantizer")
+                name = f"{stem}_{number}{'_input_quantizer' if '_input_quantizer' in name else '_quantizer'}{end}"
+            if hasattr(self.model.get_submodule(owner), name):
+                self._refuse(owner, op, f"the block has an attribute '{name}' already", unit.layer, rule.name, source)
+                return
+        for index, exclude in enumerate(self.rules.exclude):
+            if exclude.holds(rule.name, name, owner, unit.layer):
+                self.excluded.add(index)
+                reason = f"left in float by {exclude.source or 'an exclude entry'} ({name}): {exclude.why}"
+                self._refuse(owner, op, reason, unit.layer, rule.name, source)
+                return
+        site = Site(
+            quantizer=f"{owner}.{name}",
+            owner=owner,
+            routine=kind,
+            origin=node.meta["origin"],
+            position=slot.position,
+            role=role,
+            operator=op,
+            capture=capture,
+            rule=rule.name,
+            spec=self.rules.spec(place.spec),
+            layer=unit.layer,
+            source=source,
+        )
+        self.sites[site.quantizer] = site
+
+    # -- what got nothing --------------------------------------------------------------------------------------
+
+    def _cover(
+        self,
+        unit: Unit,
+        tree: Routine,
+        quantized: set[tuple[int, Node]],
+        near: dict[tuple[int, Node], tuple[int, str]],
+    ) -> None:
+        linears: set[str] = set()
+        for routine in tree.walk():
+            path = _join(unit.path, routine.path)
+            for node in routine.graph.nodes:
+                kind = self._kind(node)
+                if kind is None:
+                    continue
+                where = path
+                if node.op == "call_module":
+                    where = _leaf_path(unit, path, str(node.target))
+                    if where in linears:
+                        continue
+                    linears.add(where)
+                self._count(kind, unit, routine, node, where, quantized, near)
+
+    def _count(
+        self,
+        kind: str,
+        unit: Unit,
+        routine: Routine,
+        node: Node,
+        where: str,
+        quantized: set[tuple[int, Node]],
+        near: dict[tuple[int, Node], tuple[int, str]],
+    ) -> None:
+        counts = self.covered[kind if kind in self.covered else "matmul"]
+        if unit.layer is None:
+            # Embeddings, pooler and heads: the table is about the encoder layers, but what stays in float is said.
+            counts = Counter()
+            if kind == "residual add":
+                return
+        counts["found"] += 1
+        source = str(node.meta["source"])
+        sites = [s for s in self.sites.values() if s.origin == node.meta["origin"] and s.owner == where]
+        if sites:
+            counts["quantized"] += 1
+            return
+        counts["refused"] += 1
+        if (id(routine), node) in quantized:
+            return  # refused already, with its own reason
+        best = near.get((id(routine), node))
+        where_rules = "outside the encoder layers" if unit.layer is None else "here"
+        reason = f"no rule is about a {kind} {where_rules}" if best is None else best[1]
+        self._refuse(where, kind, reason, unit.layer, None, source)
+
+    def _kind(self, node: Node) -> str | None:
+        op = str(node.meta.get("op"))
+        if op in ("linear", "matmul") or op in _OTHER_PRODUCTS:
+            return op
+        return "residual add" if op == "add" and self._is_residual(node) else None
+
+    def _is_residual(self, node: Node) -> bool:
+        shapes = [operand.meta.get("shape") for operand in node.args if isinstance(operand, Node)]
+        return (
+            len(shapes) == 2
+            and shapes[0] is not None
+            and shapes[0] == shapes[1]
+            and len(shapes[0]) == 3
+            and tuple(shapes[0][:2]) == self.found.shape
+            and not any(isinstance(arg, Node) and arg.meta.get("op") == "parameter" for arg in node.args)
+        )
+
+    def _unreached(self, unit: Unit) -> None:
+        module = self.model.get_submodule(unit.path)
+        if any(isinstance(child, nn.Linear) for child in module.modules()):
+            reason = "the example inputs never reach it; pass example_inputs= that do"
+            self._refuse(unit.path, "block", reason, unit.layer)
+
+    def _refuse(
+        self, path: str, op: str, reason: str, layer: int | None, rule: str | None = None, source: str = ""
+    ) -> None:
+        self.refusals[Refusal(path, op, reason, rule, layer, source)] += 1
+
+    # -- the promises of the rule file ---------------------------------------------------------------------------
+
+    def _check_counts(self) -> None:
+        layers = sorted({unit.layer for unit in self.found.units if unit.layer is not None and unit.tree is not None})
+        for rule in self.rules.rules:
+            total = self.matches[rule.name]
+            where = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
+            if total == 0 and not rule.optional:
+                raise MatchError(
+                    f"{where} matches nothing in {self._model_name()} (pattern {rule.pattern}; {rule.scope})"
+                    f"{self._hint(rule)}; correct its pattern or scope, or mark it optional: true"
+                )
+            if rule.expect.total is not None and not rule.expect.total.holds(total):
+                raise MatchError(
+                    f"{where} expects {rule.expect.total} matches in all, found {total} in {self._model_name()}; "
+                    "correct the rule, or the count if the architecture is meant to differ"
+                )
+            count = rule.expect.layer_count(self.model.config.model_type)
+            for layer in layers if count is not None and total else ():
+                if not rule.scope.holds("", layer) and rule.scope.within is None:
+                    continue
+                found = self.per_layer[rule.name][layer]
+                if count is not None and not count.holds(found):
+                    raise MatchError(
+                        f"{where} expects {count} matches per layer, found {found} in layer {layer} of "
+                        f"{self._model_name()}{self._hint(rule)}; correct the rule, or the count if the architecture is "
+                        "meant to differ"
+                    )
+        for index, exclude in enumerate(self.rules.exclude):
+            if index not in self.excluded:
+                raise MatchError(
+                    f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing ({exclude.why}); "
+                    f"sites are called for example {', '.join(sorted({s.name for s in self.sites.values()})[:4]) or 'nothing'}"
+                )
+
+    def _hint(self, rule: Rule) -> str:
+        for refusal in self.refusals:
+            if refusal.reason.startswith(f"rule '{rule.name}':") or refusal.operator == "block":
+                return f"; nearest: {refusal.reason} at {refusal.path}{f' ({refusal.source})' if refusal.source else ''}"
+        return ""
+
+    def _model_name(self) -> str:
+        return type(self.model).__name__
+
+    # -- the result --------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
+        sites = sorted(self.sites.values(), key=lambda site: order[site.owner])
+        refusals = [
+            Refusal(r.path, r.operator, r.reason, r.rule, r.layer, r.source, count)
+            for r, count in sorted(self.refusals.items(), key=lambda item: order.get(item[0].path, -1))
+        ]
+        switched = any(site.routine == "attention" for site in sites)
+        return Plan(
+            model=self._model_name(),
+            model_type=str(self.model.config.model_type),
+            rules=self.rules,
+            sites=tuple(sites),
+            refusals=tuple(refusals),
+            matches={rule.name: self.matches[rule.name] for rule in self.rules.rules},
+            coverage={kind: Coverage(c["found"], c["quantized"], c["refused"]) for kind, c in self.covered.items()},
+            layers=sum(unit.layer is not None for unit in self.found.units),
+            attention=QDQ_ATTENTION if switched else None,
+        )
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _leaf_path(unit: Unit, path: str, target: str) -> str:
+    # A unit that is a leaf itself was recorded inside a routine made for it.
+    return path if unit.tree is not None and type(unit.tree.owner).__name__ == "_Alone" else _join(path, target)
+
+
+# ---------------------------------------------------------------------------------------------------- fitting
+
+
+def _operand(node: Node, position: int | str) -> Any:
+    if position == "weight":
+        return None
+    return node.kwargs.get(position) if isinstance(position, str) else node.args[position]
+
+
+def _slots(value: _Value) -> list[_Slot]:
+    """The tensor operands of a node, in order. A linear module has its weight as second operand."""
+    node = value.node
+    slots = [_Slot(value.routine, node, i) for i, argument in enumerate(node.args) if _is_tensor(argument)]
+    slots += [_Slot(value.routine, node, key) for key, argument in node.kwargs.items() if _is_tensor(argument)]
+    if node.op == "call_module" and node.meta.get("op") in ("linear", "conv1d"):
+        slots.insert(1, _Slot(value.routine, node, "weight"))
+    return slots
+
+
+def _is_tensor(argument: object) -> bool:
+    return isinstance(argument, Node) and argument.meta.get("op") not in ("size", "numel") and argument.meta.get("shape") != ()
+
+
+def _fit_node(pattern: Pattern, value: _Value, attempt: _Attempt) -> bool:
+    """Whether the node is what ``pattern`` names, operands included."""
+    slots = _slots(value)
+    wanted = pattern.operands
+    if len(slots) < len(wanted):
+        attempt.reason = f"this {value.op} has {len(slots)} tensor operands, the pattern names {len(wanted)}"
+        return False
+    orders = [slots]
+    if value.op in COMMUTATIVE and len(wanted) == 2 and len(slots) == 2:
+        orders.append(slots[::-1])
+    for order in orders:
+        trial = _Attempt(dict(attempt.captured), attempt.depth + 1)
+        if all(_fit_operand(operand, slot, trial) for operand, slot in zip(wanted, order, strict=False)):
+            attempt.captured, attempt.depth = trial.captured, trial.depth
+            return True
+        if trial.depth > attempt.depth or not attempt.reason:
+            attempt.depth, attempt.reason = max(attempt.depth, trial.depth), trial.reason
+    return False
+
+
+def _fit_operand(operand: Operand, slot: _Slot, attempt: _Attempt) -> bool:
+    if operand.pattern is not None:
+        argument = _operand(slot.node, slot.position)
+        value = _resolve(slot.routine, argument) if isinstance(argument, Node) else None
+        if value is None or not _fit(operand.pattern, value, attempt):
+            came = "a parameter" if value is None else f"'{value.op}'"
+            name = f"operand '{operand.capture}'" if operand.capture else "an operand"
+            attempt.reason = attempt.reason or f"{name} of {slot.node.meta['op']} comes from {came}, not {operand.pattern}"
+            return False
+    if operand.capture is not None:
+        attempt.captured[operand.capture] = slot
+    attempt.depth += 1
+    return True
+
+
+def _fit(pattern: Pattern, value: _Value, attempt: _Attempt) -> bool:
+    """Whether what ``value`` comes from is what ``pattern`` names, looking through layout operators."""
+    if pattern.optional:
+        inner = pattern.operands[0]
+        looked = _through_layout(value, pattern)
+        if any(operator_fits(name, looked.op) for name in pattern.operators):
+            slots = _slots(looked)
+            if slots and _fit_operand(inner, slots[0], attempt):
+                return True
+        return inner.pattern is None or _fit(inner.pattern, value, attempt)
+    looked = _through_layout(value, pattern)
+    return operator_fits(pattern.operators[0], looked.op) and _fit_node(pattern, looked, attempt)
+
+
+def _through_layout(value: _Value, pattern: Pattern) -> _Value:
+    while value.op in LAYOUT and not any(operator_fits(name, value.op) for name in pattern.operators):
+        source = next((arg for arg in value.node.args if isinstance(arg, Node)), None)
+        below = _resolve(value.routine, source) if source is not None else None
+        if below is None:
+            break
+        value = below
+    return value
+
+
+def _resolve(routine: Routine, node: Node) -> _Value | None:
+    """Follow ``node`` out of calls and into them, to the operator that made the tensor; ``None`` at a dead end."""
+    for place in _steps(routine, node):
+        if place.op not in ("item", "block", "input"):
+            return place
+        routine, node = place.routine, place.node
+    return _Value(routine, node)
+
+
+def _steps(routine: Routine, node: Node) -> Iterator[_Value]:
+    while True:
+        value = _Value(routine, node)
+        yield value
+        if value.op == "item":
+            # An element of what a call returned.
+            indices: list[Any] = []
+            source = node
+            while source.meta.get("op") == "item":
+                indices.insert(0, source.args[1])
+                source = source.args[0]  # type: ignore[assignment]
+            callee = source.meta.get("callee")
+            if callee is None or callee.failure is not None:
+                if source.meta.get("op") in ("block", "item"):
+                    return
+                node = source  # chunk, unbind...: an element of a layout operator is the operator
+                continue
+            output = callee.output
+            for index in indices:
+                output = output[index]
+            if not isinstance(output, Node):
+                return
+            routine, node = callee, output
+        elif value.op == "block":
+            callee = node.meta.get("callee")
+            if callee is None or callee.failure is not None or not isinstance(callee.output, Node):
+                return
+            routine, node = callee, callee.output
+        elif value.op == "input":
+            caller, call = routine.caller, routine.call
+            if caller is None or call is None:
+                return
+            args = call.args[1:] if routine.kind == "attention" else call.args
+            handed, _ = flatten_call(tuple(args), dict(call.kwargs))
+            argument = handed[routine.inputs.index(node)]
+            if not isinstance(argument, Node):
+                return
+            routine, node = caller, argument
+        else:
+            return
+
+

@@ -1,0 +1,97 @@
+"""Fake quantization as pure functions: float in, the nearest point of the integer grid out.
+
+Two formulas, as in pytorch-quantization 2.1.3:
+
+- *legacy* (:func:`fake_quant`): multiplies by ``qmax / amax`` and divides by it again. Bit-equal to
+  ``pytorch_quantization.tensor_quant.fake_tensor_quant`` in float32, outputs and gradients, but without its branches on
+  the values of ``amax``, which no exporter can trace.
+- *native* (:func:`native_fake_quant`): torch's own operators, which exporters turn into QuantizeLinear and
+  DequantizeLinear. Always the full range [-2^(b-1), 2^(b-1) - 1], as ONNX has it.
+
+Half precision is computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["fake_quant", "native_fake_quant"]
+
+#: An amax up to the smallest positive float16 counts as 0: everything is quantized to 0.
+_EPSILON = 1.0 / (1 << 24)
+
+
+def fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False) -> Tensor:
+    """Round ``inputs`` to the grid that ``amax`` spans, by the legacy formula.
+
+    Args:
+        inputs: Any shape, floating point.
+        amax: In the units of ``inputs``, >= 0; shape () or one that broadcasts to ``inputs``.
+        num_bits, unsigned, narrow_range: The grid, see :class:`qdq_surgery.spec.QuantSpec`.
+
+    Returns:
+        Shape and dtype of ``inputs``. The gradient passes where ``|inputs| <= amax`` and is 0 elsewhere
+        (straight-through estimation with clipping); ``amax`` gets none.
+    """
+    if torch.is_grad_enabled() and inputs.requires_grad:
+        result: Tensor = _FakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
+        return result
+    return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+
+
+def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False) -> Tensor:
+    """Round ``inputs`` to the full grid that ``amax`` spans, by torch's own operators.
+
+    Args:
+        amax: One value, or one per channel with 1 in every other axis.
+
+    Returns:
+        Shape and dtype of ``inputs``.
+
+    Raises:
+        TypeError: ``amax`` varies over more than one axis.
+    """
+    qmax = (1 << (num_bits - 1 + int(unsigned))) - 1
+    qmin = 0 if unsigned else -qmax - 1
+    work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    scale = amax.float() / qmax
+    if amax.numel() == 1:
+        # The tensor form of the operator: the scale stays a tensor, so that it can be exported as one.
+        zero_point = torch.zeros((), dtype=torch.int32, device=inputs.device)
+        outputs = torch.fake_quantize_per_tensor_affine(work, scale.reshape(()), zero_point, qmin, qmax)
+    else:
+        axes = [axis for axis, size in enumerate(amax.shape) if size != 1]
+        if len(axes) != 1:
+            raise TypeError(f"torch quantizes along one axis, but amax has the shape {tuple(amax.shape)}")
+        zero_points = torch.zeros(amax.numel(), dtype=torch.int32, device=inputs.device)
+        outputs = torch.fake_quantize_per_channel_affine(work, scale.reshape(-1), zero_points, axes[0], qmin, qmax)
+    return outputs.to(inputs.dtype)
+
+
+def _round_to_grid(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    qmax = 2.0 ** (num_bits - 1 + int(unsigned)) - 1.0
+    qmin = 0.0 if unsigned else -qmax if narrow_range else -qmax - 1.0
+    work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    amax = amax.float()
+    is_zero = amax <= _EPSILON
+    # pytorch-quantization calls this "scale"; it is the reciprocal of ONNX's.
+    # (A Python number divided by a tensor would be a product with the reciprocal, which rounds twice.)
+    inv_scale = torch.where(is_zero, 0.0, torch.full_like(amax, qmax) / amax)
+    integers = torch.clamp((work * inv_scale).round(), qmin, qmax)
+    return (integers / torch.where(is_zero, 1.0, inv_scale)).to(inputs.dtype)
+
+
+class _FakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+        ctx.save_for_backward(inputs, amax)
+        return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        inputs, amax = ctx.saved_tensors
+        (gradient,) = gradients
+        return torch.where(inputs.abs() <= amax, gradient, gradient.new_zeros(())), None, None, None, None

@@ -1,0 +1,226 @@
+"""The quantizer: pytorch-quantization's ``TensorQuantizer`` without the defects that keep it from a CPU or an exporter.
+
+It is a subclass, so that ``isinstance`` checks and loops written for QDQBERT work. What differs from version 2.1.3:
+a state dict with ranges loads into a fresh model on any device; ``amax`` stays float32 on the model's device when the
+model is cast; float16 and bfloat16 are quantized; nothing is logged; the scale comes from a buffer, so that it can be
+traced; and each quantizer knows the rule that put it there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_quantization import calib
+from pytorch_quantization import nn as quant_nn
+from pytorch_quantization import tensor_quant
+from torch import Tensor
+
+from qdq_surgery.numerics import fake_quant, native_fake_quant
+from qdq_surgery.spec import QuantSpec
+
+__all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Why a quantizer is where it is.
+
+    Attributes:
+        rule: Name of the rule.
+        rules: Name of the rule set.
+        why: The rule's own reason.
+        declared: The rule's place, ``file:line``.
+        operand: What is quantized, such as ``matmul(q)``.
+        source: Where the operator stands in the modelling file, ``file:line``.
+        descriptor: The spec in words, such as ``int8 per-tensor max``.
+    """
+
+    rule: str
+    rules: str
+    why: str
+    declared: str
+    operand: str
+    source: str
+    descriptor: str
+
+
+class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
+    """A fake quantizer with a calibrator.
+
+    Args:
+        descriptor: As pytorch-quantization defines it.
+        spec: The spec it was made from; its calibrator's method is what :meth:`load_calib_amax` uses by itself.
+        provenance: Why it is where it is.
+        device: Where ranges that are loaded later go.
+    """
+
+    def __init__(
+        self,
+        descriptor: tensor_quant.QuantDescriptor,
+        *,
+        spec: QuantSpec | None = None,
+        provenance: Provenance | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(descriptor)
+        self.spec, self.provenance = spec, provenance
+        # Follows .to(device): the place where a range that is loaded or computed later belongs.
+        self.register_buffer("_anchor", torch.empty(0, device=device), persistent=False)
+        if hasattr(self, "_amax"):
+            self._set_amax(self._amax)
+        if spec is not None and spec.calibrator.num_bins is not None:
+            self._calibrator = calib.HistogramCalibrator(
+                num_bits=spec.num_bits, axis=None, unsigned=spec.unsigned, num_bins=spec.calibrator.num_bins
+            )
+
+    def _set_amax(self, amax: Tensor) -> None:
+        amax = amax.detach().to(device=self._anchor.device, dtype=torch.float32)
+        if hasattr(self, "_amax") and self._amax.shape == amax.shape:
+            self._amax.data.copy_(amax)
+        else:
+            self.register_buffer("_amax", amax.clone())
+
+    @property
+    def amax(self) -> Tensor | None:
+        """The range, float32, in the units of the tensor; ``None`` while it is found anew for each tensor."""
+        return getattr(self, "_amax", None)
+
+    @amax.setter
+    def amax(self, value: Tensor | float | list[float]) -> None:
+        if value is None:
+            raise TypeError("amax cannot be set to None; call reset_amax() to find the range anew for each tensor")
+        amax = torch.as_tensor(value)
+        known = self.amax
+        if known is not None and known.shape != amax.shape:
+            raise TypeError(f"amax has the shape {tuple(known.shape)}, found {tuple(amax.shape)}; call reset_amax() first")
+        self._set_amax(amax)
+
+    def reset_amax(self) -> None:
+        """Forget the range: it is found anew for each tensor."""
+        if hasattr(self, "_amax"):
+            del self._amax
+
+    @property
+    def step_size(self) -> Tensor | None:
+        """ONNX's scale: the distance of two neighbours on the grid; ``None`` without a range."""
+        amax = self.amax
+        return None if amax is None else amax / (2.0 ** (self._num_bits - 1 + int(self._unsigned)) - 1.0)
+
+    def enable_calib(self) -> None:
+        if self._calibrator is None:
+            raise ValueError("this quantizer has no calibrator")
+        self._if_calib = True
+
+    def disable_calib(self) -> None:
+        self._if_calib = False
+
+    def enable_quant(self) -> None:
+        self._if_quant = True
+
+    def disable_quant(self) -> None:
+        self._if_quant = False
+
+    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
+        """Take the range from the calibrator.
+
+        Args:
+            *args, **kwargs: For the calibrator's ``compute_amax``. Left out, the rule's own method is used.
+            strict: Whether to raise, rather than set NaN, when the calibrator has seen nothing.
+
+        Raises:
+            RuntimeError: There is no calibrator, or it has seen nothing.
+        """
+        strict = kwargs.pop("strict", True)
+        calibrator = getattr(self, "_calibrator", None)
+        if calibrator is None:
+            raise RuntimeError("this quantizer has no calibrator")
+        if not args and "method" not in kwargs and isinstance(calibrator, calib.HistogramCalibrator):
+            args, kwargs = self._own_method(kwargs)
+        seen = calibrator._calib_hist if isinstance(calibrator, calib.HistogramCalibrator) else calibrator._calib_amax
+        amax = calibrator.compute_amax(*args, **kwargs) if seen is not None else None
+        if amax is None:
+            if strict:
+                where = f" ({self.provenance.operand}, rule {self.provenance.rule})" if self.provenance else ""
+                raise RuntimeError(
+                    f"this quantizer's calibrator{where} has seen no tensor: run data through the model between "
+                    "enable_calib() and load_calib_amax(), or pass strict=False"
+                )
+            amax = torch.tensor(math.nan)
+        self._set_amax(torch.as_tensor(amax))
+
+    def _own_method(self, kwargs: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+        calibrator = self.spec.calibrator if self.spec is not None else None
+        if calibrator is None or calibrator.name == "histogram":
+            return (), kwargs
+        if calibrator.percentile is not None:
+            kwargs = {"percentile": calibrator.percentile, **kwargs}
+        return (calibrator.name,), kwargs
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Calibrate on ``inputs``, quantize them, both or neither, as enabled."""
+        if self._disabled:
+            return inputs
+        if self._if_calib:
+            if self._calibrator is None:
+                raise RuntimeError("this quantizer has no calibrator")
+            # Half precision has no histogram on a CPU.
+            self._calibrator.collect(inputs.detach().float())
+        if self._if_clip:
+            inputs = self.clip(inputs)
+        return self._quant_forward(inputs) if self._if_quant else inputs
+
+    def _quant_forward(self, inputs: Tensor) -> Tensor:
+        if self._learn_amax:
+            inputs = self.clip(inputs)
+            amax = torch.max(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
+        else:
+            amax = self._get_amax(inputs)
+        if not self._fake_quant:
+            outputs, self._scale = tensor_quant.tensor_quant(inputs, amax, self._num_bits, self._unsigned)
+            return outputs  # type: ignore[no-any-return]
+        if self.use_fb_fake_quant:
+            return native_fake_quant(inputs, amax, self._num_bits, self._unsigned)
+        if self._unsigned and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
+            raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
+        return fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
+        # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.
+        amax = self.amax
+        super()._apply(fn, recurse)
+        if amax is not None and self._amax.dtype != torch.float32:
+            self._amax = amax.to(self._amax.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        loaded = state_dict.get(prefix + "_amax")
+        if loaded is not None:
+            known = self.amax
+            if known is None or known.shape != loaded.shape:
+                self.reset_amax()
+                self._set_amax(torch.empty_like(loaded, dtype=torch.float32))
+        # pytorch-quantization's own version logs, and sends the range to a GPU.
+        super(quant_nn.TensorQuantizer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def make_quantizer(spec: QuantSpec | None, default: tensor_quant.QuantDescriptor, provenance: Provenance, device: torch.device) -> TensorQuantizer:
+    """A new quantizer.
+
+    Args:
+        spec: What the rule says; ``None`` where it says ``default``.
+        default: pytorch-quantization's default descriptor for this kind of operand.
+    """
+    if spec is None:
+        return TensorQuantizer(default, provenance=provenance, device=device)
+    descriptor = tensor_quant.QuantDescriptor(
+        num_bits=spec.num_bits,
+        axis=None if spec.axis is None else (spec.axis,),
+        unsigned=spec.unsigned,
+        narrow_range=spec.narrow_range,
+        calib_method="histogram" if spec.calibrator.is_histogram else "max",
+    )
+    return TensorQuantizer(descriptor, spec=spec, provenance=provenance, device=device)

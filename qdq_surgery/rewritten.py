@@ -1,0 +1,234 @@
+"""What a rewritten block runs: graphs compiled to functions, one variant for each kind of call.
+
+A graph holds for the calls it was recorded for: the same arguments given, of the same rank, dtype and device type, and
+the same plain attributes (``training`` above all). A :class:`Rewritten` keeps one :class:`Variant` for each kind of
+call and picks the one that holds. A kind that was not seen yet is recorded from the block's original forward when it
+first occurs, on a shadow, and gets its quantizers by the places in the source where they belong.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from qdq_surgery.errors import TraceError
+from qdq_surgery.recorder import SELF, DecisionChangedError, Leaf, Routine, describe_leaf, flatten_call, record, recording_of
+from qdq_surgery.shadow import shadow
+
+__all__ = ["Edit", "Rewritten", "Variant", "compile_variant", "insert_quantizers"]
+
+Origin = tuple[Any, ...]
+
+#: Operators that must not turn up in a variant at a place that the plan has not seen.
+GUARDED = frozenset({"linear", "matmul", "baddbmm", "einsum", "sdpa", "conv1d"})
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A quantizer between an operand and its operator.
+
+    Attributes:
+        origin: Identity of the operator's call within the source.
+        position: Index into the node's args, or a keyword.
+        quantizer: Attribute name of the quantizer on the owning block.
+    """
+
+    origin: Origin
+    position: int | str
+    quantizer: str
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One compiled graph and what it holds for."""
+
+    signature: tuple[Leaf, ...]
+    paths: tuple[str, ...]
+    reads: tuple[tuple[str, str, Any], ...]
+    autocast: tuple[bool, torch.dtype] | None
+    wanted: tuple[int, ...]
+    takes_self: bool
+    function: Callable[..., Any]
+    graph: Graph
+    source: str
+
+    def holds(self, module: nn.Module, signature: tuple[Leaf, ...], paths: tuple[str, ...]) -> bool:
+        if signature != self.signature or paths != self.paths:
+            return False
+        for path, name, value in self.reads:
+            owner = module if not path else module.get_submodule(path)
+            if getattr(owner, name) != value:
+                return False
+        return self.autocast is None or self.autocast == _autocast(self.signature)
+
+    def run(self, module: nn.Module, values: list[Any]) -> Any:
+        inputs = [values[index] for index in self.wanted]
+        return self.function(module, module, *inputs) if self.takes_self else self.function(module, *inputs)
+
+
+def _autocast(signature: tuple[Leaf, ...]) -> tuple[bool, torch.dtype]:
+    device = next((leaf[3] for leaf in signature if leaf[0] == "tensor"), "cpu")
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def insert_quantizers(graph: Graph, edits: tuple[Edit, ...]) -> list[Edit]:
+    """Put quantizer calls into ``graph`` at their places; returns the edits that found their place.
+
+    Args:
+        graph: A recorded graph; it is edited.
+    """
+    places: dict[Origin, Node] = {node.meta["origin"]: node for node in graph.nodes if "origin" in node.meta}
+    done = []
+    for edit in edits:
+        node = places.get(edit.origin)
+        if node is None:
+            continue
+        operand = node.kwargs[edit.position] if isinstance(edit.position, str) else node.args[edit.position]
+        assert isinstance(operand, Node)
+        with graph.inserting_before(node):
+            quantizer = graph.call_module(edit.quantizer, (operand,))
+        quantizer.meta.update(op="quantizer", origin=(*edit.origin, edit.position), source=node.meta["source"])
+        if isinstance(edit.position, str):
+            node.kwargs = {**node.kwargs, edit.position: quantizer}
+        else:
+            node.args = (*node.args[: edit.position], quantizer, *node.args[edit.position + 1 :])
+        done.append(edit)
+    graph.lint()
+    return done
+
+
+def compile_variant(routine: Routine, graph: Graph) -> Variant:
+    """Compile an edited copy of ``routine``'s graph.
+
+    Args:
+        graph: The edited graph; its placeholders are those of ``routine.graph``, by name.
+    """
+    code = graph.python_code("self")
+    label = f"<qdq_surgery {type(routine.owner).__name__}.{routine.function} {id(graph):x}>"
+    scope = dict(code.globals)
+    exec(compile(code.src, label, "exec"), scope)
+    # So that a traceback through the generated code shows its lines.
+    linecache.cache[label] = (len(code.src), None, code.src.splitlines(keepends=True), label)
+    positions = {
+        node.name: index for index, node in enumerate(routine.inputs) if isinstance(node, Node) and node.target != SELF
+    }
+    names = [node.name for node in graph.nodes if node.op == "placeholder" and node.target != SELF]
+    wanted = [positions[name] for name in names]
+    return Variant(
+        signature=routine.signature,
+        paths=routine.argument_paths,
+        reads=tuple((path, name, value) for (path, name), value in routine.reads.items()),
+        autocast=_autocast(routine.signature) if routine.reads_dtype else None,
+        wanted=tuple(wanted),
+        takes_self=any(node.op == "placeholder" and node.target == SELF for node in graph.nodes),
+        function=scope["forward"],
+        graph=graph,
+        source=code.src,
+    )
+
+
+class Rewritten:
+    """The rewritten forward, or attention function, of one block.
+
+    Attributes:
+        original: The function that the graphs were recorded from, called with the block first.
+        edits: Where quantizers belong.
+        known: Origins of all matmul-like calls that the plan has seen, quantized or not.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        original: Callable[..., Any],
+        edits: tuple[Edit, ...],
+        known: frozenset[Origin],
+        variants: list[Variant],
+    ) -> None:
+        self.kind, self.original = kind, original
+        self.edits, self.known = edits, known
+        self.variants = variants
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the variant that holds for this call.
+
+        Raises:
+            TraceError: The call is of a kind that no graph was made for, and none can be made.
+        """
+        values, paths = flatten_call(args, kwargs)
+        signature = tuple(describe_leaf(value) for value in values)
+        for variant in self.variants:
+            if variant.holds(module, signature, tuple(paths)):
+                try:
+                    return variant.run(module, values)
+                except DecisionChangedError as error:
+                    if torch.is_grad_enabled() and module.training:
+                        # Part of the block ran already and drew random numbers: starting over would not be the same.
+                        raise TraceError(f"{type(module).__name__}: {error}; run this shape once in eval mode first") from None
+        variant = self._specialise(module, args, kwargs)
+        return variant.run(module, values)
+
+    def as_function(self) -> Callable[..., Any]:
+        """The rewritten function, called like the original: the block first."""
+
+        @functools.wraps(self.original)
+        def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self(module, args, kwargs)
+
+        return function
+
+    @torch.compiler.disable
+    def _specialise(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
+        recorder = recording_of(module)
+        if recorder is not None:
+            # The block is being looked at by a recorder: that one has to look away meanwhile.
+            with recorder.pause():
+                return self._specialise(recorder.block, args, kwargs)
+        ghost = shadow(module)
+        devices = sorted({value.device for value in flatten_call(args, kwargs)[0] if isinstance(value, torch.Tensor)}, key=str)
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+            args, kwargs = _copies(args), _copies(kwargs)
+            routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
+        variant = self.specialised(routine)
+        self.variants.insert(0, variant)
+        return variant
+
+    def specialised(self, routine: Routine) -> Variant:
+        """The variant for a freshly recorded routine of this block.
+
+        Raises:
+            TraceError: It has a matmul or linear that the plan knows nothing of.
+        """
+        for node in routine.graph.nodes:
+            if node.op != "call_module" and node.meta.get("op") in GUARDED and node.meta["origin"] not in self.known:
+                raise TraceError(
+                    f"{type(routine.owner).__name__}.{routine.function}: this call takes a path with a {node.meta['op']} at "
+                    f"{node.meta['source']} that the plan has not seen; convert with example_inputs= that take it"
+                )
+        insert_quantizers(routine.graph, self.edits)
+        return compile_variant(routine, routine.graph)
+
+    # Compiled variants hold no state of the block: copies may share them. A pickle leaves them behind, and they are
+    # recorded again when they are needed.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+        return Rewritten(self.kind, self.original, self.edits, self.known, list(self.variants))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "variants": []}
+
+
+def _copies(value: Any) -> Any:
+    """Arguments for a trial run: what it changes in place must not be the caller's tensor."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(_copies(item) for item in value)
+    if type(value) is dict:
+        return {key: _copies(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,425 @@
+"""YAML -> :class:`RuleSet`, with the file, line and column in every error. The only file that knows YAML.
+
+A rule file is data: tags, anchors and aliases are refused, nothing is evaluated or imported, and a scalar is what it
+looks like (``no`` is not silently ``False``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import yaml
+
+from qdq_surgery.errors import RuleFileError
+from qdq_surgery.pattern import Pattern, parse_pattern
+from qdq_surgery.spec import (
+    DEFAULT_SPEC,
+    CalibratorSpec,
+    Count,
+    Exclude,
+    Expect,
+    Place,
+    QuantSpec,
+    Rule,
+    RuleSet,
+    Scope,
+)
+
+__all__ = ["SCHEMA", "load_rules", "shipped_rules"]
+
+#: The version of the file format that this release reads.
+SCHEMA = 1
+
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 16
+_TAG = "tag:yaml.org,2002:"
+
+_T = TypeVar("_T")
+
+
+def shipped_rules() -> dict[str, Path]:
+    """The rule files that come with the package, by name."""
+    here = Path(__file__).resolve().parent
+    # In a wheel the files lie inside the package; in a checkout they stand at the top level.
+    folder = here / "rules" if (here / "rules").is_dir() else here.parent / "rules"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_rules(rules: str | Path | RuleSet) -> RuleSet:
+    """Read a rule set.
+
+    Args:
+        rules: The name of a shipped rule file, the path of one, or a rule set, which is returned as it is.
+
+    Raises:
+        RuleFileError: The file cannot be read or is no valid rule file; names the line and the remedy.
+    """
+    if isinstance(rules, RuleSet):
+        return rules
+    return _load(_find(rules, None, "rules"), ())
+
+
+def _find(rules: str | Path, beside: Path | None, what: str) -> Path:
+    shipped = shipped_rules()
+    if isinstance(rules, str) and rules in shipped:
+        return shipped[rules]
+    path = Path(rules)
+    if beside is not None and not path.is_absolute():
+        path = beside.parent / path
+    if not path.is_file():
+        raise RuleFileError(
+            f"{what}: '{rules}' is neither a shipped rule set nor a file",
+            f"shipped: {', '.join(shipped) or 'none'}; or give the path of a YAML file",
+        )
+    return path
+
+
+def _load(path: Path, chain: tuple[Path, ...]) -> RuleSet:
+    path = path.resolve()
+    text = _read_text(path)
+    root = _compose(path, text)
+    return _File(path, text, (*chain, path)).rule_set(root)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise RuleFileError(f"the file has {size} bytes", f"a rule file has at most {_MAX_BYTES}", path=path)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RuleFileError(f"cannot be read: {error.strerror}", "check the path and its permissions", path=path) from None
+    except UnicodeDecodeError as error:
+        raise RuleFileError(f"not UTF-8 at byte {error.start}", "save the file as UTF-8", path=path) from None
+
+
+def _compose(path: Path, text: str) -> yaml.MappingNode:
+    def refuse(found: str, fix: str, mark: yaml.Mark | None) -> NoReturn:
+        raise RuleFileError(
+            found, fix, path=path, line=mark.line + 1 if mark else None, column=mark.column + 1 if mark else None
+        )
+
+    depth = 0
+    try:
+        # The event stream is read before any tree is built: depth and aliases cost nothing there.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+                refuse("found an anchor or alias", "write the value out", event.start_mark)
+            if getattr(event, "tag", None) is not None:
+                refuse(f"found the YAML tag '{event.tag}'", "rule files are plain data: remove the tag", event.start_mark)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH:
+                refuse(f"nested deeper than {_MAX_DEPTH} levels", "a rule file needs five", event.start_mark)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        refuse(f"not YAML: {error.problem}", "check the indentation and the brackets", error.problem_mark)
+    except yaml.reader.ReaderError as error:
+        refuse(f"not YAML: {error.reason}", "remove the character", None)
+    if root is None:
+        refuse("the file is empty", "write at least schema, name and rules", None)
+    if not isinstance(root, yaml.MappingNode):
+        refuse(f"found {_kind(root)} at the top", "write keys: schema, name, why, specs, rules", root.start_mark)
+    return root
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return f"'{node.value}' ({node.tag.removeprefix(_TAG)})"
+
+
+class _File:
+    """One file being read: knows where it is, so that every error can say it."""
+
+    def __init__(self, path: Path, text: str, chain: tuple[Path, ...]) -> None:
+        self.path, self.text, self.chain = path, text, chain
+
+    # -- the grammar, top down ---------------------------------------------------------------------------------
+
+    def rule_set(self, root: yaml.MappingNode) -> RuleSet:
+        keys = self.keys(root, "the file", {"schema", "name", "rules"}, {"why", "extends", "specs", "exclude"}, ())
+        if "schema" not in keys:
+            self.refuse("the key 'schema' is missing", f"write schema: {SCHEMA}", root)
+        schema = self.integer(keys["schema"], "schema")
+        if schema != SCHEMA:
+            self.refuse(f"schema {schema} is not known", f"this release reads schema {SCHEMA}", keys["schema"])
+        for key in ("name",) if "extends" in keys else ("name", "rules"):
+            if key not in keys:
+                self.refuse(f"the key '{key}' is missing", f"write {key}:", root)
+        base = self.base(keys["extends"]) if "extends" in keys else None
+        specs = dict(base.specs) if base else {}
+        if "specs" in keys:
+            specs.update(self.mapping(keys["specs"], "specs", self.spec))
+        rules = tuple(self.rule(node) for node in self.sequence(keys["rules"], "rules")) if "rules" in keys else ()
+        exclude = (
+            tuple(self.exclude(node) for node in self.sequence(keys["exclude"], "exclude")) if "exclude" in keys else ()
+        )
+        for index, rule in enumerate(rules):
+            if any(other.name == rule.name for other in rules[:index]):
+                self.refuse(f"two rules are called '{rule.name}'", "rename one", root, line=_line_of(rule))
+        return self.checked(
+            root,
+            lambda: RuleSet(
+                name=self.string(keys["name"], "name"),
+                why=self.string(keys["why"], "why") if "why" in keys else "",
+                specs=specs,
+                rules=_merge(base.rules if base else (), rules),
+                exclude=(*(base.exclude if base else ()), *exclude),
+                extends=base.name if base else None,
+                path=self.path,
+                text=self.text,
+            ),
+        )
+
+    def base(self, node: yaml.Node) -> RuleSet:
+        name = self.string(node, "extends")
+        try:
+            path = _find(name, self.path, "extends").resolve()
+        except RuleFileError as error:
+            self.refuse(error.found, error.fix, node)
+        if path in self.chain:
+            circle = " -> ".join(step.name for step in (*self.chain[self.chain.index(path) :], path))
+            self.refuse(f"circular extends: {circle}", "let one of them stand on its own", node)
+        return _load(path, self.chain)
+
+    def spec(self, node: yaml.Node, where: str) -> QuantSpec | None:
+        if isinstance(node, yaml.ScalarNode) and node.value == DEFAULT_SPEC:
+            return None
+        keys = self.keys(node, where, {"num_bits", "axis", "unsigned", "narrow_range", "calibrator"}, set(), (DEFAULT_SPEC,))
+        return self.checked(
+            node,
+            lambda: QuantSpec(
+                num_bits=self.integer(keys["num_bits"], "num_bits") if "num_bits" in keys else 8,
+                axis=self.integer_or_null(keys["axis"], "axis") if "axis" in keys else None,
+                unsigned=self.boolean(keys["unsigned"], "unsigned") if "unsigned" in keys else False,
+                narrow_range=self.boolean(keys["narrow_range"], "narrow_range") if "narrow_range" in keys else False,
+                calibrator=self.calibrator(keys["calibrator"]) if "calibrator" in keys else CalibratorSpec(),
+            ),
+        )
+
+    def calibrator(self, node: yaml.Node) -> CalibratorSpec:
+        if isinstance(node, yaml.ScalarNode):
+            return self.checked(node, lambda: CalibratorSpec(self.string(node, "calibrator")))
+        keys = self.keys(node, "calibrator", {"name"}, {"percentile", "num_bins"}, ())
+        if "name" not in keys:
+            self.refuse("the calibrator has no name", "write for example name: percentile", node)
+        return self.checked(
+            node,
+            lambda: CalibratorSpec(
+                self.string(keys["name"], "name"),
+                self.number(keys["percentile"], "percentile") if "percentile" in keys else None,
+                self.integer(keys["num_bins"], "num_bins") if "num_bins" in keys else None,
+            ),
+        )
+
+    def rule(self, node: yaml.Node) -> Rule:
+        keys = self.keys(node, "a rule", {"name", "why", "match", "quantize"}, {"expect", "optional"}, ())
+        for key in ("name", "why", "match", "quantize"):
+            if key not in keys:
+                self.refuse(f"a rule has no key '{key}'", f"write {key}:", node)
+        name = self.string(keys["name"], "name")
+        match = self.keys(keys["match"], "match", {"pattern"}, {"within", "layers"}, ())
+        if "pattern" not in match:
+            self.refuse(f"rule '{name}' has no pattern", "write for example pattern: linear(x, w)", keys["match"])
+        quantize = self.mapping(keys["quantize"], "quantize", self.place)
+        pattern = self.pattern(match["pattern"])
+        for capture, key in self.key_nodes(keys["quantize"]).items():
+            if capture not in pattern.captures():
+                known = ", ".join(pattern.captures()) or "none"
+                self.refuse(
+                    f"rule '{name}' quantizes '{capture}', which its pattern does not capture",
+                    f"the pattern captures: {known}",
+                    key,
+                )
+        return self.checked(
+            node,
+            lambda: Rule(
+                name=name,
+                why=self.string(keys["why"], "why"),
+                pattern=pattern,
+                quantize=quantize,
+                scope=self.scope(match),
+                expect=self.expect(keys["expect"]) if "expect" in keys else Expect(),
+                optional=self.boolean(keys["optional"], "optional") if "optional" in keys else False,
+                source=f"{self.path.name}:{node.start_mark.line + 1}",
+            ),
+        )
+
+    def place(self, node: yaml.Node, where: str) -> Place:
+        if isinstance(node, yaml.ScalarNode):
+            return self.checked(node, lambda: Place(self.string(node, where)))
+        keys = self.keys(node, where, {"spec", "as"}, set(), ())
+        spec = self.string(keys["spec"], "spec") if "spec" in keys else DEFAULT_SPEC
+        return self.checked(node, lambda: Place(spec, self.string(keys["as"], "as") if "as" in keys else None))
+
+    def pattern(self, node: yaml.Node) -> Pattern:
+        text = self.string(node, "pattern")
+        try:
+            return parse_pattern(text)
+        except RuleFileError as error:
+            # A quoted scalar on one line maps columns one to one; any other style only has its own start.
+            quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
+            plain = isinstance(node, yaml.ScalarNode) and node.style is None
+            column = node.start_mark.column + int(quoted) + (error.column or 1) if quoted or plain else None
+            self.refuse(error.found, error.fix, node, column=column)
+
+    def scope(self, keys: Mapping[str, yaml.Node]) -> Scope:
+        return Scope(
+            within=self.strings(keys["within"], "within") if "within" in keys else None,
+            layers=self.layers(keys["layers"]) if "layers" in keys else None,
+        )
+
+    def layers(self, node: yaml.Node) -> tuple[int, ...] | str:
+        if isinstance(node, yaml.ScalarNode) and node.value == "all":
+            return "all"
+        if isinstance(node, yaml.ScalarNode):
+            return (self.integer(node, "layers"),)
+        return tuple(self.integer(item, "layers") for item in self.sequence(node, "layers"))
+
+    def expect(self, node: yaml.Node) -> Expect:
+        keys = self.keys(node, "expect", {"per_layer", "total", "model_types"}, set(), ())
+        return Expect(
+            per_layer=self.count(keys["per_layer"], "per_layer") if "per_layer" in keys else None,
+            total=self.count(keys["total"], "total") if "total" in keys else None,
+            model_types=self.mapping(keys["model_types"], "model_types", self.count) if "model_types" in keys else {},
+        )
+
+    def count(self, node: yaml.Node, where: str) -> Count:
+        if isinstance(node, yaml.ScalarNode):
+            return Count(allowed=(self.integer(node, where),))
+        if isinstance(node, yaml.SequenceNode):
+            allowed = tuple(self.integer(item, where) for item in node.value)
+            if not allowed:
+                self.refuse(f"{where} allows no number", "write for example 6, [6, 10] or {min: 1}", node)
+            return Count(allowed=allowed)
+        keys = self.keys(node, where, {"min", "max"}, set(), ())
+        if not keys:
+            self.refuse(f"{where} says nothing", "write min, max or both", node)
+        return Count(
+            minimum=self.integer(keys["min"], "min") if "min" in keys else None,
+            maximum=self.integer(keys["max"], "max") if "max" in keys else None,
+        )
+
+    def exclude(self, node: yaml.Node) -> Exclude:
+        keys = self.keys(node, "an exclude entry", {"why"}, {"within", "layers", "sites", "rules"}, ())
+        if "why" not in keys:
+            self.refuse("an exclude entry has no key 'why'", "say why these sites stay in float", node)
+        if len(keys) == 1:
+            self.refuse("an exclude entry names nothing", "write within, layers, sites or rules", node)
+        return Exclude(
+            why=self.string(keys["why"], "why"),
+            scope=self.scope(keys),
+            sites=self.strings(keys["sites"], "sites") if "sites" in keys else None,
+            rules=self.strings(keys["rules"], "rules") if "rules" in keys else None,
+            source=f"{self.path.name}:{node.start_mark.line + 1}",
+        )
+
+    # -- typed readers -----------------------------------------------------------------------------------------
+
+    def keys(
+        self, node: yaml.Node, where: str, wanted: set[str], optional: set[str], words: tuple[str, ...]
+    ) -> dict[str, yaml.Node]:
+        """The values of a mapping, by key; keys outside ``wanted`` and ``optional`` and repeated keys are refused."""
+        if not isinstance(node, yaml.MappingNode):
+            also = f", or one of: {', '.join(words)}" if words else ""
+            self.refuse(f"{where} is {_kind(node)}", f"write keys: {', '.join(sorted(wanted | optional))}{also}", node)
+        for name, key in self.key_nodes(node).items():
+            if name not in wanted | optional:
+                self.refuse(f"unknown key '{name}' in {where}", f"known: {', '.join(sorted(wanted | optional))}", key)
+        return {key.value: value for key, value in node.value}
+
+    def key_nodes(self, node: yaml.Node) -> dict[str, yaml.Node]:
+        assert isinstance(node, yaml.MappingNode)
+        found: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self.refuse(f"a key is {_kind(key)}", "write a plain word", key)
+            if key.value in found:
+                line = found[key.value].start_mark.line + 1
+                self.refuse(f"the key '{key.value}' stands twice (first in line {line})", "remove one", key)
+            found[key.value] = key
+        return found
+
+    def mapping(self, node: yaml.Node, where: str, read: Callable[[yaml.Node, str], _T]) -> dict[str, _T]:
+        if not isinstance(node, yaml.MappingNode):
+            self.refuse(f"{where} is {_kind(node)}", "write keys and values", node)
+        self.key_nodes(node)
+        return {key.value: read(value, f"{where}.{key.value}") for key, value in node.value}
+
+    def sequence(self, node: yaml.Node, where: str) -> list[yaml.Node]:
+        if not isinstance(node, yaml.SequenceNode):
+            self.refuse(f"{where} is {_kind(node)}", "write a list", node)
+        return list(node.value)
+
+    def strings(self, node: yaml.Node, where: str) -> tuple[str, ...]:
+        if isinstance(node, yaml.ScalarNode):
+            return (self.string(node, where),)
+        return tuple(self.string(item, where) for item in self.sequence(node, where))
+
+    def string(self, node: yaml.Node, where: str) -> str:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "str" or not node.value.strip():
+            self.refuse(f"{where} is {_kind(node)}, not a text", "write a word, in quotes if it looks like a number", node)
+        return str(node.value)
+
+    def integer(self, node: yaml.Node, where: str) -> int:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "int":
+            self.refuse(f"{where} is {_kind(node)}, not a whole number", "write for example 8", node)
+        try:
+            return int(node.value)
+        except ValueError:
+            self.refuse(f"{where} is '{node.value}', not a decimal whole number", "write for example 8", node)
+
+    def integer_or_null(self, node: yaml.Node, where: str) -> int | None:
+        if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null" and node.value == "null":
+            return None
+        return self.integer(node, where)
+
+    def number(self, node: yaml.Node, where: str) -> float:
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in (_TAG + "int", _TAG + "float"):
+            self.refuse(f"{where} is {_kind(node)}, not a number", "write for example 99.99", node)
+        try:
+            return float(node.value)
+        except ValueError:
+            self.refuse(f"{where} is '{node.value}', not a decimal number", "write for example 99.99", node)
+
+    def boolean(self, node: yaml.Node, where: str) -> bool:
+        if not isinstance(node, yaml.ScalarNode) or node.value not in ("true", "false") or node.style is not None:
+            self.refuse(f"{where} is {_kind(node)}", "write true or false", node)
+        return bool(node.value == "true")
+
+    # -- errors ------------------------------------------------------------------------------------------------
+
+    def refuse(
+        self, found: str, fix: str, node: yaml.Node, *, line: int | None = None, column: int | None = None
+    ) -> NoReturn:
+        raise RuleFileError(
+            found,
+            fix,
+            path=self.path,
+            line=line or node.start_mark.line + 1,
+            column=column or (None if line else node.start_mark.column + 1),
+        ) from None
+
+    def checked(self, node: yaml.Node, make: Callable[[], _T]) -> _T:
+        """What ``make`` builds; an error that does not know its place yet gets that of ``node``."""
+        try:
+            return make()
+        except RuleFileError as error:
+            if error.path is not None:
+                raise
+            self.refuse(error.found, error.fix, node)
+
+
+def _line_of(rule: Rule) -> int:
+    return int(rule.source.rpartition(":")[2])
+
+
+def _merge(base: tuple[Rule, ...], own: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Own rules replace those of the base that have their name; the others come first, so that they win."""
+    replaced = {rule.name: rule for rule in own}
+    kept = tuple(replaced.pop(rule.name, rule) for rule in base)
+    return (*(rule for rule in own if rule.name in replaced), *kept)

@@ -1,0 +1,307 @@
+"""Rules as frozen, typed data. Every class checks itself; nothing here knows YAML, models or graphs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from qdq_surgery.errors import RuleFileError
+from qdq_surgery.pattern import Pattern
+
+__all__ = [
+    "CALIBRATORS",
+    "DEFAULT_SPEC",
+    "CalibratorSpec",
+    "Count",
+    "Exclude",
+    "Expect",
+    "Place",
+    "QuantSpec",
+    "Rule",
+    "RuleSet",
+    "Scope",
+    "is_quantizer_name",
+]
+
+#: Calibration methods. All but ``max`` are computed from a histogram; ``histogram`` leaves the method to the caller.
+CALIBRATORS = ("max", "histogram", "percentile", "entropy", "mse")
+
+#: The spec name that means "pytorch-quantization's default descriptor at the time of the conversion".
+DEFAULT_SPEC = "default"
+
+_QUANTIZER_NAME = re.compile(r"[a-z][a-z0-9_]*_quantizer")
+
+
+def is_quantizer_name(name: str) -> bool:
+    """Whether ``name`` can be a quantizer's attribute name: ``matmul_q_input_quantizer`` and the like."""
+    return _QUANTIZER_NAME.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class CalibratorSpec:
+    """How a range is found from data.
+
+    Attributes:
+        name: One of :data:`CALIBRATORS`.
+        percentile: In percent, (0, 100]; only for ``percentile``.
+        num_bins: Bins of the first batch's histogram; only for the histogram methods.
+    """
+
+    name: str = "max"
+    percentile: float | None = None
+    num_bins: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in CALIBRATORS:
+            raise RuleFileError(f"unknown calibrator '{self.name}'", f"write one of {', '.join(CALIBRATORS)}")
+        if self.percentile is not None:
+            if self.name != "percentile":
+                raise RuleFileError(
+                    f"calibrator '{self.name}' takes no percentile", "remove it, or write name: percentile"
+                )
+            if not 0 < self.percentile <= 100:
+                raise RuleFileError(f"percentile {self.percentile} is outside (0, 100]", "write for example 99.99")
+        if self.num_bins is not None:
+            if self.name == "max":
+                raise RuleFileError("calibrator 'max' keeps no histogram, so num_bins means nothing", "remove it")
+            if not 128 <= self.num_bins <= 1 << 20:
+                raise RuleFileError(f"num_bins {self.num_bins} is outside 128 to 1048576", "write for example 2048")
+
+    @property
+    def is_histogram(self) -> bool:
+        return self.name != "max"
+
+    def __str__(self) -> str:
+        options = [f"{self.percentile:g}%"] if self.percentile is not None else []
+        options += [f"{self.num_bins} bins"] if self.num_bins is not None else []
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a tensor is quantized: the field's ``QuantDescriptor``, as data.
+
+    Attributes:
+        num_bits: Width of the integer grid, 2 to 16.
+        axis: The kept, per-channel axis; ``None`` is one range for the whole tensor.
+        unsigned: Grid [0, 2^b - 1] in place of the signed one.
+        narrow_range: Grid [-(2^(b-1) - 1), ...], so without the lowest integer.
+        calibrator: How the range is found.
+    """
+
+    num_bits: int = 8
+    axis: int | None = None
+    unsigned: bool = False
+    narrow_range: bool = False
+    calibrator: CalibratorSpec = CalibratorSpec()
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_bits <= 16:
+            raise RuleFileError(f"num_bits {self.num_bits} is outside 2 to 16", "write for example 8")
+        if self.axis is not None and not -4 <= self.axis <= 3:
+            raise RuleFileError(f"axis {self.axis} is outside -4 to 3", "write 0 for a linear's output channels, or null")
+        if self.axis is not None and self.calibrator.is_histogram:
+            raise RuleFileError(
+                f"calibrator '{self.calibrator.name}' needs one range per tensor, but axis is {self.axis}",
+                "write axis: null, or calibrator: max",
+            )
+        if self.unsigned and self.narrow_range:
+            raise RuleFileError("narrow_range drops the lowest signed integer, but the grid is unsigned", "remove one")
+
+    def __str__(self) -> str:
+        grid = f"{'u' if self.unsigned else ''}int{self.num_bits}{' narrow' if self.narrow_range else ''}"
+        axis = "per-tensor" if self.axis is None else f"axis {self.axis}"
+        return f"{grid} {axis} {self.calibrator}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rule does with one capture: the spec to use, and the quantizer's name if the rule gives one."""
+
+    spec: str
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not is_quantizer_name(self.name):
+            raise RuleFileError(
+                f"'{self.name}' is no quantizer name",
+                "write small letters, digits and _, ending in _quantizer, for example matmul_q_input_quantizer",
+            )
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which modules are meant. All keys that are given must hold.
+
+    Attributes:
+        within: Globs over the module path (``*`` also crosses dots); ``None`` means everywhere.
+        layers: Indices of encoder layers; ``"all"`` means any encoder layer, ``None`` also what lies outside them.
+    """
+
+    within: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | str | None = None
+
+    def holds(self, path: str, layer: int | None) -> bool:
+        """Whether the module at ``path``, in encoder layer ``layer`` (or in none), is meant."""
+        if self.layers is not None:
+            if layer is None:
+                return False
+            if self.layers != "all" and layer not in self.layers:
+                return False
+        return self.within is None or any(fnmatchcase(path, glob) for glob in self.within)
+
+    def __str__(self) -> str:
+        parts = [] if self.within is None else [f"within {', '.join(self.within)}"]
+        if self.layers is not None:
+            which = self.layers if isinstance(self.layers, str) else ", ".join(map(str, self.layers))
+            parts.append(f"layers {which}")
+        return "; ".join(parts) or "everywhere"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Allowed numbers of matches: a list of them, or a range."""
+
+    allowed: tuple[int, ...] = ()
+    minimum: int | None = None
+    maximum: int | None = None
+
+    def holds(self, count: int) -> bool:
+        if self.allowed:
+            return count in self.allowed
+        return (self.minimum is None or count >= self.minimum) and (self.maximum is None or count <= self.maximum)
+
+    def __str__(self) -> str:
+        if self.allowed:
+            return " or ".join(map(str, self.allowed))
+        if self.maximum is None:
+            return f"at least {self.minimum}"
+        return f"at most {self.maximum}" if self.minimum is None else f"{self.minimum} to {self.maximum}"
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What a rule must find, so that a change of the architecture is loud.
+
+    Attributes:
+        per_layer: Matches in each encoder layer that is in the rule's scope.
+        total: Matches in the whole model.
+        model_types: ``per_layer`` for named architectures (``config.model_type``), in place of the general one.
+    """
+
+    per_layer: Count | None = None
+    total: Count | None = None
+    model_types: Mapping[str, Count] = field(default_factory=dict)
+
+    def layer_count(self, model_type: str) -> Count | None:
+        return self.model_types.get(model_type, self.per_layer)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: keys that match (``scope``, ``pattern``), keys that act (``quantize``), and what it must find.
+
+    Attributes:
+        quantize: What to do with each capture of the pattern.
+        optional: Whether the rule may match nothing.
+        source: The file and line that it was read from, as ``file:line``.
+    """
+
+    name: str
+    why: str
+    pattern: Pattern
+    quantize: Mapping[str, Place]
+    scope: Scope = Scope()
+    expect: Expect = Expect()
+    optional: bool = False
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.quantize:
+            raise RuleFileError(f"rule '{self.name}' quantizes nothing", "name at least one capture of its pattern")
+        captures = self.pattern.captures()
+        for capture in self.quantize:
+            if capture not in captures:
+                known = ", ".join(sorted(captures)) or "none"
+                raise RuleFileError(
+                    f"rule '{self.name}' quantizes '{capture}', which its pattern does not capture",
+                    f"the pattern captures: {known}",
+                )
+
+
+@dataclass(frozen=True)
+class Exclude:
+    """Sites to leave in float although a rule matches them. All keys that are given must hold."""
+
+    why: str
+    scope: Scope = Scope()
+    sites: tuple[str, ...] | None = None
+    rules: tuple[str, ...] | None = None
+    source: str = ""
+
+    def holds(self, rule: str, site: str, path: str, layer: int | None) -> bool:
+        """Whether the quantizer called ``site`` that ``rule`` would put at module ``path`` is meant."""
+        return (
+            self.scope.holds(path, layer)
+            and (self.sites is None or any(fnmatchcase(site, glob) for glob in self.sites))
+            and (self.rules is None or any(fnmatchcase(rule, glob) for glob in self.rules))
+        )
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """A rule file, read and checked.
+
+    Attributes:
+        specs: By name; ``None`` stands for pytorch-quantization's default descriptors.
+        rules: In order of precedence: for each operand the first match wins.
+        text: The file's own text, so that a converted model can carry its rules.
+        extends: Name of the rule set that this one builds on.
+    """
+
+    name: str
+    why: str
+    specs: Mapping[str, QuantSpec | None]
+    rules: tuple[Rule, ...]
+    exclude: tuple[Exclude, ...] = ()
+    extends: str | None = None
+    path: Path | None = None
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        names: dict[str, str] = {}
+        for rule in self.rules:
+            if sum(other.name == rule.name for other in self.rules) > 1:
+                raise RuleFileError(f"two rules are called '{rule.name}'", "rename one")
+            for place in rule.quantize.values():
+                if place.spec != DEFAULT_SPEC and place.spec not in self.specs:
+                    known = ", ".join([DEFAULT_SPEC, *self.specs])
+                    raise RuleFileError(
+                        f"rule '{rule.name}' uses the spec '{place.spec}', which is not defined", f"known: {known}"
+                    )
+                if place.name is None:
+                    continue
+                if place.name in names:
+                    raise RuleFileError(
+                        f"rules '{names[place.name]}' and '{rule.name}' both name a quantizer '{place.name}'",
+                        "give each its own name under 'as'",
+                    )
+                names[place.name] = rule.name
+        for exclude in self.exclude:
+            for glob in exclude.rules or ():
+                if not any(fnmatchcase(rule.name, glob) for rule in self.rules):
+                    raise RuleFileError(f"exclude names the rule '{glob}', which does not exist", "write a rule's name")
+
+    def spec(self, name: str) -> QuantSpec | None:
+        """The spec called ``name``; ``None`` where it means the default descriptors."""
+        return None if name == DEFAULT_SPEC else self.specs[name]
+
+    def rule(self, name: str) -> Rule:
+        """The rule called ``name``; KeyError if there is none."""
+        for rule in self.rules:
+            if rule.name == name:
+                return rule
+        raise KeyError(name)

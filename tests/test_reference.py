@@ -1,0 +1,166 @@
+"""Contract 2: bit-equal to the real QDQBERT. The golden files are made by scripts/make_reference.sh, not by us."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from pytorch_quantization import nn as quant_nn
+from pytorch_quantization.tensor_quant import QuantDescriptor
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import qdq_surgery as qs
+
+GOLDEN = sorted((Path(__file__).parent / "golden" / "reference").glob("*.safetensors"))
+
+#: Where transformers itself changed between 4.40.2 and 5, nothing of ours can be equal to the bit.
+ACROSS_VERSIONS = 1e-6
+
+
+class Golden:
+    """One golden file: tensors by group."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.meta = file.metadata()
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{name}/"): v for k, v in self.tensors.items() if k.startswith(f"{name}/")}
+
+    def model(self) -> PreTrainedModel:
+        head = getattr(transformers, self.meta["head"])
+        model = head(transformers.BertConfig(**json.loads(self.meta["config"]), attn_implementation="eager")).eval()
+        missing, unexpected = model.load_state_dict(self.group("weights"), strict=False)
+        assert not missing and not unexpected
+        return model
+
+    def converted(self) -> PreTrainedModel:
+        return qs.convert(self.model(), inplace=True)
+
+    def calibrated(self) -> PreTrainedModel:
+        qmodel = self.converted()
+        for name, quantizer in qs.quantizers(qmodel).items():
+            quantizer.amax = self.group("amax")[name]
+        return qmodel
+
+    def arguments(self) -> dict[str, Tensor]:
+        return {**self.group("batch"), **self.group("memory")}
+
+
+@pytest.fixture(scope="module", params=GOLDEN, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+def flat(output: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in output.items():
+        if isinstance(value, Tensor):
+            found[name] = value.detach()
+        elif name in ("hidden_states", "attentions", "cross_attentions"):
+            found.update({f"{name}.{index}": item.detach() for index, item in enumerate(value)})
+    return found
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    assert wanted
+    assert set(wanted) <= set(found)
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape, name
+        difference = float((found[name] - value).abs().max())
+        assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+def test_quantizers_have_the_names_of_qdqbert(golden: Golden) -> None:
+    assert set(qs.quantizers(golden.converted())) == set(golden.group("amax"))
+
+
+def target_of(golden: Golden, output: Any) -> Tensor:
+    """What 4.40.2 differentiates: the loss."""
+    if "loss" not in output:
+        return output.last_hidden_state.pow(2).sum()
+    if golden.meta["head"] == "BertLMHeadModel":
+        # transformers 5 shifts the labels instead of the logits, which sums the same numbers in another order.
+        logits, labels = output.logits[:, :-1, :].contiguous(), golden.group("batch")["labels"][:, 1:].contiguous()
+        return torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+    return output.loss
+
+
+def test_outputs_and_loss_are_bit_equal(golden: Golden) -> None:
+    qmodel = golden.calibrated()
+    output = qmodel(**golden.arguments(), output_hidden_states=True, output_attentions=True)
+    found, wanted = flat(output), golden.group("legacy")
+    if "loss" in wanted:
+        assert_equal(found, {"loss": wanted["loss"]}, tolerance=ACROSS_VERSIONS)
+        found["loss"] = target_of(golden, output).detach()
+    assert_equal(found, wanted, tolerance=0.0)
+
+
+def test_gradients_are_bit_equal(golden: Golden) -> None:
+    qmodel = golden.calibrated()
+    target_of(golden, qmodel(**golden.arguments())).backward()
+    gradients = {name: p.grad for name, p in qmodel.named_parameters() if p.grad is not None}
+    assert_equal(gradients, golden.group("gradients"), tolerance=0.0)
+
+
+def test_cached_step_is_bit_equal(golden: Golden) -> None:
+    wanted = golden.group("cached")
+    if not wanted:
+        return
+    qmodel = golden.calibrated()
+    batch = {name: value for name, value in golden.group("batch").items() if name in ("input_ids", "token_type_ids")}
+    with torch.no_grad():
+        start = {name: value[:, :-1] for name, value in batch.items()}
+        cache = qmodel(**start, **golden.group("memory"), use_cache=True).past_key_values
+        last = {name: value[:, -1:] for name, value in batch.items()}
+        step = qmodel(**last, **golden.group("memory"), past_key_values=cache, use_cache=True)
+    assert_equal({"logits": step.logits}, wanted, tolerance=0.0)
+
+
+def test_native_fake_quant(golden: Golden) -> None:
+    qmodel = golden.calibrated()
+    for quantizer in qs.quantizers(qmodel).values():
+        quantizer.use_fb_fake_quant = True
+    with torch.no_grad():
+        assert_equal(flat(qmodel(**golden.arguments())), golden.group("native"), tolerance=ACROSS_VERSIONS)
+
+
+def test_float_path(golden: Golden) -> None:
+    qmodel = golden.calibrated()
+    with torch.no_grad(), qs.quantization_disabled(qmodel):
+        assert_equal(flat(qmodel(**golden.arguments())), golden.group("float"), tolerance=ACROSS_VERSIONS)
+
+
+def test_own_calibration_finds_the_same_ranges(golden: Golden, default_descriptors: None) -> None:
+    method = golden.meta["calibrator"]
+    quant_nn.QuantLinear.set_default_quant_desc_input(
+        QuantDescriptor(num_bits=8, calib_method="max" if method == "max" else "histogram")
+    )
+    qmodel = golden.converted()
+    for quantizer in qs.quantizers(qmodel).values():
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+    with torch.no_grad():
+        for index in range(2):
+            qmodel(**golden.group(f"calibration/{index}"), **golden.group("memory"))
+    for name, quantizer in qs.quantizers(qmodel).items():
+        if name.endswith("_weight_quantizer") or method == "max":
+            quantizer.load_calib_amax()
+        elif method == "percentile":
+            quantizer.load_calib_amax("percentile", percentile=99.0)
+        else:
+            quantizer.load_calib_amax(method)
+    found = {name: quantizer.amax for name, quantizer in qs.quantizers(qmodel).items()}
+    assert_equal(found, golden.group("amax"), tolerance=ACROSS_VERSIONS)
+
+
+def test_the_comparer_can_fail() -> None:
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_equal({"a": torch.ones(2)}, {"a": torch.tensor([1.0, 1.0 + 1e-7])}, tolerance=0.0)
