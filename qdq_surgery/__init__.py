@@ -1,9 +1,9 @@
 """qdq_surgery: NVIDIA's QDQBERT recipe on any loaded Hugging Face encoder.
 
-    import qdq_surgery as qs
+import qdq_surgery as qs
 
-    qmodel = qs.convert(model)
-    print(qs.diff(model, qmodel))
+qmodel = qs.convert(model)
+print(qs.diff(model, qmodel))
 """
 
 from qdq_surgery.convert import convert, plan, quantization_disabled, quantizers
@@ -11,6 +11,7 @@ from qdq_surgery.diff import Diff, diff
 from qdq_surgery.errors import (
     AlreadyConvertedError,
     AttentionBypassError,
+    CalibrationError,
     MatchError,
     ModelError,
     QdqSurgeryError,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyConvertedError",
     "AttentionBypassError",
+    "CalibrationError",
     "Diff",
     "Explanation",
     "MatchError",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,8 +35,10 @@ def eager_function(cls: type[nn.Module]) -> Callable[..., Any]:
     for base in cls.__mro__:
         function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
         if callable(function):
-            return function
-    raise TraceError(f"{cls.__module__} defines no eager_attention_forward, so the attention of {cls.__name__} is hidden")
+            return cast("Callable[..., Any]", function)
+    raise TraceError(
+        f"{cls.__module__} defines no eager_attention_forward, so the attention of {cls.__name__} is hidden"
+    )
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -57,11 +59,11 @@ def qdq_attention(
 ) -> Any:
     """Attention with the quantizers of ``module`` in it; shapes and return value as in transformers' eager function."""
     args = (module, query, key, value, attention_mask)
-    rewritten = getattr(module, "_qdq_attention", None)
+    rewritten: Any = getattr(module, "_qdq_attention", None)
     recorder = recording_of(module)
     if recorder is not None:
-        plain = rewritten is None or not recorder.nested
-        function = eager_function(type(module)) if plain else rewritten.as_function()
+        rewrite = rewritten is not None and recorder.nested
+        function = rewritten.as_function() if rewrite else eager_function(type(module))
         return recorder.call_attention(qdq_attention, function, args, kwargs)
     if rewritten is None:
         return eager_function(type(module))(*args, **kwargs)

@@ -18,7 +18,7 @@ from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resize
 from qdq_surgery.matching import match
 from qdq_surgery.plan import Plan
 from qdq_surgery.quantizer import TensorQuantizer
-from qdq_surgery.recorder import Routine
+from qdq_surgery.routine import Routine, join_path
 from qdq_surgery.rule_file import load_rules
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.surgery import PLAN_ATTRIBUTE, operate
@@ -153,7 +153,11 @@ def _difference(graph: Graph, other: Graph) -> str | None:
     if lines == others:
         return None
     first = next((pair for pair in zip(lines, others, strict=False) if pair[0] != pair[1]), None)
-    return f"{len(lines)} lines, then {len(others)}" if first is None else f"'{first[0].strip()}', then '{first[1].strip()}'"
+    return (
+        f"{len(lines)} lines, then {len(others)}"
+        if first is None
+        else f"'{first[0].strip()}', then '{first[1].strip()}'"
+    )
 
 
 def _recordings(
@@ -171,7 +175,7 @@ def _recordings(
     for taken in surveys:
         for unit in taken.units:
             for routine in unit.tree.walk() if unit.tree is not None else ():
-                path = ".".join(part for part in (unit.path, routine.path) if part)
+                path = join_path(unit.path, routine.path)
                 if (path, routine.kind) in wanted and routine.failure is None:
                     found[path, routine.kind].append(routine)
     return {key: _distinct(routines) for key, routines in found.items()}
@@ -184,5 +188,3 @@ def _distinct(routines: list[Routine]) -> list[Routine]:
         reads = tuple(sorted(routine.reads.items(), key=lambda item: item[0]))
         kept.setdefault((routine.signature, routine.argument_paths, reads), routine)
     return list(kept.values())
-
-

@@ -1,4 +1,4 @@
-"""What a conversion changed: the graph of each block type before and after, side by side, with the rule behind each line."""
+"""What a conversion changed: each block type's graph before and after, side by side, with the rule behind each line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.examples import SHAPES, checked_examples, make_examples
 from qdq_surgery.listing import Line, list_routine
 from qdq_surgery.plan import Plan
-from qdq_surgery.recorder import Routine
 from qdq_surgery.render import Rendered
+from qdq_surgery.routine import Routine, join_path
 from qdq_surgery.survey import Survey, survey
 
 __all__ = ["BlockDiff", "Diff", "Row", "diff"]
@@ -82,7 +82,9 @@ class Diff(Rendered):
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [
             Text.assemble(
-                (self.plan.model, "bold"), f": {len(self.plan.sites)} quantizers by rule set ", (self.plan.rules.name, "bold")
+                (self.plan.model, "bold"),
+                f": {len(self.plan.sites)} quantizers by rule set ",
+                (self.plan.rules.name, "bold"),
             )
         ]
         parts += [_BlockView(block) for block in self.blocks if block.changed]
@@ -123,7 +125,9 @@ def diff(before: PreTrainedModel, after: PreTrainedModel, *, example_inputs: dic
     """
     made = plan_of(after)
     if "_qdq_plan" in vars(before):
-        raise ModelError(f"the first {type(before).__name__} is converted; diff(before, after) wants the float model first")
+        raise ModelError(
+            f"the first {type(before).__name__} is converted; diff(before, after) wants the float model first"
+        )
     if type(before) is not type(after) or not set(before.state_dict()) <= set(after.state_dict()):
         raise ModelError(
             f"the second model ({type(after).__name__}) is no conversion of the first ({type(before).__name__}): "
@@ -147,7 +151,7 @@ def _compare(before: Survey, after: Survey) -> Iterator[BlockDiff]:
         if one.tree is None or other.tree is None:
             continue
         for routine, twin in zip(one.tree.walk(), other.tree.walk(), strict=False):
-            path = ".".join(part for part in (one.path, routine.path) if part)
+            path = join_path(one.path, routine.path)
             name = type(routine.owner).__name__
             if name == "_Alone":
                 name = type(next(iter(routine.owner.children()))).__name__

@@ -7,6 +7,7 @@ from pathlib import Path
 __all__ = [
     "AlreadyConvertedError",
     "AttentionBypassError",
+    "CalibrationError",
     "MatchError",
     "ModelError",
     "QdqSurgeryError",
@@ -64,3 +65,7 @@ class AlreadyConvertedError(ModelError):
 
 class AttentionBypassError(QdqSurgeryError):
     """The attention implementation was switched, so that the quantizers would not run."""
+
+
+class CalibrationError(QdqSurgeryError):
+    """A quantizer has no range where one is needed."""

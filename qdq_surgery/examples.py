@@ -35,7 +35,7 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     vocabulary = getattr(config, "vocab_size", None)
     if model.main_input_name != "input_ids" or "input_ids" not in names or vocabulary is None:
         raise ModelError(
-            f"{type(model).__name__} takes '{model.main_input_name}', for which no example can be made from its config; "
+            f"{type(model).__name__} takes '{model.main_input_name}', for which its config gives no example; "
             "pass example_inputs={name: tensor, ...}"
         )
     batch, tokens = shape
@@ -71,13 +71,17 @@ def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[
         ModelError: They are no mapping from argument names, or name an argument that the model does not have.
     """
     if not isinstance(inputs, Mapping):
-        raise ModelError(f"example_inputs is a {type(inputs).__name__}; pass a dict such as tokenizer(text, return_tensors='pt')")
+        raise ModelError(
+            f"example_inputs is a {type(inputs).__name__}; pass a dict such as tokenizer(text, return_tensors='pt')"
+        )
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in inputs:
         if name not in parameters and not open_ended:
             raise ModelError(f"example_inputs has '{name}', which {type(model).__name__}.forward does not take")
-    return {name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    return {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
 
 
 def without_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class Explanation(Rendered):
             lines.append(Text(f"    {quantizer.extra_repr()}"))
             if origin is not None:
                 declared = f", {origin.declared}" if origin.declared else ""
-                lines.append(Text(f"    {origin.operand} at {origin.source}, by rule {origin.rule} of {origin.rules}{declared}"))
+                lines.append(
+                    Text(f"    {origin.operand} at {origin.source}, by rule {origin.rule} of {origin.rules}{declared}")
+                )
                 lines.append(Text(f"    because: {origin.why}"))
         for refusal in self.refusals:
             place = f" at {refusal.source}" if refusal.source else ""
@@ -70,7 +72,11 @@ def explain(qmodel: nn.Module, path: str = "") -> Explanation:
     paths = [name for name, _ in qmodel.named_modules()]
     if path not in paths:
         close = get_close_matches(path, paths, n=3)
-        raise ModelError(f"there is no module '{path}'; {'near it: ' + ', '.join(close) if close else 'see named_modules()'}")
-    found = {name: q for name, q in quantizers(qmodel).items() if not path or name == path or name.startswith(path + ".")}
+        raise ModelError(
+            f"there is no module '{path}'; {'near it: ' + ', '.join(close) if close else 'see named_modules()'}"
+        )
+    found = {
+        name: q for name, q in quantizers(qmodel).items() if not path or name == path or name.startswith(path + ".")
+    }
     refusals = tuple(item for item in made.under(path) if isinstance(item, Refusal))
     return Explanation(path, found, refusals)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from qdq_surgery.linear import QuantLinear
 from qdq_surgery.quantizer import Provenance, TensorQuantizer
-from qdq_surgery.recorder import SELF, Routine
+from qdq_surgery.routine import SELF, Routine
 
 __all__ = ["Line", "list_routine"]
 
@@ -60,7 +60,12 @@ def _lines(routine: Routine, node: Node, names: dict[Node, str]) -> Iterator[Lin
     key = f"{op} {node.target if node.op == 'call_module' else ''}".strip()
     module = routine.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, TensorQuantizer):
-        yield Line(f"{names[node]} = quantize({', '.join(shown)})", f"quantize {node.target}", str(node.target), module.provenance)
+        yield Line(
+            f"{names[node]} = quantize({', '.join(shown)})",
+            f"quantize {node.target}",
+            str(node.target),
+            module.provenance,
+        )
         return
     if isinstance(module, QuantLinear):
         weight = f"{node.target}.weight"
@@ -112,5 +117,3 @@ def _show(value: Any, names: dict[Node, str]) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return "..." if value is ... else str(value)
-
-

@@ -1,15 +1,12 @@
 """Rules x recorded model -> :class:`Plan`. Reads only: nothing here edits a model or a graph.
 
-Operands are followed across blocks: what a child returns is what its own graph returns, and what a block is handed is
-what its caller hands it. So ``add(maybe(dropout)(linear(_)), _)`` finds the residual add of DistilBERT, whose linear
-lies in another block than its add.
+How a pattern fits a node is in :mod:`~qdq_surgery.fitting`; here is which rule wins, what is left out, what is missed.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -18,10 +15,11 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.attention import QDQ_ATTENTION
 from qdq_surgery.errors import MatchError
+from qdq_surgery.fitting import Attempt, Slot, Value, fit, operand_of
 from qdq_surgery.linear import QuantLinear
-from qdq_surgery.pattern import COMMUTATIVE, LAYOUT, Operand, Pattern, operator_fits
+from qdq_surgery.pattern import operator_fits
 from qdq_surgery.plan import COVERED, Coverage, Plan, Refusal, Site
-from qdq_surgery.recorder import Routine, flatten_call
+from qdq_surgery.routine import Routine, join_path
 from qdq_surgery.spec import Rule, RuleSet
 from qdq_surgery.survey import Survey, Unit
 
@@ -31,48 +29,12 @@ __all__ = ["match"]
 _OTHER_PRODUCTS = frozenset({"baddbmm", "einsum", "sdpa", "conv1d"})
 
 
-@dataclass(frozen=True, eq=False)
-class _Value:
-    """A node of a routine, after following calls: where a tensor comes from."""
-
-    routine: Routine
-    node: Node
-
-    @property
-    def op(self) -> str:
-        return str(self.node.meta.get("op", "unknown"))
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """One operand of one node."""
-
-    routine: Routine
-    node: Node
-    position: int | str
-
-    def key(self) -> tuple[int, tuple[Any, ...], int | str]:
-        if self.node.op == "call_module":
-            # The same linear may be called twice (DeBERTa's shared key projection): it is one linear.
-            return 0, (self.routine.path, self.node.target), self.position
-        return id(self.routine), self.node.meta["origin"], self.position
-
-
-@dataclass
-class _Attempt:
-    """One try to fit a pattern: what was captured, how far it came, and why it ended."""
-
-    captured: dict[str, _Slot] = field(default_factory=dict)
-    depth: int = 0
-    reason: str = ""
-
-
 @dataclass(frozen=True)
 class _Match:
     rule: Rule
     routine: Routine
     node: Node
-    captured: dict[str, _Slot]
+    captured: dict[str, Slot]
 
 
 def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
@@ -109,7 +71,7 @@ class _Matcher:
                 continue
             for routine in unit.tree.opaque():
                 reason = f"{routine.failure}; rules cannot look inside"
-                self._refuse(_join(unit.path, routine.path), "block", reason, unit.layer)
+                self._refuse(join_path(unit.path, routine.path), "block", reason, unit.layer)
             self._unit(unit, unit.tree)
         self._check_counts()
 
@@ -120,15 +82,15 @@ class _Matcher:
         taken: dict[tuple[str, str], int] = {}
         for rule in self.rules.rules:
             for routine in tree.walk():
-                path = _join(unit.path, routine.path)
+                path = join_path(unit.path, routine.path)
                 for node in routine.graph.nodes:
                     if not operator_fits(rule.pattern.operators[0], node.meta.get("op", "")):
                         continue
-                    inside = _join(path, str(node.target)) if node.op == "call_module" and unit.tree else path
+                    inside = join_path(path, str(node.target)) if node.op == "call_module" and unit.tree else path
                     if not (rule.scope.holds(path, unit.layer) or rule.scope.holds(inside, unit.layer)):
                         continue
-                    attempt = _Attempt()
-                    if not _fit_node(rule.pattern, _Value(routine, node), attempt):
+                    attempt = Attempt()
+                    if not fit(rule.pattern, Value(routine, node), attempt):
                         best = near.get((id(routine), node))
                         if best is None or attempt.depth > best[0]:
                             near[id(routine), node] = (attempt.depth, f"rule '{rule.name}': {attempt.reason}")
@@ -158,10 +120,10 @@ class _Matcher:
             quantized.add((id(slot.routine), slot.node))
             self._site(found, capture, slot, unit, taken)
 
-    def _site(self, found: _Match, capture: str, slot: _Slot, unit: Unit, taken: dict[tuple[str, str], int]) -> None:
+    def _site(self, found: _Match, capture: str, slot: Slot, unit: Unit, taken: dict[tuple[str, str], int]) -> None:
         rule, node, routine = found.rule, slot.node, slot.routine
         place = rule.quantize[capture]
-        path = _join(unit.path, routine.path)
+        path = join_path(unit.path, routine.path)
         op = str(node.meta["op"])
         source = str(node.meta["source"])
         if node.op == "call_module":
@@ -181,13 +143,15 @@ class _Matcher:
             if routine.specialised is not None:
                 self._refuse(owner, op, routine.specialised, unit.layer, rule.name, source)
                 return
-            operand = _operand(node, slot.position)
+            operand = operand_of(node, slot.position)
             role = "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"
             name = place.name or f"{op}_{capture}_input_quantizer"
             # A block may have the same operator twice (DistilBERT's two residual adds): the second is numbered.
             number = taken[owner, name] = taken.get((owner, name), 0) + 1
             if number > 1:
-                stem, _, end = name.rpartition("_input_quantizer") if "_input_quantizer" in name else name.rpartition("_quantizer")
+                stem, _, end = (
+                    name.rpartition("_input_quantizer") if "_input_quantizer" in name else name.rpartition("_quantizer")
+                )
                 name = f"{stem}_{number}{'_input_quantizer' if '_input_quantizer' in name else '_quantizer'}{end}"
             if hasattr(self.model.get_submodule(owner), name):
                 self._refuse(owner, op, f"the block has an attribute '{name}' already", unit.layer, rule.name, source)
@@ -225,7 +189,7 @@ class _Matcher:
     ) -> None:
         linears: set[str] = set()
         for routine in tree.walk():
-            path = _join(unit.path, routine.path)
+            path = join_path(unit.path, routine.path)
             for node in routine.graph.nodes:
                 kind = self._kind(node)
                 if kind is None:
@@ -321,20 +285,23 @@ class _Matcher:
                 if count is not None and not count.holds(found):
                     raise MatchError(
                         f"{where} expects {count} matches per layer, found {found} in layer {layer} of "
-                        f"{self._model_name()}{self._hint(rule)}; correct the rule, or the count if the architecture is "
-                        "meant to differ"
+                        f"{self._model_name()}{self._hint(rule)}; correct the rule, or the count if the architecture "
+                        "is meant to differ"
                     )
         for index, exclude in enumerate(self.rules.exclude):
             if index not in self.excluded:
+                names = ", ".join(sorted({site.name for site in self.sites.values()})[:4])
                 raise MatchError(
-                    f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing ({exclude.why}); "
-                    f"sites are called for example {', '.join(sorted({s.name for s in self.sites.values()})[:4]) or 'nothing'}"
+                    f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing "
+                    f"({exclude.why}); sites are called for example {names or 'nothing'}"
                 )
 
     def _hint(self, rule: Rule) -> str:
         for refusal in self.refusals:
             if refusal.reason.startswith(f"rule '{rule.name}':") or refusal.operator == "block":
-                return f"; nearest: {refusal.reason} at {refusal.path}{f' ({refusal.source})' if refusal.source else ''}"
+                return (
+                    f"; nearest: {refusal.reason} at {refusal.path}{f' ({refusal.source})' if refusal.source else ''}"
+                )
         return ""
 
     def _model_name(self) -> str:
@@ -363,145 +330,6 @@ class _Matcher:
         )
 
 
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
 def _leaf_path(unit: Unit, path: str, target: str) -> str:
     # A unit that is a leaf itself was recorded inside a routine made for it.
-    return path if unit.tree is not None and type(unit.tree.owner).__name__ == "_Alone" else _join(path, target)
-
-
-# ---------------------------------------------------------------------------------------------------- fitting
-
-
-def _operand(node: Node, position: int | str) -> Any:
-    if position == "weight":
-        return None
-    return node.kwargs.get(position) if isinstance(position, str) else node.args[position]
-
-
-def _slots(value: _Value) -> list[_Slot]:
-    """The tensor operands of a node, in order. A linear module has its weight as second operand."""
-    node = value.node
-    slots = [_Slot(value.routine, node, i) for i, argument in enumerate(node.args) if _is_tensor(argument)]
-    slots += [_Slot(value.routine, node, key) for key, argument in node.kwargs.items() if _is_tensor(argument)]
-    if node.op == "call_module" and node.meta.get("op") in ("linear", "conv1d"):
-        slots.insert(1, _Slot(value.routine, node, "weight"))
-    return slots
-
-
-def _is_tensor(argument: object) -> bool:
-    return isinstance(argument, Node) and argument.meta.get("op") not in ("size", "numel") and argument.meta.get("shape") != ()
-
-
-def _fit_node(pattern: Pattern, value: _Value, attempt: _Attempt) -> bool:
-    """Whether the node is what ``pattern`` names, operands included."""
-    slots = _slots(value)
-    wanted = pattern.operands
-    if len(slots) < len(wanted):
-        attempt.reason = f"this {value.op} has {len(slots)} tensor operands, the pattern names {len(wanted)}"
-        return False
-    orders = [slots]
-    if value.op in COMMUTATIVE and len(wanted) == 2 and len(slots) == 2:
-        orders.append(slots[::-1])
-    for order in orders:
-        trial = _Attempt(dict(attempt.captured), attempt.depth + 1)
-        if all(_fit_operand(operand, slot, trial) for operand, slot in zip(wanted, order, strict=False)):
-            attempt.captured, attempt.depth = trial.captured, trial.depth
-            return True
-        if trial.depth > attempt.depth or not attempt.reason:
-            attempt.depth, attempt.reason = max(attempt.depth, trial.depth), trial.reason
-    return False
-
-
-def _fit_operand(operand: Operand, slot: _Slot, attempt: _Attempt) -> bool:
-    if operand.pattern is not None:
-        argument = _operand(slot.node, slot.position)
-        value = _resolve(slot.routine, argument) if isinstance(argument, Node) else None
-        if value is None or not _fit(operand.pattern, value, attempt):
-            came = "a parameter" if value is None else f"'{value.op}'"
-            name = f"operand '{operand.capture}'" if operand.capture else "an operand"
-            attempt.reason = attempt.reason or f"{name} of {slot.node.meta['op']} comes from {came}, not {operand.pattern}"
-            return False
-    if operand.capture is not None:
-        attempt.captured[operand.capture] = slot
-    attempt.depth += 1
-    return True
-
-
-def _fit(pattern: Pattern, value: _Value, attempt: _Attempt) -> bool:
-    """Whether what ``value`` comes from is what ``pattern`` names, looking through layout operators."""
-    if pattern.optional:
-        inner = pattern.operands[0]
-        looked = _through_layout(value, pattern)
-        if any(operator_fits(name, looked.op) for name in pattern.operators):
-            slots = _slots(looked)
-            if slots and _fit_operand(inner, slots[0], attempt):
-                return True
-        return inner.pattern is None or _fit(inner.pattern, value, attempt)
-    looked = _through_layout(value, pattern)
-    return operator_fits(pattern.operators[0], looked.op) and _fit_node(pattern, looked, attempt)
-
-
-def _through_layout(value: _Value, pattern: Pattern) -> _Value:
-    while value.op in LAYOUT and not any(operator_fits(name, value.op) for name in pattern.operators):
-        source = next((arg for arg in value.node.args if isinstance(arg, Node)), None)
-        below = _resolve(value.routine, source) if source is not None else None
-        if below is None:
-            break
-        value = below
-    return value
-
-
-def _resolve(routine: Routine, node: Node) -> _Value | None:
-    """Follow ``node`` out of calls and into them, to the operator that made the tensor; ``None`` at a dead end."""
-    for place in _steps(routine, node):
-        if place.op not in ("item", "block", "input"):
-            return place
-        routine, node = place.routine, place.node
-    return _Value(routine, node)
-
-
-def _steps(routine: Routine, node: Node) -> Iterator[_Value]:
-    while True:
-        value = _Value(routine, node)
-        yield value
-        if value.op == "item":
-            # An element of what a call returned.
-            indices: list[Any] = []
-            source = node
-            while source.meta.get("op") == "item":
-                indices.insert(0, source.args[1])
-                source = source.args[0]  # type: ignore[assignment]
-            callee = source.meta.get("callee")
-            if callee is None or callee.failure is not None:
-                if source.meta.get("op") in ("block", "item"):
-                    return
-                node = source  # chunk, unbind...: an element of a layout operator is the operator
-                continue
-            output = callee.output
-            for index in indices:
-                output = output[index]
-            if not isinstance(output, Node):
-                return
-            routine, node = callee, output
-        elif value.op == "block":
-            callee = node.meta.get("callee")
-            if callee is None or callee.failure is not None or not isinstance(callee.output, Node):
-                return
-            routine, node = callee, callee.output
-        elif value.op == "input":
-            caller, call = routine.caller, routine.call
-            if caller is None or call is None:
-                return
-            args = call.args[1:] if routine.kind == "attention" else call.args
-            handed, _ = flatten_call(tuple(args), dict(call.kwargs))
-            argument = handed[routine.inputs.index(node)]
-            if not isinstance(argument, Node):
-                return
-            routine, node = caller, argument
-        else:
-            return
-
-
+    return path if unit.tree is not None and type(unit.tree.owner).__name__ == "_Alone" else join_path(path, target)

@@ -8,6 +8,9 @@ Two formulas, as in pytorch-quantization 2.1.3:
 - *native* (:func:`native_fake_quant`): torch's own operators, which exporters turn into QuantizeLinear and
   DequantizeLinear. Always the full range [-2^(b-1), 2^(b-1) - 1], as ONNX has it.
 
+While a model is exported by ``torch.onnx.export``, :func:`onnx_fake_quant` stands in for both: the ONNX operators
+themselves.
+
 Half precision is computed in float32 and rounded once, at the end.
 """
 
@@ -18,13 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quant", "native_fake_quant"]
+__all__ = ["exporting_to_onnx", "fake_quant", "native_fake_quant", "onnx_fake_quant"]
 
 #: An amax up to the smallest positive float16 counts as 0: everything is quantized to 0.
 _EPSILON = 1.0 / (1 << 24)
 
 
-def fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False) -> Tensor:
+def fake_quant(
+    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
+) -> Tensor:
     """Round ``inputs`` to the grid that ``amax`` spans, by the legacy formula.
 
     Args:
@@ -58,17 +63,57 @@ def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned:
     qmin = 0 if unsigned else -qmax - 1
     work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     scale = amax.float() / qmax
-    if amax.numel() == 1:
-        # The tensor form of the operator: the scale stays a tensor, so that it can be exported as one.
+    axis = _channel_axis(amax)
+    if torch.compiler.is_compiling():
+        # The operator with a tensor as scale has no shape function, so no exporter can trace it: this is its formula.
+        integers = torch.clamp((work * (1.0 / scale)).round(), qmin, qmax)
+        return (integers * scale).to(inputs.dtype)
+    if axis is None:
+        # The tensor form of the operator: the scale stays on its device.
         zero_point = torch.zeros((), dtype=torch.int32, device=inputs.device)
         outputs = torch.fake_quantize_per_tensor_affine(work, scale.reshape(()), zero_point, qmin, qmax)
     else:
-        axes = [axis for axis, size in enumerate(amax.shape) if size != 1]
-        if len(axes) != 1:
-            raise TypeError(f"torch quantizes along one axis, but amax has the shape {tuple(amax.shape)}")
         zero_points = torch.zeros(amax.numel(), dtype=torch.int32, device=inputs.device)
-        outputs = torch.fake_quantize_per_channel_affine(work, scale.reshape(-1), zero_points, axes[0], qmin, qmax)
+        outputs = torch.fake_quantize_per_channel_affine(work, scale.reshape(-1), zero_points, axis, qmin, qmax)
     return outputs.to(inputs.dtype)
+
+
+def exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` (with ``dynamo=True``, its default) is tracing right now."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+
+
+def onnx_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False) -> Tensor:
+    """QuantizeLinear and DequantizeLinear with an explicit zero point. Only while :func:`exporting_to_onnx`.
+
+    Raises:
+        ValueError: The grid does not have 8 bits, which is what these operators have in every opset.
+        TypeError: ``amax`` varies over more than one axis.
+    """
+    if num_bits != 8:
+        raise ValueError(f"ONNX's QuantizeLinear has 8 bits, this quantizer has {num_bits}; disable it for the export")
+    kind, qmax = (torch.uint8, 255) if unsigned else (torch.int8, 127)
+    axis = _channel_axis(amax)
+    shape = () if axis is None else (amax.numel(),)
+    work = inputs.float()
+    scale = (amax.float() / qmax).reshape(shape)
+    zero_point = torch.zeros(shape, dtype=kind, device=inputs.device)
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    integers = torch.onnx.ops.symbolic(
+        "QuantizeLinear", (work, scale, zero_point), attributes, dtype=kind, shape=inputs.shape
+    )
+    outputs = torch.onnx.ops.symbolic(
+        "DequantizeLinear", (integers, scale, zero_point), attributes, dtype=torch.float32, shape=inputs.shape
+    )
+    return outputs.to(inputs.dtype)
+
+
+def _channel_axis(amax: Tensor) -> int | None:
+    """The axis along which ``amax`` varies; ``None`` for a single value."""
+    axes = [axis for axis, size in enumerate(amax.shape) if size != 1]
+    if len(axes) > 1:
+        raise TypeError(f"one axis can have ranges of its own, but amax has the shape {tuple(amax.shape)}")
+    return axes[0] if axes else None
 
 
 def _round_to_grid(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:

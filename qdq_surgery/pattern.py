@@ -28,8 +28,10 @@ ACTIVATIONS = frozenset({"gelu", "relu", "tanh", "silu", "sigmoid", "activation"
 
 #: Operators that move or cast elements without changing their values; patterns look through them.
 LAYOUT = frozenset(
-    "view reshape permute contiguous expand flatten unflatten squeeze unsqueeze select chunk split unbind cast "
-    "identity clone repeat detach".split()
+    """
+    view reshape permute contiguous expand flatten unflatten squeeze unsqueeze select chunk split unbind cast identity
+    clone repeat detach
+    """.split()
 )
 
 #: Operators whose two operands may stand in either order.
@@ -38,8 +40,10 @@ COMMUTATIVE = frozenset({"add", "mul"})
 #: Every operator name that a pattern may use.
 OPERATORS = (
     frozenset(
-        "linear conv1d matmul baddbmm einsum sdpa add sub mul div softmax dropout layer_norm embedding transpose gather "
-        "masked_fill where cat mean sum sqrt pow neg exp clamp sin cos quantizer".split()
+        """
+        linear conv1d matmul baddbmm einsum sdpa add sub mul div softmax dropout layer_norm embedding transpose gather
+        masked_fill where cat mean sum sqrt pow neg exp clamp sin cos quantizer
+        """.split()
     )
     | ACTIVATIONS
     | LAYOUT
@@ -119,13 +123,17 @@ def parse_pattern(text: str) -> Pattern:
         except SyntaxError as error:
             message = (error.msg or "").replace(":=", "=")
             raise _Refusal(
-                f"pattern syntax: {message}", "write for example add(local=linear(_), residual)", (error.offset or 1) - 1
+                f"pattern syntax: {message}",
+                "write for example add(local=linear(_), residual)",
+                (error.offset or 1) - 1,
             ) from None
         except (ValueError, MemoryError, RecursionError) as error:
             raise _Refusal(f"pattern syntax: {error}", "write for example linear(x, w)") from None
         pattern = _read_call(tree)
         if pattern.optional:
-            raise _Refusal("the outermost operator of a pattern cannot be optional", "name an operator around maybe(...)")
+            raise _Refusal(
+                "the outermost operator of a pattern cannot be optional", "name an operator around maybe(...)"
+            )
         captures = pattern.captures()
         for name in captures:
             if captures.count(name) > 1:
@@ -162,11 +170,15 @@ def _read_maybe(node: ast.Call) -> Pattern:
     names = []
     for argument in maybe.args:
         if not isinstance(argument, ast.Name):
-            raise _Refusal(f"found {_describe(argument)} inside maybe(...)", "write operator names", argument.col_offset)
+            raise _Refusal(
+                f"found {_describe(argument)} inside maybe(...)", "write operator names", argument.col_offset
+            )
         names.append(_operator(argument))
     operands = _operands(node)
     if len(operands) != 1:
-        raise _Refusal(f"maybe(...) takes one operand, found {len(operands)}", "write maybe(dropout)(x)", node.col_offset)
+        raise _Refusal(
+            f"maybe(...) takes one operand, found {len(operands)}", "write maybe(dropout)(x)", node.col_offset
+        )
     if operands[0].capture is not None:
         raise _Refusal(
             "a capture directly inside maybe(...)(...) has no operator of its own when the node is missing",
@@ -192,7 +204,9 @@ def _operand(node: ast.expr, capture: str | None) -> Operand:
             raise _Refusal(f"'{capture}={node.id}' names one operand twice", f"write {capture} alone", node.col_offset)
         if node.id in OPERATORS:
             raise _Refusal(
-                f"'{node.id}' is an operator, here used as a capture", f"write {node.id}(_), or another name", node.col_offset
+                f"'{node.id}' is an operator, here used as a capture",
+                f"write {node.id}(_), or another name",
+                node.col_offset,
             )
         return Operand(capture=node.id)
     return Operand(_read_call(node), capture)

@@ -134,7 +134,8 @@ class Plan(Rendered):
 
     def under(self, path: str) -> Iterator[Site | Refusal]:
         """Sites and refusals at or below the module ``path``, or of the quantizer ``path``."""
-        for item in (*self.sites, *self.refusals):
+        items: list[Site | Refusal] = [*self.sites, *self.refusals]
+        for item in items:
             where = item.quantizer if isinstance(item, Site) else item.path
             if not path or where == path or where.startswith(path + "."):
                 yield item
@@ -157,7 +158,10 @@ class Plan(Rendered):
 
     def __rich__(self) -> RenderableType:
         title = Text.assemble(
-            (self.model, "bold"), f": {len(self.sites)} quantizers by rule set ", (self.rules.name, "bold"), f" in {self.layers} layers"
+            (self.model, "bold"),
+            f": {len(self.sites)} quantizers by rule set ",
+            (self.rules.name, "bold"),
+            f" in {self.layers} layers",
         )
         parts: list[RenderableType] = [title]
         if self.attention is not None:
@@ -198,5 +202,10 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         number = column in ("matches", "quantizers", "places", "found", "quantized", "refused")
-        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number or index == 0 and len(columns) == 4)
+        table.add_column(
+            column,
+            justify="right" if number else "left",
+            overflow="fold",
+            no_wrap=number or (index == 0 and len(columns) == 4),
+        )
     return table

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_quantization import calib
+from pytorch_quantization import calib, tensor_quant
 from pytorch_quantization import nn as quant_nn
-from pytorch_quantization import tensor_quant
 from torch import Tensor
 
-from qdq_surgery.numerics import fake_quant, native_fake_quant
+from qdq_surgery.errors import CalibrationError
+from qdq_surgery.numerics import exporting_to_onnx, fake_quant, native_fake_quant, onnx_fake_quant
 from qdq_surgery.spec import QuantSpec
 
 __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
@@ -30,6 +30,8 @@ class Provenance:
     """Why a quantizer is where it is.
 
     Attributes:
+        quantizer: Its qualified name in the model that was converted.
+        role: ``"input"`` or ``"weight"``.
         rule: Name of the rule.
         rules: Name of the rule set.
         why: The rule's own reason.
@@ -39,6 +41,8 @@ class Provenance:
         descriptor: The spec in words, such as ``int8 per-tensor max``.
     """
 
+    quantizer: str
+    role: str
     rule: str
     rules: str
     why: str
@@ -57,6 +61,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         provenance: Why it is where it is.
         device: Where ranges that are loaded later go.
     """
+
+    _amax: Tensor
 
     def __init__(
         self,
@@ -96,7 +102,9 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         amax = torch.as_tensor(value)
         known = self.amax
         if known is not None and known.shape != amax.shape:
-            raise TypeError(f"amax has the shape {tuple(known.shape)}, found {tuple(amax.shape)}; call reset_amax() first")
+            raise TypeError(
+                f"amax has the shape {tuple(known.shape)}, found {tuple(amax.shape)}; call reset_amax() first"
+            )
         self._set_amax(amax)
 
     def reset_amax(self) -> None:
@@ -182,6 +190,13 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if not self._fake_quant:
             outputs, self._scale = tensor_quant.tensor_quant(inputs, amax, self._num_bits, self._unsigned)
             return outputs  # type: ignore[no-any-return]
+        if exporting_to_onnx():
+            if self.amax is None and self.provenance is not None and self.provenance.role != "weight":
+                raise CalibrationError(
+                    f"{self.provenance.quantizer} has no range: calibrate the model before exporting it, or disable "
+                    "this quantizer"
+                )
+            return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
         if self.use_fb_fake_quant:
             return native_fake_quant(inputs, amax, self._num_bits, self._unsigned)
         if self._unsigned and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
@@ -207,7 +222,9 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         super(quant_nn.TensorQuantizer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def make_quantizer(spec: QuantSpec | None, default: tensor_quant.QuantDescriptor, provenance: Provenance, device: torch.device) -> TensorQuantizer:
+def make_quantizer(
+    spec: QuantSpec | None, default: tensor_quant.QuantDescriptor, provenance: Provenance, device: torch.device
+) -> TensorQuantizer:
     """A new quantizer.
 
     Args:

@@ -3,10 +3,10 @@
 Real tensors flow through the block's own forward, so Python control flow, C++ code and ``isinstance`` see what they
 always see; a ``TorchFunctionMode`` notes each torch call as it happens. What keeps the graph general:
 
-- *Sizes stay symbolic.* ``x.shape`` gives integers that know their node (:class:`_Size`) and pass that on in
-  arithmetic, so ``x.view(*x.shape[:-1], -1, 64)`` holds for every batch and length.
+- *Sizes stay symbolic.* ``x.shape`` gives integers that know their node (:mod:`~qdq_surgery.symbols`) and pass that on
+  in arithmetic, so ``x.view(*x.shape[:-1], -1, 64)`` holds for every batch and length.
 - *Decisions are recorded.* A comparison of sizes becomes a node that checks, on each run, that it still turns out the
-  same (:func:`expect`). Values that decide in ways that cannot be checked are refused with :class:`TraceError`.
+  same (:func:`~qdq_surgery.routine.expect`). Decisions that cannot be checked are refused with :class:`TraceError`.
 - *Attributes are recorded.* Every plain attribute that the forward read (``training``, a dropout probability) is listed
   with its value: the graph holds as long as these are the same.
 
@@ -21,137 +21,39 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
 from qdq_surgery.errors import TraceError
 from qdq_surgery.operators import callable_name, function_operator, is_leaf, module_operator, tensor_method
-from qdq_surgery.shadow import copy_module_shell
+from qdq_surgery.routine import PLAIN, SELF, Routine, describe_leaf, expect, flatten_call, join_path
+from qdq_surgery.stand_in import make_stand_in
+from qdq_surgery.symbols import Real, Size, plain
 
-__all__ = ["SELF", "DecisionChangedError", "Leaf", "Routine", "describe_leaf", "expect", "flatten_call", "recording_of", "record"]
-
-#: Name of the placeholder for the block itself, where a graph hands it on (to the attention function).
-SELF = "block_itself"
+__all__ = ["record", "recording_of"]
 
 _TORCH_HOME = str(Path(torch.__file__).parent)
-_OWN_FILE = __file__
+_PACKAGE_HOME = str(Path(__file__).parent)
 
 _SIZE_GETTERS = frozenset({"size", "shape"})
 _FACTS = frozenset(
-    "dim ndim ndimension dtype device is_cuda is_cpu is_meta is_floating_point is_complex is_signed is_contiguous layout "
-    "requires_grad is_leaf grad_fn is_sparse is_quantized is_nested itemsize element_size names is_inference _version "
-    "is_mkldnn is_xpu is_mps is_xla stride storage_offset data_ptr get_device has_names __hash__ __repr__ __format__ "
-    "retain_grad requires_grad_ __dir__ __reduce_ex__ untyped_storage is_same_size is_neg is_conj".split()
+    """
+    dim ndim ndimension dtype device is_cuda is_cpu is_meta is_floating_point is_complex is_signed is_contiguous layout
+    requires_grad is_leaf grad_fn is_sparse is_quantized is_nested itemsize element_size names is_inference _version
+    is_mkldnn is_xpu is_mps is_xla stride storage_offset data_ptr get_device has_names __hash__ __repr__ __format__
+    retain_grad requires_grad_ __dir__ __reduce_ex__ untyped_storage is_same_size is_neg is_conj
+    """.split()
 )
-_DATA = frozenset("__bool__ item tolist __int__ __float__ __index__ numpy __array__ __contains__ equal allclose nonzero".split())
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-# Read by the wrapper that transformers puts around a layer's forward, never by the forward itself.
-_NOT_READ = frozenset({"gradient_checkpointing"})
-
-
-class DecisionChangedError(Exception):
-    """A recorded decision turned out otherwise: the graph does not hold for this call."""
-
-
-def expect(found: object, wanted: bool, where: str) -> None:
-    """Node of a recorded decision.
-
-    Raises:
-        DecisionChangedError: ``found`` is not what it was when the graph was recorded.
+_DATA = frozenset(
     """
-    if bool(found) is not wanted:
-        raise DecisionChangedError(f"{where}: a comparison of sizes that was {wanted} in the recorded run is now {not wanted}")
-
-
-Leaf = tuple[Any, ...]
-
-
-def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], list[str]]:
-    """All values in the arguments of a call, with the path of each: tuples, lists and dicts are opened."""
-    values: list[Any] = []
-    paths: list[str] = []
-
-    def visit(value: Any, path: str) -> None:
-        if type(value) in (tuple, list) or isinstance(value, torch.Size):
-            for index, item in enumerate(value):
-                visit(item, f"{path}.{index}")
-        elif type(value) is dict:
-            for key, item in value.items():
-                visit(item, f"{path}.{key}")
-        else:
-            values.append(value)
-            paths.append(path)
-
-    for index, value in enumerate(args):
-        visit(value, str(index))
-    for key, value in kwargs.items():
-        visit(value, key)
-    return values, paths
-
-
-def describe_leaf(value: Any) -> Leaf:
-    """What of an argument a graph depends on: kind, rank, dtype and device of a tensor; the value of a constant."""
-    if isinstance(value, torch.Tensor):
-        return ("tensor", value.ndim, value.dtype, value.device.type)
-    if isinstance(value, float):
-        return ("float",)
-    if isinstance(value, nn.Module):
-        return ("module",)
-    if isinstance(value, _PLAIN):
-        # The type belongs to it: True == 1.
-        return ("constant", type(value), value)
-    return ("object", type(value))
-
-
-@dataclass(eq=False)
-class Routine:
-    """One recorded function: a block's forward, or the attention function that a block calls.
-
-    Attributes:
-        path: Where the owning block lies, relative to the unit that was recorded; ``""`` is the unit itself.
-        kind: ``"forward"`` or ``"attention"``.
-        graph: Nodes carry ``meta``: ``op`` (operator name), ``origin`` (identity of the call within the source),
-            ``source`` (file:line), ``shape`` (of the example), ``callee`` (routine of a child that is a block).
-        signature: Description of each argument leaf that the graph holds for; see :func:`describe_leaf`.
-        inputs: For each argument leaf its placeholder, or the constant that it was.
-        reads: Plain attributes that decided something: (path of the module, name) -> value.
-        reads_dtype: Whether a dtype was asked for, so that autocast matters.
-        failure: Why there is no graph, if there is none.
-        specialised: Why the graph may be looked at but not run, if a size of the example is baked into it.
-    """
-
-    path: str
-    kind: str
-    owner: nn.Module
-    function: str
-    graph: Graph = field(default_factory=Graph)
-    argument_paths: tuple[str, ...] = ()
-    signature: tuple[Leaf, ...] = ()
-    inputs: list[Any] = field(default_factory=list)
-    output: Any = None
-    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
-    reads_dtype: bool = False
-    caller: Routine | None = None
-    call: Node | None = None
-    children: list[Routine] = field(default_factory=list)
-    failure: str | None = None
-    specialised: str | None = None
-
-    def walk(self) -> Iterator[Routine]:
-        """This routine and all that it calls, outermost first."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
-
-    def opaque(self) -> Iterator[Routine]:
-        """The routines without a graph."""
-        return (routine for routine in self.walk() if routine.failure is not None)
+    __bool__ item tolist __int__ __float__ __index__ numpy __array__ __contains__ equal allclose nonzero
+    """.split()
+)
 
 
 def record(
@@ -187,138 +89,6 @@ def recording_of(module: nn.Module) -> _Recorder | None:
     return cast("_Recorder | None", getattr(module, "_qdq_recorder", None))
 
 
-# ---------------------------------------------------------------------------------------------------- stand-ins
-
-
-_STAND_INS: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``cls`` that reports attribute reads and calls to its recorder."""
-    known = _STAND_INS.get(cls)
-    if known is not None:
-        return known
-
-    def __getattribute__(self: nn.Module, name: str) -> Any:
-        value = cls.__getattribute__(self, name)
-        if isinstance(value, _PLAIN) and not name.startswith("__") and name not in _NOT_READ:
-            own = object.__getattribute__(self, "__dict__")
-            recorder = own.get("_qdq_recorder")
-            if recorder is not None and name in own:
-                recorder.note_read(own["_qdq_path"], name, value)
-        return value
-
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = object.__getattribute__(self, "__dict__")
-        return own["_qdq_recorder"].call_child(own["_qdq_path"], own["_qdq_real"], args, kwargs)
-
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
-        raise TraceError(f"{cls.__name__}.forward sets its own attribute '{name}', which a graph cannot do")
-
-    stand_in = type(cls)(
-        cls.__name__,
-        (cls,),
-        {
-            "__getattribute__": __getattribute__,
-            "__call__": __call__,
-            "__setattr__": __setattr__,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-        },
-    )
-    _STAND_INS[cls] = stand_in
-    return stand_in
-
-
-def _stand_in(module: nn.Module, path: str, recorder: _Recorder) -> nn.Module:
-    shell = copy_module_shell(module, _stand_in_class(type(module)))
-    own = vars(shell)
-    own["_qdq_recorder"], own["_qdq_path"], own["_qdq_real"] = recorder, path, module
-    prefix = f"{path}." if path else ""
-    own["_modules"] = {
-        name: None if child is None else _stand_in(child, prefix + name, recorder)
-        for name, child in module._modules.items()
-    }
-    return shell
-
-
-# ---------------------------------------------------------------------------------------------------- symbolic sizes
-
-
-class _Size(int):
-    """An integer that knows the node it came from."""
-
-    node: Node
-    recorder: _Recorder
-
-    __hash__ = int.__hash__
-
-    def __bool__(self) -> bool:
-        return self.recorder.decide(operator.ne, (self, 0), int(self) != 0)
-
-    def __int__(self) -> int:
-        value = int.__int__(self)
-        self.recorder.fix_size(self, value)
-        return value
-
-    def __float__(self) -> float:
-        value = int.__float__(self)
-        self.recorder.fix_size(self, int.__int__(self))
-        return value
-
-
-class _Real(float):
-    """A float that knows the node it came from."""
-
-    node: Node
-    recorder: _Recorder
-
-    __hash__ = float.__hash__
-
-    def __bool__(self) -> bool:
-        return self.recorder.decide(operator.ne, (self, 0.0), float.__ne__(self, 0.0))
-
-
-def _install_arithmetic(cls: type[_Size] | type[_Real], base: type[int] | type[float]) -> None:
-    def binary(name: str, function: Callable[[Any, Any], Any], reflected: bool) -> None:
-        method = getattr(base, name)
-
-        def compute(self: Any, other: Any) -> Any:
-            value = method(self, other)
-            if value is NotImplemented:
-                return value
-            operands = (other, self) if reflected else (self, other)
-            return self.recorder.number(function, operands, value)
-
-        setattr(cls, name, compute)
-
-    for stem in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
-        binary(f"__{stem}__", getattr(operator, stem), reflected=False)
-        binary(f"__r{stem}__", getattr(operator, stem), reflected=True)
-    for stem in ("eq", "ne", "lt", "le", "gt", "ge"):
-        method, function = getattr(base, f"__{stem}__"), getattr(operator, stem)
-
-        def compare(self: Any, other: Any, method: Any = method, function: Any = function) -> Any:
-            value = method(self, other)
-            if value is NotImplemented:
-                return value
-            return self.recorder.decide(function, (self, other), value)
-
-        setattr(cls, f"__{stem}__", compare)
-
-    def negative(self: Any) -> Any:
-        return self.recorder.number(operator.neg, (self,), base.__neg__(self))
-
-    cls.__neg__ = negative  # type: ignore[method-assign, assignment]
-
-
-_install_arithmetic(_Size, int)
-_install_arithmetic(_Real, float)
-
-
-# ---------------------------------------------------------------------------------------------------- the recorder
-
-
 class _Mode(TorchFunctionMode):
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -340,11 +110,11 @@ class _Recorder:
         self.graph = self.routine.graph
         self.block, self.nested = block, nested
         self.paused = False
-        self.stand_in = _stand_in(block, "", self)
+        self.stand_in = make_stand_in(block, "", self)
         self.alive: list[Any] = []  # ids are only identities while their objects live
         self.nodes: dict[int, Node] = {}
         self.tensor_paths = {id(t): name for name, t in (*block.named_parameters(), *block.named_buffers())}
-        self.sizes: dict[tuple[Node, int], _Size] = {}
+        self.sizes: dict[tuple[Node, int], Size] = {}
         self.occurrences: dict[tuple[Any, ...], int] = {}
 
     # -- running -----------------------------------------------------------------------------------------------
@@ -361,7 +131,7 @@ class _Recorder:
         self.routine.output = self.argument(output)
         self.graph.output(self.routine.output)
         self._drop_unused()
-        return _plain(output)
+        return plain(output)
 
     def _placeholder(self, value: Any, path: str, names: list[str]) -> Any:
         head, _, rest = path.partition(".")
@@ -385,10 +155,10 @@ class _Recorder:
             node = self.graph.placeholder(_safe(name))
             node.meta.update(op="input", shape=(), origin=("input", path), source="")
             self.routine.inputs.append(node)
-            return self._symbol(_Real(float(value)), node)
-        if isinstance(value, _Size):
+            return self._symbol(Real(float(value)), node)
+        if isinstance(value, Size):
             value = int.__int__(value)
-        if not isinstance(value, _PLAIN):
+        if not isinstance(value, PLAIN):
             raise TraceError(f"{self.where()} is handed a {type(value).__name__} as argument '{path}'")
         self.routine.inputs.append(value)
         return value
@@ -405,12 +175,17 @@ class _Recorder:
     def call_child(self, path: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A child of the block is called: a leaf node, and a routine of its own if it is a block."""
         node = self._node(
-            "call_module", path, args, kwargs, module_operator(child) if is_leaf(child) else "block", name=path.rpartition(".")[2]
+            "call_module",
+            path,
+            args,
+            kwargs,
+            module_operator(child) if is_leaf(child) else "block",
+            name=path.rpartition(".")[2],
         )
         node.meta["class"] = type(child)
         if is_leaf(child) or not self.nested:
             with self.pause():
-                output = child(*_plain(args), **_plain(kwargs))
+                output = child(*plain(args), **plain(kwargs))
         else:
             output = self._nested(node, child, type(child).forward, args, kwargs, path=path, kind="forward")
         return self._result(node, output)
@@ -424,7 +199,7 @@ class _Recorder:
             output = self._nested(node, self.block, function, args[1:], kwargs, path="", kind="attention")
         else:
             with self.pause():
-                output = function(self.block, *_plain(args[1:]), **_plain(kwargs))
+                output = function(self.block, *plain(args[1:]), **plain(kwargs))
         return self._result(node, output)
 
     def _nested(
@@ -438,9 +213,9 @@ class _Recorder:
         path: str,
         kind: str,
     ) -> Any:
-        whole = ".".join(part for part in (self.routine.path, path) if part)
+        whole = join_path(self.routine.path, path)
         with self.pause():
-            args, kwargs = _plain(args), _plain(kwargs)
+            args, kwargs = plain(args), plain(kwargs)
             try:
                 routine, output = record(block, function, args, kwargs, path=whole, kind=kind)
             except TraceError as error:
@@ -464,7 +239,7 @@ class _Recorder:
             return int.__int__(size)
         if name == "numel":
             node = self._node("call_method", "numel", args, kwargs, "numel")
-            return self._symbol(_Size(func(args[0])), node)
+            return self._symbol(Size(func(args[0])), node)
         if name == "__iter__":
             return iter(torch.Tensor.unbind(args[0], 0))
         if name in _DATA:
@@ -481,7 +256,7 @@ class _Recorder:
                 node = self._node("call_method", method, args, kwargs, op)
         else:
             node = self._node("call_function", func, args, kwargs, op)
-        output = func(*_plain(args), **_plain(kwargs))
+        output = func(*plain(args), **plain(kwargs))
         if name.endswith("_") and not name.endswith("__") and output is args[0]:
             # In place: from here on the tensor is what this node returns.
             self._bind(output, node)
@@ -497,7 +272,7 @@ class _Recorder:
         if self.paused:
             return value
         node = self._node("call_function", function, operands, {}, "size")
-        return self._symbol(_Size(value) if isinstance(value, int) else _Real(value), node)
+        return self._symbol(Size(value) if isinstance(value, int) else Real(value), node)
 
     def decide(self, function: Callable[..., Any], operands: tuple[Any, ...], value: bool) -> bool:
         """A comparison of sizes: its result goes into Python, so the graph checks it from now on."""
@@ -506,7 +281,7 @@ class _Recorder:
             self._node("call_function", expect, (node, value, f"{self.where()}, {self.source()[1]}"), {}, "expect")
         return value
 
-    def fix_size(self, size: _Size, value: int) -> None:
+    def fix_size(self, size: Size, value: int) -> None:
         """A size leaves as a plain integer: the graph checks from now on that it has this value."""
         self.decide(operator.eq, (size, value), True)
 
@@ -517,12 +292,12 @@ class _Recorder:
             return self._size(tensor, int.__int__(dim) % tensor.ndim)
         return torch.Size([self._size(tensor, index) for index in range(tensor.ndim)])
 
-    def _size(self, tensor: torch.Tensor, dim: int) -> _Size:
+    def _size(self, tensor: torch.Tensor, dim: int) -> Size:
         key = (self._tensor_node(tensor), dim)
         if key not in self.sizes:
             node = self._node("call_method", "size", (tensor, dim), {}, "size")
             with self.pause():
-                self.sizes[key] = self._symbol(_Size(tensor.shape[dim]), node)
+                self.sizes[key] = self._symbol(Size(tensor.shape[dim]), node)
         return self.sizes[key]
 
     def _symbol(self, value: Any, node: Node) -> Any:
@@ -557,10 +332,10 @@ class _Recorder:
             return value
         if isinstance(value, torch.Tensor):
             return self._tensor_node(value)
-        if isinstance(value, (_Size, _Real)):
+        if isinstance(value, (Size, Real)):
             if value.recorder is self:
                 return value.node
-            return _plain(value)
+            return plain(value)
         if type(value) is dict:
             return {key: self.argument(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
@@ -568,7 +343,7 @@ class _Recorder:
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, slice):
             return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
-        if isinstance(value, (*_PLAIN, torch.memory_format, torch.layout, type(...))):
+        if isinstance(value, (*PLAIN, torch.memory_format, torch.layout, type(...))):
             return value
         if isinstance(value, nn.Module) and recording_of(value) is self:
             return self.self_node()
@@ -605,12 +380,14 @@ class _Recorder:
             items = [self._result(self._item(node, index), item) for index, item in enumerate(output)]
             return type(output)(*items)
         if isinstance(output, tuple) and type(output).__module__ == "torch.return_types":
-            return type(output)([self._result(self._item(node, i), item) for i, item in enumerate(output)])  # type: ignore[call-arg]
+            return type(output)([self._result(self._item(node, i), item) for i, item in enumerate(output)])
         if isinstance(output, (tuple, list)):
             return type(output)(self._result(self._item(node, index), item) for index, item in enumerate(output))
         if output is None or isinstance(output, (torch.dtype, torch.device)):
             return output
-        raise TraceError(f"{self.where()}: {node.meta['source']} returns a {type(output).__name__}, which a graph cannot hold")
+        raise TraceError(
+            f"{self.where()}: {node.meta['source']} returns a {type(output).__name__}, which a graph cannot hold"
+        )
 
     def _item(self, node: Node, index: int) -> Node:
         item = self.graph.call_function(operator.getitem, (node, index))
@@ -638,10 +415,9 @@ class _Recorder:
         frame = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
-            if code.co_filename == _OWN_FILE:
-                if code.co_name == "run":
-                    break
-            elif not code.co_filename.startswith(_TORCH_HOME):
+            if code.co_filename == __file__ and code.co_name == "run":
+                break
+            if not code.co_filename.startswith((_TORCH_HOME, _PACKAGE_HOME)):
                 frames.append((Path(code.co_filename).name, code.co_name, frame.f_lasti))
                 place = place or f"{Path(code.co_filename).name}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
@@ -662,21 +438,6 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self.recorder.paused = self.before
-
-
-def _plain(value: Any) -> Any:
-    """The value with ordinary numbers in place of symbolic ones."""
-    if isinstance(value, _Size):
-        return int.__int__(value)
-    if isinstance(value, _Real):
-        return float.__float__(value)
-    if isinstance(value, torch.Size):
-        return torch.Size([int.__int__(item) for item in value])
-    if type(value) in (tuple, list):
-        return type(value)(_plain(item) for item in value)
-    if type(value) is dict:
-        return {key: _plain(item) for key, item in value.items()}
-    return value
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:

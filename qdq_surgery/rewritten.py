@@ -19,7 +19,8 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.recorder import SELF, DecisionChangedError, Leaf, Routine, describe_leaf, flatten_call, record, recording_of
+from qdq_surgery.recorder import record, recording_of
+from qdq_surgery.routine import SELF, DecisionChangedError, Leaf, Routine, describe_leaf, flatten_call
 from qdq_surgery.shadow import shadow
 
 __all__ = ["Edit", "Rewritten", "Variant", "compile_variant", "insert_quantizers"]
@@ -170,9 +171,11 @@ class Rewritten:
                 except DecisionChangedError as error:
                     if torch.is_grad_enabled() and module.training:
                         # Part of the block ran already and drew random numbers: starting over would not be the same.
-                        raise TraceError(f"{type(module).__name__}: {error}; run this shape once in eval mode first") from None
-        variant = self._specialise(module, args, kwargs)
-        return variant.run(module, values)
+                        raise TraceError(
+                            f"{type(module).__name__}: {error}; run this shape once in eval mode first"
+                        ) from None
+        made: Variant = self._specialise(module, args, kwargs)
+        return made.run(module, values)
 
     def as_function(self) -> Callable[..., Any]:
         """The rewritten function, called like the original: the block first."""
@@ -183,15 +186,18 @@ class Rewritten:
 
         return function
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _specialise(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         recorder = recording_of(module)
         if recorder is not None:
             # The block is being looked at by a recorder: that one has to look away meanwhile.
             with recorder.pause():
-                return self._specialise(recorder.block, args, kwargs)
+                inside: Variant = self._specialise(recorder.block, args, kwargs)
+                return inside
         ghost = shadow(module)
-        devices = sorted({value.device for value in flatten_call(args, kwargs)[0] if isinstance(value, torch.Tensor)}, key=str)
+        devices = sorted(
+            {value.device for value in flatten_call(args, kwargs)[0] if isinstance(value, torch.Tensor)}, key=str
+        )
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
             args, kwargs = _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
@@ -208,8 +214,9 @@ class Rewritten:
         for node in routine.graph.nodes:
             if node.op != "call_module" and node.meta.get("op") in GUARDED and node.meta["origin"] not in self.known:
                 raise TraceError(
-                    f"{type(routine.owner).__name__}.{routine.function}: this call takes a path with a {node.meta['op']} at "
-                    f"{node.meta['source']} that the plan has not seen; convert with example_inputs= that take it"
+                    f"{type(routine.owner).__name__}.{routine.function}: this call takes a path with a "
+                    f"{node.meta['op']} at {node.meta['source']} that the plan has not seen; convert with "
+                    "example_inputs= that take it"
                 )
         insert_quantizers(routine.graph, self.edits)
         return compile_variant(routine, routine.graph)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -90,13 +90,15 @@ def _read_text(path: Path) -> str:
             raise RuleFileError(f"the file has {size} bytes", f"a rule file has at most {_MAX_BYTES}", path=path)
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RuleFileError(f"cannot be read: {error.strerror}", "check the path and its permissions", path=path) from None
+        raise RuleFileError(
+            f"cannot be read: {error.strerror}", "check the path and its permissions", path=path
+        ) from None
     except UnicodeDecodeError as error:
         raise RuleFileError(f"not UTF-8 at byte {error.start}", "save the file as UTF-8", path=path) from None
 
 
 def _compose(path: Path, text: str) -> yaml.MappingNode:
-    def refuse(found: str, fix: str, mark: yaml.Mark | None) -> NoReturn:
+    def refuse(found: str, fix: str, mark: Any) -> NoReturn:
         raise RuleFileError(
             found, fix, path=path, line=mark.line + 1 if mark else None, column=mark.column + 1 if mark else None
         )
@@ -107,8 +109,9 @@ def _compose(path: Path, text: str) -> yaml.MappingNode:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
                 refuse("found an anchor or alias", "write the value out", event.start_mark)
-            if getattr(event, "tag", None) is not None:
-                refuse(f"found the YAML tag '{event.tag}'", "rule files are plain data: remove the tag", event.start_mark)
+            tag = getattr(event, "tag", None)
+            if tag is not None:
+                refuse(f"found the YAML tag '{tag}'", "rule files are plain data: remove the tag", event.start_mark)
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
                 refuse(f"nested deeper than {_MAX_DEPTH} levels", "a rule file needs five", event.start_mark)
@@ -172,6 +175,7 @@ class _File:
                 extends=base.name if base else None,
                 path=self.path,
                 text=self.text,
+                files=(self.path, *(base.files if base else ())),
             ),
         )
 
@@ -189,7 +193,9 @@ class _File:
     def spec(self, node: yaml.Node, where: str) -> QuantSpec | None:
         if isinstance(node, yaml.ScalarNode) and node.value == DEFAULT_SPEC:
             return None
-        keys = self.keys(node, where, {"num_bits", "axis", "unsigned", "narrow_range", "calibrator"}, set(), (DEFAULT_SPEC,))
+        keys = self.keys(
+            node, where, {"num_bits", "axis", "unsigned", "narrow_range", "calibrator"}, set(), (DEFAULT_SPEC,)
+        )
         return self.checked(
             node,
             lambda: QuantSpec(
@@ -227,13 +233,13 @@ class _File:
             self.refuse(f"rule '{name}' has no pattern", "write for example pattern: linear(x, w)", keys["match"])
         quantize = self.mapping(keys["quantize"], "quantize", self.place)
         pattern = self.pattern(match["pattern"])
-        for capture, key in self.key_nodes(keys["quantize"]).items():
+        for capture, capture_node in self.key_nodes(keys["quantize"]).items():
             if capture not in pattern.captures():
                 known = ", ".join(pattern.captures()) or "none"
                 self.refuse(
                     f"rule '{name}' quantizes '{capture}', which its pattern does not capture",
                     f"the pattern captures: {known}",
-                    key,
+                    capture_node,
                 )
         return self.checked(
             node,
@@ -362,7 +368,9 @@ class _File:
 
     def string(self, node: yaml.Node, where: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "str" or not node.value.strip():
-            self.refuse(f"{where} is {_kind(node)}, not a text", "write a word, in quotes if it looks like a number", node)
+            self.refuse(
+                f"{where} is {_kind(node)}, not a text", "write a word, in quotes if it looks like a number", node
+            )
         return str(node.value)
 
     def integer(self, node: yaml.Node, where: str) -> int:

@@ -20,7 +20,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """An instance of ``cls`` with the attributes of ``module``, sharing their values, with no hooks and no children yet.
+    """An instance of ``cls`` with the attributes of ``module``, values shared, with no hooks and no children yet.
 
     Args:
         cls: The class of ``module`` or a subclass that adds no state.

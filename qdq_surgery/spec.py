@@ -102,7 +102,9 @@ class QuantSpec:
         if not 2 <= self.num_bits <= 16:
             raise RuleFileError(f"num_bits {self.num_bits} is outside 2 to 16", "write for example 8")
         if self.axis is not None and not -4 <= self.axis <= 3:
-            raise RuleFileError(f"axis {self.axis} is outside -4 to 3", "write 0 for a linear's output channels, or null")
+            raise RuleFileError(
+                f"axis {self.axis} is outside -4 to 3", "write 0 for a linear's output channels, or null"
+            )
         if self.axis is not None and self.calibrator.is_histogram:
             raise RuleFileError(
                 f"calibrator '{self.calibrator.name}' needs one range per tensor, but axis is {self.axis}",
@@ -259,6 +261,7 @@ class RuleSet:
         specs: By name; ``None`` stands for pytorch-quantization's default descriptors.
         rules: In order of precedence: for each operand the first match wins.
         text: The file's own text, so that a converted model can carry its rules.
+        files: This file and those that it extends.
         extends: Name of the rule set that this one builds on.
     """
 
@@ -270,6 +273,7 @@ class RuleSet:
     extends: str | None = None
     path: Path | None = None
     text: str = ""
+    files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}

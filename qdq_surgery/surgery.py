@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pytorch_quantization import nn as quant_nn
@@ -19,8 +20,8 @@ from qdq_surgery.attention import check_not_bypassed, eager_function
 from qdq_surgery.linear import QuantLinear
 from qdq_surgery.plan import Plan, Site
 from qdq_surgery.quantizer import Provenance, TensorQuantizer, make_quantizer
-from qdq_surgery.recorder import Routine
 from qdq_surgery.rewritten import GUARDED, Edit, Rewritten, Variant
+from qdq_surgery.routine import Routine
 
 __all__ = ["PLAN_ATTRIBUTE", "Recordings", "operate", "quantized_class"]
 
@@ -96,7 +97,10 @@ class _Surgeon:
         routines = list(self.recordings[owner, kind])
         edits = tuple(Edit(site.origin, site.position, site.name) for site in sites)
         known = frozenset(
-            node.meta["origin"] for routine in routines for node in routine.graph.nodes if node.meta.get("op") in GUARDED
+            node.meta["origin"]
+            for routine in routines
+            for node in routine.graph.nodes
+            if node.meta.get("op") in GUARDED
         )
         rewritten = Rewritten(kind, original, edits, known, [])
         for site in sites:
@@ -112,9 +116,13 @@ class _Surgeon:
     def _quantizer(self, owner: nn.Module, site: Site) -> TensorQuantizer:
         # The defaults are read now: what set_default_quant_desc_* was given last is what a rule's "default" means.
         weight = site.role == "weight"
-        default = quant_nn.QuantLinear.default_quant_desc_weight if weight else quant_nn.QuantLinear.default_quant_desc_input
+        default = (
+            quant_nn.QuantLinear.default_quant_desc_weight if weight else quant_nn.QuantLinear.default_quant_desc_input
+        )
         rule = self.plan.rules.rule(site.rule)
         provenance = Provenance(
+            quantizer=site.quantizer,
+            role=site.role,
             rule=rule.name,
             rules=self.plan.rules.name,
             why=rule.why,
@@ -126,7 +134,8 @@ class _Surgeon:
         tensor = next((p for p in owner.parameters()), None)
         device = self.model.device if tensor is None else tensor.device
         quantizer = make_quantizer(site.spec, default, provenance, torch.device(device))
-        return quantizer.train(owner.training)
+        quantizer.train(owner.training)
+        return quantizer
 
     # -- steps that can be taken back --------------------------------------------------------------------------
 
@@ -145,7 +154,7 @@ class _Surgeon:
         target.__class__ = cls
 
     def _add(self, target: nn.Module, name: str, child: nn.Module | None) -> None:
-        self.undo.append(lambda: target._modules.pop(name, None))
+        self.undo.append(lambda: target._modules.__delitem__(name))
         target.register_module(name, child)
 
 
@@ -164,7 +173,7 @@ _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _base_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The Hugging Face class of a block, rewritten or not."""
-    return cls.__dict__.get("_qdq_base", cls)
+    return cast("type[nn.Module]", cls.__dict__.get("_qdq_base", cls))
 
 
 def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -184,24 +193,21 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.forward(self, *args, **kwargs)
         return self._qdq_forward(self, args, kwargs)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+    def __reduce_ex__(self: Any, _: Any) -> Any:
         # The class is made on the fly, so a pickle names the Hugging Face class and makes it again.
         return _revive, (cls,), self.__dict__.copy()
 
-    made = type(cls)(
-        cls.__name__,
-        (cls,),
-        {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            "__reduce_ex__": __reduce_ex__,
-            "_qdq_base": cls,
-            "_qdq_forward": None,
-            "_qdq_attention": None,
-            "forward": forward,
-        },
-    )
+    members = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "_qdq_base": cls,
+        "_qdq_forward": None,
+        "_qdq_attention": None,
+        "forward": forward,
+    }
+    made = cast("type[nn.Module]", types.new_class(cls.__name__, (cls,), exec_body=lambda own: own.update(members)))
     _QUANTIZED[cls] = made
     return made
 

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from qdq_surgery.attention import QDQ_ATTENTION
 from qdq_surgery.errors import ModelError, TraceError
 from qdq_surgery.operators import is_leaf
-from qdq_surgery.recorder import Leaf, Routine, describe_leaf, flatten_call, record
+from qdq_surgery.recorder import record
+from qdq_surgery.routine import Leaf, Routine, describe_leaf, flatten_call, join_path
 from qdq_surgery.shadow import shadow
 
 __all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "survey"]
@@ -68,7 +69,7 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
         for name, child in module.named_children():
             where = f"{path}.{name}" if path else name
             if isinstance(child, nn.ModuleList):
-                for index, layer in enumerate(child):
+                for index in range(len(child)):
                     yield f"{where}.{index}", index
             elif isinstance(child, PreTrainedModel) or (not is_leaf(child) and _has_list(child)):
                 yield from visit(child, where)
@@ -127,7 +128,7 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
     handles = []
     for path in paths:
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
             calls.setdefault(path, (args, kwargs))
 
         handles.append(ghost.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
@@ -166,11 +167,9 @@ def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: 
 def _record_unit(module: nn.Module, call: Call) -> Routine:
     if is_leaf(module):
         # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
-        module, function = _Alone(module), _Alone.forward
-    else:
-        function = type(module).forward  # type: ignore[assignment]
+        module = _Alone(module)
     try:
-        return record(module, function, *call)[0]
+        return record(module, type(module).forward, *call)[0]
     except TraceError as error:
         return Routine("", "forward", module, "forward", failure=str(error))
 
@@ -201,7 +200,7 @@ def _reads_same(tree: Routine, module: nn.Module) -> bool:
         if routine.failure is not None:
             return False
         for (path, name), value in routine.reads.items():
-            whole = ".".join(part for part in (routine.path, path) if part)
+            whole = join_path(routine.path, path)
             owner = module.get_submodule(whole) if whole else module
             if getattr(owner, name, None) != value:
                 return False

@@ -66,7 +66,9 @@ CASES = [
     Case("multiple-choice", "QDQBertForMultipleChoice", labels="choice"),
     Case("token-classification", "QDQBertForTokenClassification", {"num_labels": 4}, labels="tags"),
     Case("question-answering", "QDQBertForQuestionAnswering", labels="span"),
-    Case("question-answering-entropy", "QDQBertForQuestionAnswering", {"num_hidden_layers": 1}, "entropy", labels="span"),
+    Case(
+        "question-answering-entropy", "QDQBertForQuestionAnswering", {"num_hidden_layers": 1}, "entropy", labels="span"
+    ),
     Case("decoder", "QDQBertLMHeadModel", {"is_decoder": True}, labels="tokens"),
     Case("decoder-cross", "QDQBertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}, labels="tokens"),
 ]

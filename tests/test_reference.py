@@ -38,7 +38,8 @@ class Golden:
         head = getattr(transformers, self.meta["head"])
         model = head(transformers.BertConfig(**json.loads(self.meta["config"]), attn_implementation="eager")).eval()
         missing, unexpected = model.load_state_dict(self.group("weights"), strict=False)
-        assert not missing and not unexpected
+        assert not missing
+        assert not unexpected
         return model
 
     def converted(self) -> PreTrainedModel:
@@ -138,7 +139,8 @@ def test_float_path(golden: Golden) -> None:
         assert_equal(flat(qmodel(**golden.arguments())), golden.group("float"), tolerance=ACROSS_VERSIONS)
 
 
-def test_own_calibration_finds_the_same_ranges(golden: Golden, default_descriptors: None) -> None:
+@pytest.mark.usefixtures("default_descriptors")
+def test_own_calibration_finds_the_same_ranges(golden: Golden) -> None:
     method = golden.meta["calibrator"]
     quant_nn.QuantLinear.set_default_quant_desc_input(
         QuantDescriptor(num_bits=8, calib_method="max" if method == "max" else "histogram")

