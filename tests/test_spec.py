@@ -1,0 +1,376 @@
+"""Rules as data: every class checks itself and says in words what it holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from qdq_surgery.errors import RuleFileError
+from qdq_surgery.pattern import parse_pattern
+from qdq_surgery.spec import (
+    CALIBRATORS,
+    DEFAULT_SPEC,
+    CalibratorSpec,
+    Count,
+    Exclude,
+    Expect,
+    Place,
+    QuantSpec,
+    Rule,
+    RuleSet,
+    Scope,
+    is_quantizer_name,
+)
+
+
+def a_rule(name: str = "first", **keys: Any) -> Rule:
+    given = {"why": "it pays", "pattern": parse_pattern("linear(x, w)"), "quantize": {"x": Place("default")}}
+    return Rule(name=name, **{**given, **keys})
+
+
+def a_rule_set(*rules: Rule, **keys: Any) -> RuleSet:
+    return RuleSet(name="mine", why="", rules=rules, **{"specs": {}, **keys})
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED: list[Any] = [
+    pytest.param(lambda: CalibratorSpec("foo"), "unknown calibrator 'foo'", "max, histogram, percentile", id="name"),
+    pytest.param(lambda: CalibratorSpec("Max"), "unknown calibrator 'Max'", "write one of", id="name-in-capitals"),
+    pytest.param(lambda: CalibratorSpec(""), "unknown calibrator ''", "write one of", id="name-empty"),
+    *(
+        pytest.param(
+            lambda name=name: CalibratorSpec(name, percentile=99.0),
+            f"calibrator '{name}' takes no percentile",
+            "name: percentile",
+            id=f"percentile-of-{name}",
+        )
+        for name in CALIBRATORS
+        if name != "percentile"
+    ),
+    *(
+        pytest.param(
+            lambda value=value: CalibratorSpec("percentile", percentile=value),
+            r"percentile .* is outside \(0, 100\]",
+            "99.99",
+            id=f"percentile-{value}",
+        )
+        for value in (0, -1.0, 100.0001, float("inf"), float("nan"))
+    ),
+    pytest.param(lambda: CalibratorSpec("max", num_bins=2048), "'max' keeps no histogram", "remove", id="bins-of-max"),
+    *(
+        pytest.param(
+            lambda bins=bins: CalibratorSpec("entropy", num_bins=bins),
+            f"num_bins {bins} is outside 128 to 1048576",
+            "2048",
+            id=f"bins-{bins}",
+        )
+        for bins in (-1, 0, 127, 1048577)
+    ),
+    *(
+        pytest.param(
+            lambda bits=bits: QuantSpec(num_bits=bits),
+            f"num_bits {bits} is outside 2 to 16",
+            "for example 8",
+            id=f"bits-{bits}",
+        )
+        for bits in (-8, 0, 1, 17)
+    ),
+    *(
+        pytest.param(
+            lambda axis=axis: QuantSpec(axis=axis), f"axis {axis} is outside -4 to 3", "or null", id=f"axis-{axis}"
+        )
+        for axis in (-5, 4)
+    ),
+    *(
+        pytest.param(
+            lambda name=name: QuantSpec(axis=0, calibrator=CalibratorSpec(name)),
+            f"calibrator '{name}' needs one range per tensor, but axis is 0",
+            "axis: null, or calibrator: max",
+            id=f"axis-with-{name}",
+        )
+        for name in CALIBRATORS
+        if name != "max"
+    ),
+    pytest.param(
+        lambda: QuantSpec(unsigned=True, narrow_range=True), "the grid is unsigned", "remove one", id="unsigned-narrow"
+    ),
+    *(
+        pytest.param(
+            lambda name=name: Place("default", name),
+            "is no quantizer name",
+            "ending in _quantizer",
+            id=f"place-{name!r}",
+        )
+        for name in ("", "quantizer", "_quantizer", "A_quantizer", "a.b_quantizer", "a_quantizer\n", "1_quantizer")
+    ),
+    pytest.param(lambda: a_rule(quantize={}), "rule 'first' quantizes nothing", "at least one capture", id="nothing"),
+    pytest.param(
+        lambda: a_rule(quantize={"x": Place("default"), "y": Place("default")}),
+        "rule 'first' quantizes 'y', which its pattern does not capture",
+        "the pattern captures: w, x$",
+        id="no-such-capture",
+    ),
+    pytest.param(
+        lambda: a_rule(pattern=parse_pattern("gelu(_)")),
+        "rule 'first' quantizes 'x', which its pattern does not capture",
+        "the pattern captures: none$",
+        id="no-capture-at-all",
+    ),
+    pytest.param(
+        lambda: a_rule_set(a_rule("a"), a_rule("b"), a_rule("a")), "two rules are called 'a'", "rename", id="two-rules"
+    ),
+    pytest.param(
+        lambda: a_rule_set(a_rule(quantize={"x": Place("nope")}), specs={"mine": None}),
+        "rule 'first' uses the spec 'nope', which is not defined",
+        "known: default, mine$",
+        id="undefined-spec",
+    ),
+    pytest.param(
+        lambda: a_rule_set(
+            a_rule("a", quantize={"x": Place("default", "x_quantizer")}),
+            a_rule("b", quantize={"w": Place("default", "x_quantizer")}),
+        ),
+        "rules 'a' and 'b' both name a quantizer 'x_quantizer'",
+        "under 'as'",
+        id="one-quantizer-in-two-rules",
+    ),
+    pytest.param(
+        lambda: a_rule_set(
+            a_rule(quantize={"x": Place("default", "x_quantizer"), "w": Place("default", "x_quantizer")})
+        ),
+        "both name a quantizer 'x_quantizer'",
+        "under 'as'",
+        id="one-quantizer-twice-in-a-rule",
+    ),
+    pytest.param(
+        lambda: a_rule_set(a_rule(), exclude=(Exclude("why", rules=("fir*", "second")),)),
+        "exclude names the rule 'second', which does not exist",
+        "write a rule's name",
+        id="exclude-unknown-rule",
+    ),
+    pytest.param(
+        lambda: a_rule_set(exclude=(Exclude("why", rules=("*",)),)),
+        r"exclude names the rule '\*', which does not exist",
+        "write a rule's name",
+        id="exclude-from-no-rules",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "found", "fix"), REFUSED)
+def test_refused(make: Callable[[], object], found: str, fix: str) -> None:
+    with pytest.raises(RuleFileError) as caught:
+        make()
+    assert re.search(found, caught.value.found)
+    assert re.search(fix, caught.value.fix)
+    # Built in Python: there is no file to point at, and the message does not pretend that there is.
+    assert (caught.value.path, caught.value.line, caught.value.column) == (None, None, None)
+    assert str(caught.value) == f"{caught.value.found}; {caught.value.fix}"
+
+
+# -- limits that are still allowed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_bits_within_the_limits(bits: int) -> None:
+    assert QuantSpec(num_bits=bits).num_bits == bits
+
+
+@pytest.mark.parametrize("axis", [-4, -1, 0, 3, None])
+def test_axes_within_the_limits(axis: int | None) -> None:
+    assert QuantSpec(axis=axis).axis == axis
+
+
+@pytest.mark.parametrize("percentile", [0.0001, 50, 99.99, 100])
+def test_percentiles_within_the_limits(percentile: float) -> None:
+    assert CalibratorSpec("percentile", percentile).percentile == percentile
+
+
+@pytest.mark.parametrize("name", [name for name in CALIBRATORS if name != "max"])
+@pytest.mark.parametrize("bins", [128, 1 << 20])
+def test_bins_within_the_limits(name: str, bins: int) -> None:
+    assert CalibratorSpec(name, num_bins=bins).num_bins == bins
+
+
+@pytest.mark.parametrize(("name", "is_histogram"), [(name, name != "max") for name in CALIBRATORS])
+def test_all_but_max_need_a_histogram(name: str, is_histogram: bool) -> None:
+    assert CalibratorSpec(name).is_histogram is is_histogram
+
+
+def test_the_default_is_eight_signed_bits_per_tensor_by_max() -> None:
+    assert QuantSpec() == QuantSpec(8, None, False, False, CalibratorSpec("max", None, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("matmul_q_input_quantizer", True),
+        ("input_quantizer", True),
+        ("x2_quantizer", True),
+        ("q_quantizer_quantizer", True),
+        ("quantizer", False),
+        ("_quantizer", False),
+        ("2x_quantizer", False),
+        ("X_quantizer", False),
+        ("x-y_quantizer", False),
+        ("x.y_quantizer", False),
+        ("é_quantizer", False),
+        ("x_quantizer ", False),
+        ("x_quantizer\n", False),
+        ("x_quantizers", False),
+        ("", False),
+    ],
+)
+def test_quantizer_names(name: str, good: bool) -> None:
+    assert is_quantizer_name(name) is good
+
+
+# -- in words --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        pytest.param(CalibratorSpec(), "max", id="calibrator"),
+        pytest.param(CalibratorSpec("percentile", 99.99), "percentile(99.99%)", id="percentile"),
+        pytest.param(CalibratorSpec("percentile", 100.0), "percentile(100%)", id="percentile-whole"),
+        pytest.param(CalibratorSpec("entropy", None, 2048), "entropy(2048 bins)", id="bins"),
+        pytest.param(CalibratorSpec("percentile", 99.9, 512), "percentile(99.9%, 512 bins)", id="percentile-and-bins"),
+        pytest.param(QuantSpec(), "int8 per-tensor max", id="spec"),
+        pytest.param(QuantSpec(4, 0), "int4 axis 0 max", id="axis-0-is-an-axis"),
+        pytest.param(QuantSpec(4, -1, unsigned=True), "uint4 axis -1 max", id="unsigned"),
+        pytest.param(QuantSpec(8, None, narrow_range=True), "int8 narrow per-tensor max", id="narrow"),
+        pytest.param(QuantSpec(calibrator=CalibratorSpec("mse")), "int8 per-tensor mse", id="calibrated"),
+        pytest.param(Scope(), "everywhere", id="scope"),
+        pytest.param(Scope(within=("bert.*", "*.mlp")), "within bert.*, *.mlp", id="within"),
+        pytest.param(Scope(layers="all"), "layers all", id="all-layers"),
+        pytest.param(Scope(layers=(0, 11)), "layers 0, 11", id="layers"),
+        pytest.param(Scope(("a*",), (0,)), "within a*; layers 0", id="within-and-layers"),
+        pytest.param(Count((6,)), "6", id="count"),
+        pytest.param(Count((0,)), "0", id="count-zero"),
+        pytest.param(Count((6, 10)), "6 or 10", id="counts"),
+        pytest.param(Count(minimum=1), "at least 1", id="minimum"),
+        pytest.param(Count(maximum=3), "at most 3", id="maximum"),
+        pytest.param(Count(minimum=0, maximum=0), "0 to 0", id="range-of-zeros"),
+        pytest.param(Count(minimum=1, maximum=3), "1 to 3", id="range"),
+    ],
+)
+def test_in_words(value: object, text: str) -> None:
+    assert str(value) == text
+
+
+# -- what is meant ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scope", "path", "layer", "holds"),
+    [
+        pytest.param(Scope(), "bert.pooler", None, True, id="everywhere-outside"),
+        pytest.param(Scope(), "bert.encoder.layer.0", 0, True, id="everywhere-inside"),
+        pytest.param(Scope(layers="all"), "x", 5, True, id="all-inside"),
+        pytest.param(Scope(layers="all"), "x", None, False, id="all-outside"),
+        pytest.param(Scope(layers=(0, 2)), "x", 0, True, id="layer-0"),
+        pytest.param(Scope(layers=(0, 2)), "x", 1, False, id="other-layer"),
+        pytest.param(Scope(layers=(0, 2)), "x", None, False, id="layer-outside"),
+        pytest.param(Scope(within=("*.query",)), "bert.layer.0.query", 0, True, id="star-crosses-dots"),
+        pytest.param(Scope(within=("query",)), "bert.layer.0.query", 0, False, id="whole-path-is-meant"),
+        pytest.param(Scope(within=("*.Query",)), "bert.layer.0.query", 0, False, id="case-counts"),
+        pytest.param(Scope(within=("*.key", "*.query")), "a.query", None, True, id="one-glob-is-enough"),
+        pytest.param(Scope(within=("a.?",)), "a.b", None, True, id="question-mark"),
+        pytest.param(Scope(("*.query",), (1,)), "a.query", 1, True, id="both-hold"),
+        pytest.param(Scope(("*.query",), (1,)), "a.query", 0, False, id="layer-does-not-hold"),
+        pytest.param(Scope(("*.query",), (1,)), "a.key", 1, False, id="glob-does-not-hold"),
+    ],
+)
+def test_scope(scope: Scope, path: str, layer: int | None, holds: bool) -> None:
+    assert scope.holds(path, layer) is holds
+
+
+@pytest.mark.parametrize(
+    ("count", "allowed"),
+    [
+        pytest.param(Count((6, 10)), {6, 10}, id="list"),
+        pytest.param(Count((0,)), {0}, id="zero"),
+        pytest.param(Count(minimum=9), {9, 10, 11}, id="minimum"),
+        pytest.param(Count(maximum=2), {0, 1, 2}, id="maximum"),
+        pytest.param(Count(maximum=0), {0}, id="maximum-zero"),
+        pytest.param(Count(minimum=2, maximum=4), {2, 3, 4}, id="range"),
+    ],
+)
+def test_count(count: Count, allowed: set[int]) -> None:
+    assert {number for number in range(12) if count.holds(number)} == allowed
+
+
+SITE = ("encoder-linear", "input_quantizer", "bert.layer.3.query", 3)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "holds"),
+    [
+        pytest.param(Exclude("w", Scope(layers=(3,))), True, id="layer"),
+        pytest.param(Exclude("w", Scope(layers=(2,))), False, id="other-layer"),
+        pytest.param(Exclude("w", sites=("input_*",)), True, id="site"),
+        pytest.param(Exclude("w", sites=("weight_*",)), False, id="other-site"),
+        pytest.param(Exclude("w", sites=("weight_*", "input_*")), True, id="one-site-is-enough"),
+        pytest.param(Exclude("w", rules=("encoder-*",)), True, id="rule"),
+        pytest.param(Exclude("w", rules=("encoder",)), False, id="rule-is-a-whole-name"),
+        pytest.param(Exclude("w", Scope(("*.query",), (3,)), ("input_*",), ("*linear",)), True, id="all-keys-hold"),
+        pytest.param(Exclude("w", Scope(("*.key",), (3,)), ("input_*",), ("*linear",)), False, id="path-fails"),
+        pytest.param(Exclude("w", Scope(("*.query",), (3,)), ("w*",), ("*linear",)), False, id="site-fails"),
+        pytest.param(Exclude("w", Scope(("*.query",), (3,)), ("input_*",), ("add",)), False, id="rule-fails"),
+    ],
+)
+def test_exclude(exclude: Exclude, holds: bool) -> None:
+    assert exclude.holds(*SITE) is holds
+
+
+def test_a_named_architecture_has_its_own_count() -> None:
+    expect = Expect(per_layer=Count(minimum=4), model_types={"bert": Count((6, 10))})
+    assert expect.layer_count("bert") == Count((6, 10))
+    assert expect.layer_count("roberta") == Count(minimum=4)
+    assert Expect().layer_count("bert") is None
+
+
+def test_a_rule_set_finds_its_parts_by_name() -> None:
+    four = QuantSpec(4)
+    rules = a_rule_set(a_rule("a"), a_rule("b"), specs={"four": four, "plain": None})
+    assert rules.spec("four") is four
+    assert rules.spec("plain") is None
+    assert rules.spec(DEFAULT_SPEC) is None
+    assert rules.rule("b") is rules.rules[1]
+    with pytest.raises(KeyError, match="nope"):
+        rules.spec("nope")
+    with pytest.raises(KeyError, match="nope"):
+        rules.rule("nope")
+
+
+def test_rules_without_names_may_share_a_spec() -> None:
+    # Only names given with 'as' must differ: without one, the quantizers are named by their place.
+    rules = a_rule_set(a_rule("a"), a_rule("b"))
+    assert [place.name for rule in rules.rules for place in rule.quantize.values()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        pytest.param(CalibratorSpec(), "percentile", id="CalibratorSpec"),
+        pytest.param(QuantSpec(), "num_bits", id="QuantSpec"),
+        pytest.param(Place("default"), "name", id="Place"),
+        pytest.param(Scope(), "layers", id="Scope"),
+        pytest.param(Count((1,)), "minimum", id="Count"),
+        pytest.param(Expect(), "total", id="Expect"),
+        pytest.param(a_rule(), "name", id="Rule"),
+        pytest.param(Exclude("w", rules=("a",)), "why", id="Exclude"),
+        pytest.param(a_rule_set(), "rules", id="RuleSet"),
+    ],
+)
+def test_frozen(value: object, name: str) -> None:
+    before = getattr(value, name)
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, name, 3)
+    assert getattr(value, name) is before
