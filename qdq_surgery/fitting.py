@@ -89,13 +89,15 @@ def fit(pattern: Pattern, value: Value, attempt: Attempt) -> bool:
     orders = [slots]
     if value.op in COMMUTATIVE and len(wanted) == 2 and len(slots) == 2:
         orders.append(slots[::-1])
+    trials = []
     for order in orders:
         trial = Attempt(dict(attempt.captured), attempt.depth + 1)
         if all(_fit_operand(operand, slot, trial) for operand, slot in zip(wanted, order, strict=False)):
             attempt.captured, attempt.depth = trial.captured, trial.depth
             return True
-        if trial.depth > attempt.depth or not attempt.reason:
-            attempt.depth, attempt.reason = max(attempt.depth, trial.depth), trial.reason
+        trials.append(trial)
+    best = max(trials, key=lambda trial: trial.depth)  # of equals the first: the order that is written
+    attempt.depth, attempt.reason = best.depth, best.reason
     return False
 
 
@@ -104,7 +106,7 @@ def _fit_operand(operand: Operand, slot: Slot, attempt: Attempt) -> bool:
         argument = operand_of(slot.node, slot.position)
         value = _resolve(slot.routine, argument) if isinstance(argument, Node) else None
         if value is None or not _fit(operand.pattern, value, attempt):
-            came = "a parameter" if value is None else f"'{value.op}'"
+            came = "a parameter" if value is None else _words(_through_layout(value, operand.pattern))
             name = f"operand '{operand.capture}'" if operand.capture else "an operand"
             attempt.reason = (
                 attempt.reason or f"{name} of {slot.node.meta['op']} comes from {came}, not {operand.pattern}"
@@ -128,6 +130,10 @@ def _fit(pattern: Pattern, value: Value, attempt: Attempt) -> bool:
         return inner.pattern is None or _fit(inner.pattern, value, attempt)
     looked = _through_layout(value, pattern)
     return operator_fits(pattern.operators[0], looked.op) and fit(pattern, looked, attempt)
+
+
+def _words(value: Value) -> str:
+    return {"input": "outside this layer", "parameter": "a parameter"}.get(value.op, f"'{value.op}'")
 
 
 def _through_layout(value: Value, pattern: Pattern) -> Value:

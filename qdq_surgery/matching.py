@@ -5,7 +5,7 @@ How a pattern fits a node is in :mod:`~qdq_surgery.fitting`; here is which rule 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.fx import Node
 from transformers import PreTrainedModel
 
 from qdq_surgery.attention import QDQ_ATTENTION
-from qdq_surgery.errors import MatchError
+from qdq_surgery.expectations import Tally, check_expectations
 from qdq_surgery.fitting import Attempt, Slot, Value, fit, operand_of
 from qdq_surgery.linear import QuantLinear
 from qdq_surgery.pattern import operator_fits
@@ -57,23 +57,22 @@ class _Matcher:
         self.sites: dict[str, Site] = {}
         self.refusals: Counter[Refusal] = Counter()
         self.matches: Counter[str] = Counter()
-        self.per_layer: dict[str, Counter[int]] = defaultdict(Counter)
-        self.excluded: set[int] = set()
+        self.tally = Tally()
         self.covered: dict[str, Counter[str]] = {kind: Counter() for kind in COVERED}
-        self.nearest: dict[str, str] = {}
 
     # -- the walk ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         for unit in self.found.units:
             if unit.tree is None:
-                self._unreached(unit)
+                self._uncalled(unit, set())
                 continue
             for routine in unit.tree.opaque():
                 reason = f"{routine.failure}; rules cannot look inside"
                 self._refuse(join_path(unit.path, routine.path), "block", reason, unit.layer)
             self._unit(unit, unit.tree)
-        self._check_counts()
+        sites = sorted({site.name for site in self.sites.values()})
+        check_expectations(self.rules, self.tally, self.found, type(self.model).__name__, self._model_type(), sites)
 
     def _unit(self, unit: Unit, tree: Routine) -> None:
         claimed: dict[tuple[int, tuple[Any, ...], int | str], str] = {}
@@ -91,10 +90,13 @@ class _Matcher:
                         continue
                     attempt = Attempt()
                     if not fit(rule.pattern, Value(routine, node), attempt):
+                        reason = f"rule '{rule.name}': {attempt.reason}"
                         best = near.get((id(routine), node))
                         if best is None or attempt.depth > best[0]:
-                            near[id(routine), node] = (attempt.depth, f"rule '{rule.name}': {attempt.reason}")
+                            near[id(routine), node] = (attempt.depth, reason)
+                        self.tally.miss(rule, attempt.depth, f"{reason} at {inside} ({node.meta['source']})")
                         continue
+                    self.tally.fit(rule, unit.layer, (unit.path, routine.path, _identity(routine, node)))
                     self._apply(_Match(rule, routine, node, attempt.captured), unit, claimed, quantized, taken)
         self._cover(unit, tree, quantized, near)
 
@@ -112,8 +114,6 @@ class _Matcher:
         if not wanted:
             return
         self.matches[rule.name] += 1
-        if unit.layer is not None:
-            self.per_layer[rule.name][unit.layer] += 1
         for capture in wanted:
             slot = free[capture]
             claimed[slot.key()] = rule.name
@@ -158,7 +158,7 @@ class _Matcher:
                 return
         for index, exclude in enumerate(self.rules.exclude):
             if exclude.holds(rule.name, name, owner, unit.layer):
-                self.excluded.add(index)
+                self.tally.excluded.add(index)
                 reason = f"left in float by {exclude.source or 'an exclude entry'} ({name}): {exclude.why}"
                 self._refuse(owner, op, reason, unit.layer, rule.name, source)
                 return
@@ -188,6 +188,13 @@ class _Matcher:
         near: dict[tuple[int, Node], tuple[int, str]],
     ) -> None:
         linears: set[str] = set()
+        called = {
+            _leaf_path(unit, join_path(unit.path, routine.path), str(node.target))
+            for routine in tree.walk()
+            for node in routine.graph.nodes
+            if node.op == "call_module"
+        }
+        self._uncalled(unit, called)
         for routine in tree.walk():
             path = join_path(unit.path, routine.path)
             for node in routine.graph.nodes:
@@ -249,63 +256,28 @@ class _Matcher:
             and not any(isinstance(arg, Node) and arg.meta.get("op") == "parameter" for arg in node.args)
         )
 
-    def _unreached(self, unit: Unit) -> None:
-        module = self.model.get_submodule(unit.path)
-        if any(isinstance(child, nn.Linear) for child in module.modules()):
-            reason = "the example inputs never reach it; pass example_inputs= that do"
-            self._refuse(unit.path, "block", reason, unit.layer)
+    def _uncalled(self, unit: Unit, called: set[str]) -> None:
+        """Linears of the unit that the example never came to: cross-attention without encoder states, for one."""
+        opaque = [join_path(unit.path, r.path) for r in unit.tree.opaque()] if unit.tree is not None else []
+        for name, module in self.model.get_submodule(unit.path).named_modules():
+            path = join_path(unit.path, name)
+            if not isinstance(module, nn.Linear) or path in called:
+                continue
+            if any(path.startswith(block + ".") for block in opaque):
+                reason = "it lies in a block that has no graph"
+            else:
+                reason = "the example inputs never reach it; pass example_inputs= that do"
+            self._refuse(path, "linear", reason, unit.layer)
+            if unit.layer is not None:
+                self.covered["linear"].update(found=1, refused=1)
 
     def _refuse(
         self, path: str, op: str, reason: str, layer: int | None, rule: str | None = None, source: str = ""
     ) -> None:
         self.refusals[Refusal(path, op, reason, rule, layer, source)] += 1
 
-    # -- the promises of the rule file ---------------------------------------------------------------------------
-
-    def _check_counts(self) -> None:
-        layers = sorted({unit.layer for unit in self.found.units if unit.layer is not None and unit.tree is not None})
-        for rule in self.rules.rules:
-            total = self.matches[rule.name]
-            where = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
-            if total == 0 and not rule.optional:
-                raise MatchError(
-                    f"{where} matches nothing in {self._model_name()} (pattern {rule.pattern}; {rule.scope})"
-                    f"{self._hint(rule)}; correct its pattern or scope, or mark it optional: true"
-                )
-            if rule.expect.total is not None and not rule.expect.total.holds(total):
-                raise MatchError(
-                    f"{where} expects {rule.expect.total} matches in all, found {total} in {self._model_name()}; "
-                    "correct the rule, or the count if the architecture is meant to differ"
-                )
-            count = rule.expect.layer_count(self.model.config.model_type)
-            for layer in layers if count is not None and total else ():
-                if not rule.scope.holds("", layer) and rule.scope.within is None:
-                    continue
-                found = self.per_layer[rule.name][layer]
-                if count is not None and not count.holds(found):
-                    raise MatchError(
-                        f"{where} expects {count} matches per layer, found {found} in layer {layer} of "
-                        f"{self._model_name()}{self._hint(rule)}; correct the rule, or the count if the architecture "
-                        "is meant to differ"
-                    )
-        for index, exclude in enumerate(self.rules.exclude):
-            if index not in self.excluded:
-                names = ", ".join(sorted({site.name for site in self.sites.values()})[:4])
-                raise MatchError(
-                    f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing "
-                    f"({exclude.why}); sites are called for example {names or 'nothing'}"
-                )
-
-    def _hint(self, rule: Rule) -> str:
-        for refusal in self.refusals:
-            if refusal.reason.startswith(f"rule '{rule.name}':") or refusal.operator == "block":
-                return (
-                    f"; nearest: {refusal.reason} at {refusal.path}{f' ({refusal.source})' if refusal.source else ''}"
-                )
-        return ""
-
-    def _model_name(self) -> str:
-        return type(self.model).__name__
+    def _model_type(self) -> str:
+        return str(self.model.config.model_type)
 
     # -- the result --------------------------------------------------------------------------------------------
 
@@ -318,8 +290,8 @@ class _Matcher:
         ]
         switched = any(site.routine == "attention" for site in sites)
         return Plan(
-            model=self._model_name(),
-            model_type=str(self.model.config.model_type),
+            model=type(self.model).__name__,
+            model_type=self._model_type(),
             rules=self.rules,
             sites=tuple(sites),
             refusals=tuple(refusals),
@@ -328,6 +300,11 @@ class _Matcher:
             layers=sum(unit.layer is not None for unit in self.found.units),
             attention=QDQ_ATTENTION if switched else None,
         )
+
+
+def _identity(routine: Routine, node: Node) -> tuple[Any, ...]:
+    """One for each operator: a linear that is called twice (DeBERTa's shared key projection) is one operator."""
+    return ("module", node.target) if node.op == "call_module" else (routine.kind, *node.meta["origin"])
 
 
 def _leaf_path(unit: Unit, path: str, target: str) -> str:

@@ -16,6 +16,8 @@ pattern names them. ``transpose`` is the matrix transpose: it swaps the last two
 from __future__ import annotations
 
 import ast
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -100,7 +102,7 @@ class Pattern:
 
 
 class _Refusal(Exception):
-    """What is wrong with a pattern and where; column counts characters of the pattern from 0."""
+    """What is wrong with a pattern and where; column counts bytes of what Python was given, from 0."""
 
     def __init__(self, found: str, fix: str, column: int = 0) -> None:
         super().__init__(found)
@@ -116,20 +118,7 @@ def parse_pattern(text: str) -> Pattern:
     try:
         if len(text) > _MAX_TEXT:
             raise _Refusal(f"the pattern has {len(text)} characters", f"write at most {_MAX_TEXT}")
-        try:
-            # In Python a positional argument may not follow a named one, in a pattern it may: ``f(a=x, b)`` is read as
-            # ``f(a:=x, b)``, which is the same tree in the order in which it is written.
-            tree = ast.parse(text.replace("=", ":="), mode="eval").body
-        except SyntaxError as error:
-            message = (error.msg or "").replace(":=", "=")
-            raise _Refusal(
-                f"pattern syntax: {message}",
-                "write for example add(local=linear(_), residual)",
-                (error.offset or 1) - 1,
-            ) from None
-        except (ValueError, MemoryError, RecursionError) as error:
-            raise _Refusal(f"pattern syntax: {error}", "write for example linear(x, w)") from None
-        pattern = _read_call(tree)
+        pattern = _read_call(_parse(text))
         if pattern.optional:
             raise _Refusal(
                 "the outermost operator of a pattern cannot be optional", "name an operator around maybe(...)"
@@ -140,8 +129,39 @@ def parse_pattern(text: str) -> Pattern:
                 raise _Refusal(f"'{name}' is captured twice", "use each capture name once")
         return pattern
     except _Refusal as refusal:
-        column = refusal.column - text.replace("=", ":=")[: refusal.column].count(":=")
-        raise RuleFileError(f"{refusal.found} in the pattern '{text[:80]}'", refusal.fix, column=column + 1) from None
+        raise RuleFileError(
+            f"{refusal.found} in the pattern '{text[:80]}'", refusal.fix, column=_column(text, refusal.column)
+        ) from None
+
+
+def _parse(text: str) -> ast.expr:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's advice on literals that no pattern has
+            return ast.parse(_as_python(text), mode="eval").body
+    except SyntaxError as error:
+        # A SyntaxError counts characters, a node counts bytes.
+        before = _as_python(text)[: (error.offset or 1) - 1]
+        message = (error.msg or "").replace(":=", "=")
+        raise _Refusal(
+            f"pattern syntax: {message}",
+            "write for example add(local=linear(_), residual)",
+            len(before.encode(errors="surrogatepass")),
+        ) from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise _Refusal(f"pattern syntax: {error}", "write for example linear(x, w)") from None
+
+
+def _as_python(text: str) -> str:
+    # In Python a positional argument may not follow a named one, in a pattern it may: ``f(a=x, b)`` is read as
+    # ``f(a:=x, b)``, which is the same tree in the order in which it is written. A pattern is one line.
+    return re.sub(r"[\r\n]", " ", text).replace("=", ":=")
+
+
+def _column(text: str, offset: int) -> int:
+    """The 1-based column within ``text`` of the byte ``offset`` of what Python was given."""
+    before = _as_python(text).encode(errors="surrogatepass")[:offset].decode(errors="ignore")
+    return len(before) - before.count(":=") + 1
 
 
 def _read_call(node: ast.expr) -> Pattern:
@@ -165,6 +185,8 @@ def _read_maybe(node: ast.Call) -> Pattern:
     assert isinstance(maybe, ast.Call)
     if not (isinstance(maybe.func, ast.Name) and maybe.func.id == "maybe"):
         raise _Refusal("only maybe(...) may be called twice", "write maybe(dropout)(x)", node.col_offset)
+    if maybe.keywords:
+        raise _Refusal("found **", "write operator names", maybe.keywords[0].value.col_offset)
     if not maybe.args:
         raise _Refusal("maybe(...) names no operator", "write maybe(dropout)(x)", maybe.col_offset)
     names = []
@@ -190,26 +212,28 @@ def _read_maybe(node: ast.Call) -> Pattern:
 
 def _operands(node: ast.Call) -> tuple[Operand, ...]:
     if node.keywords:
-        raise _Refusal("found ** in a pattern", "write each operand", node.keywords[0].value.col_offset)
+        raise _Refusal("found **", "write each operand", node.keywords[0].value.col_offset)
     return tuple(_operand(argument, None) for argument in node.args)
 
 
 def _operand(node: ast.expr, capture: str | None) -> Operand:
     if isinstance(node, ast.NamedExpr) and capture is None:
+        _check_capture(node.target)
         return _operand(node.value, node.target.id)
     if isinstance(node, ast.Name):
         if node.id == "_":
             return Operand(capture=capture)
         if capture is not None:
             raise _Refusal(f"'{capture}={node.id}' names one operand twice", f"write {capture} alone", node.col_offset)
-        if node.id in OPERATORS:
-            raise _Refusal(
-                f"'{node.id}' is an operator, here used as a capture",
-                f"write {node.id}(_), or another name",
-                node.col_offset,
-            )
+        _check_capture(node)
         return Operand(capture=node.id)
     return Operand(_read_call(node), capture)
+
+
+def _check_capture(node: ast.Name) -> None:
+    if node.id in OPERATORS or node.id in ("maybe", "_"):
+        what = "'_' is no name" if node.id == "_" else f"'{node.id}' is an operator, here used as a capture"
+        raise _Refusal(what, f"write {node.id}(_), or another name", node.col_offset)
 
 
 def _operator(node: ast.Name) -> str:
@@ -219,5 +243,8 @@ def _operator(node: ast.Name) -> str:
 
 
 def _describe(node: ast.expr) -> str:
-    text = ast.unparse(node).replace(":=", "=")
+    try:
+        text = ast.unparse(node).replace(":=", "=")
+    except RecursionError:
+        text = "..."
     return f"'{text if len(text) <= 40 else text[:37] + '...'}'"

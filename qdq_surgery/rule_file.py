@@ -6,6 +6,7 @@ looks like (``no`` is not silently ``False``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -34,6 +35,7 @@ SCHEMA = 1
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 16
+_MAX_CHAIN = 16
 _TAG = "tag:yaml.org,2002:"
 
 _T = TypeVar("_T")
@@ -68,9 +70,13 @@ def _find(rules: str | Path, beside: Path | None, what: str) -> Path:
     path = Path(rules)
     if beside is not None and not path.is_absolute():
         path = beside.parent / path
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long for a file, a folder that may not be read
+        found = False
+    if not found:
         raise RuleFileError(
-            f"{what}: '{rules}' is neither a shipped rule set nor a file",
+            f"{what}: '{_cut(str(rules))}' is neither a shipped rule set nor a file",
             f"shipped: {', '.join(shipped) or 'none'}; or give the path of a YAML file",
         )
     return path
@@ -117,9 +123,13 @@ def _compose(path: Path, text: str) -> yaml.MappingNode:
                 refuse(f"nested deeper than {_MAX_DEPTH} levels", "a rule file needs five", event.start_mark)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
+        if "another document" in (error.problem or ""):
+            refuse("found a second document", "a rule file is one document: remove '---'", error.problem_mark)
         refuse(f"not YAML: {error.problem}", "check the indentation and the brackets", error.problem_mark)
     except yaml.reader.ReaderError as error:
         refuse(f"not YAML: {error.reason}", "remove the character", None)
+    except (ValueError, OverflowError) as error:
+        refuse(f"not YAML: {_cut(str(error))}", "remove the escape or the directive", None)
     if root is None:
         refuse("the file is empty", "write at least schema, name and rules", None)
     if not isinstance(root, yaml.MappingNode):
@@ -132,7 +142,11 @@ def _kind(node: yaml.Node) -> str:
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
         return "a list"
-    return f"'{node.value}' ({node.tag.removeprefix(_TAG)})"
+    return f"'{_cut(node.value)}' ({node.tag.removeprefix(_TAG)})"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _File:
@@ -161,9 +175,11 @@ class _File:
         exclude = (
             tuple(self.exclude(node) for node in self.sequence(keys["exclude"], "exclude")) if "exclude" in keys else ()
         )
-        for index, rule in enumerate(rules):
-            if any(other.name == rule.name for other in rules[:index]):
+        names: set[str] = set()
+        for rule in rules:
+            if rule.name in names:
                 self.refuse(f"two rules are called '{rule.name}'", "rename one", root, line=_line_of(rule))
+            names.add(rule.name)
         return self.checked(
             root,
             lambda: RuleSet(
@@ -188,6 +204,8 @@ class _File:
         if path in self.chain:
             circle = " -> ".join(step.name for step in (*self.chain[self.chain.index(path) :], path))
             self.refuse(f"circular extends: {circle}", "let one of them stand on its own", node)
+        if len(self.chain) >= _MAX_CHAIN:
+            self.refuse(f"a chain of more than {_MAX_CHAIN} files", "extend a file that stands on its own", node)
         return _load(path, self.chain)
 
     def spec(self, node: yaml.Node, where: str) -> QuantSpec | None:
@@ -267,10 +285,12 @@ class _File:
         try:
             return parse_pattern(text)
         except RuleFileError as error:
-            # A quoted scalar on one line maps columns one to one; any other style only has its own start.
-            quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
-            plain = isinstance(node, yaml.ScalarNode) and node.style is None
-            column = node.start_mark.column + int(quoted) + (error.column or 1) if quoted or plain else None
+            # Columns map one to one where the text stands in the file as it is: on one line, without escapes.
+            assert isinstance(node, yaml.ScalarNode)
+            start, end = node.start_mark, node.end_mark
+            quotes = 2 if node.style in ("'", '"') else 0
+            as_it_is = start.line == end.line and end.column - start.column == len(text) + quotes
+            column = start.column + quotes // 2 + (error.column or 1) if as_it_is else None
             self.refuse(error.found, error.fix, node, column=column)
 
     def scope(self, keys: Mapping[str, yaml.Node]) -> Scope:
@@ -371,15 +391,17 @@ class _File:
             self.refuse(
                 f"{where} is {_kind(node)}, not a text", "write a word, in quotes if it looks like a number", node
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            self.refuse(f"{where} has half a character (a surrogate)", "remove the escape", node)
         return str(node.value)
 
     def integer(self, node: yaml.Node, where: str) -> int:
         if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "int":
             self.refuse(f"{where} is {_kind(node)}, not a whole number", "write for example 8", node)
-        try:
-            return int(node.value)
-        except ValueError:
-            self.refuse(f"{where} is '{node.value}', not a decimal whole number", "write for example 8", node)
+        # YAML 1.1 also reads 0x10, 1_000 and 1:30 as integers.
+        if not re.fullmatch(r"[-+]?[0-9]{1,9}", node.value):
+            self.refuse(f"{where} is '{_cut(node.value)}', not a decimal whole number", "write for example 8", node)
+        return int(node.value)
 
     def integer_or_null(self, node: yaml.Node, where: str) -> int | None:
         if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null" and node.value == "null":
@@ -392,7 +414,7 @@ class _File:
         try:
             return float(node.value)
         except ValueError:
-            self.refuse(f"{where} is '{node.value}', not a decimal number", "write for example 99.99", node)
+            self.refuse(f"{where} is '{_cut(node.value)}', not a decimal number", "write for example 99.99", node)
 
     def boolean(self, node: yaml.Node, where: str) -> bool:
         if not isinstance(node, yaml.ScalarNode) or node.value not in ("true", "false") or node.style is not None:
@@ -419,7 +441,7 @@ class _File:
         except RuleFileError as error:
             if error.path is not None:
                 raise
-            self.refuse(error.found, error.fix, node)
+            self.refuse(error.found, error.fix, node, line=error.line)
 
 
 def _line_of(rule: Rule) -> int:

@@ -146,6 +146,16 @@ class Scope:
     within: tuple[str, ...] | None = None
     layers: tuple[int, ...] | str | None = None
 
+    def __post_init__(self) -> None:
+        if self.within is not None and not self.within:
+            raise RuleFileError("within names no module", "write a glob such as '*.attention.*', or leave it out")
+        if isinstance(self.layers, tuple):
+            if not self.layers:
+                raise RuleFileError("layers names no layer", "write all, 0 or [0, 1]")
+            for layer in self.layers:
+                if layer < 0:
+                    raise RuleFileError(f"layer {layer} does not exist", "layers count from 0")
+
     def holds(self, path: str, layer: int | None) -> bool:
         """Whether the module at ``path``, in encoder layer ``layer`` (or in none), is meant."""
         if self.layers is not None:
@@ -170,6 +180,15 @@ class Count:
     allowed: tuple[int, ...] = ()
     minimum: int | None = None
     maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [n for n in (*self.allowed, self.minimum, self.maximum) if n is not None]
+        if not numbers:
+            raise RuleFileError("a count allows no number", "write for example 6, [6, 10] or {min: 1}")
+        if min(numbers) < 0:
+            raise RuleFileError(f"a count of {min(numbers)} cannot be", "write 0 or more")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise RuleFileError(f"no count is at least {self.minimum} and at most {self.maximum}", "exchange them")
 
     def holds(self, count: int) -> bool:
         if self.allowed:
@@ -276,28 +295,51 @@ class RuleSet:
     files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        names: dict[str, str] = {}
+        if DEFAULT_SPEC in self.specs:
+            raise RuleFileError(
+                f"a spec is called '{DEFAULT_SPEC}', which means pytorch-quantization's default descriptors",
+                "rename it",
+            )
+        seen: set[str] = set()
+        named: dict[str, str] = {}
         for rule in self.rules:
-            if sum(other.name == rule.name for other in self.rules) > 1:
-                raise RuleFileError(f"two rules are called '{rule.name}'", "rename one")
+            if rule.name in seen:
+                raise RuleFileError(f"two rules are called '{rule.name}'", "rename one", line=self._line(rule))
+            seen.add(rule.name)
             for place in rule.quantize.values():
                 if place.spec != DEFAULT_SPEC and place.spec not in self.specs:
-                    known = ", ".join([DEFAULT_SPEC, *self.specs])
                     raise RuleFileError(
-                        f"rule '{rule.name}' uses the spec '{place.spec}', which is not defined", f"known: {known}"
+                        f"rule '{rule.name}' uses the spec '{place.spec}', which is not defined",
+                        f"known: {', '.join([DEFAULT_SPEC, *self.specs])}",
+                        line=self._line(rule),
                     )
                 if place.name is None:
                     continue
-                if place.name in names:
-                    raise RuleFileError(
-                        f"rules '{names[place.name]}' and '{rule.name}' both name a quantizer '{place.name}'",
-                        "give each its own name under 'as'",
+                other = named.setdefault(place.name, rule.name)
+                if other != rule.name or [p.name for p in rule.quantize.values()].count(place.name) > 1:
+                    whose = (
+                        f"rules '{other}' and '{rule.name}' both name"
+                        if other != rule.name
+                        else f"rule '{other}' twice names"
                     )
-                names[place.name] = rule.name
+                    raise RuleFileError(
+                        f"{whose} a quantizer '{place.name}'",
+                        "give each its own name under 'as'",
+                        line=self._line(rule),
+                    )
         for exclude in self.exclude:
             for glob in exclude.rules or ():
-                if not any(fnmatchcase(rule.name, glob) for rule in self.rules):
-                    raise RuleFileError(f"exclude names the rule '{glob}', which does not exist", "write a rule's name")
+                if not any(fnmatchcase(name, glob) for name in seen):
+                    raise RuleFileError(
+                        f"exclude names the rule '{glob}', which does not exist",
+                        f"rules: {', '.join(sorted(seen)) or 'none'}",
+                        line=self._line(exclude),
+                    )
+
+    def _line(self, item: Rule | Exclude) -> int | None:
+        """The line of ``item`` in this file; ``None`` if it comes from another one."""
+        name, _, line = item.source.rpartition(":")
+        return int(line) if self.path is not None and name == self.path.name else None
 
     def spec(self, name: str) -> QuantSpec | None:
         """The spec called ``name``; ``None`` where it means the default descriptors."""

@@ -2,10 +2,10 @@
 
     python scripts/benchmark_convert.py [--runs 5] [--large]
 
-Everything is measured in one process, interleaved, and given as medians; what counts are the ratios. "Building QDQBERT"
-is what its users did instead: constructing the model with quantized linears and copying the weights into it. The real
-class needs an old transformers, so its construction is timed with pytorch-quantization's QuantLinear and TensorQuantizer
-in today's BertModel, which is the same number of the same modules.
+Everything is measured in one process, interleaved, and given as medians; what counts are the ratios. "Building
+QDQBERT" is what its users did instead: constructing the model with quantized linears and copying the weights into it.
+The real class needs an old transformers, so its construction is timed with pytorch-quantization's QuantLinear and
+TensorQuantizer in today's BertModel, which is the same number of the same modules.
 """
 
 from __future__ import annotations
@@ -105,8 +105,18 @@ def main() -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)
     transformers_logging.set_verbosity_error()
     ids = torch.randint(1000, 20000, (8, 128))
-    table = Table(title=f"medians of {arguments.runs} interleaved runs, {torch.get_num_threads()} threads", title_justify="left")
-    columns = ("model", "float forward 8x128", "convert", "convert in place", "build QDQBERT", "convert / forward", "memory in place")
+    table = Table(
+        title=f"medians of {arguments.runs} interleaved runs, {torch.get_num_threads()} threads", title_justify="left"
+    )
+    columns = (
+        "model",
+        "float forward 8x128",
+        "convert",
+        "convert in place",
+        "build QDQBERT",
+        "convert / forward",
+        "memory in place",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     base_forward = 0.0
@@ -130,7 +140,9 @@ def main() -> None:
             builds.append(timed(lambda model=model: build_reference(model)))
         median = [statistics.median(values) for values in (forwards, converts, places, builds)]
         base_forward = base_forward or median[0]
-        ratio = f"{median[1] / median[0]:.2f}" + ("" if name == "BERT-base" else f" (base: {median[1] / base_forward:.2f})")
+        ratio = f"{median[1] / median[0]:.2f}" + (
+            "" if name == "BERT-base" else f" (base: {median[1] / base_forward:.2f})"
+        )
         table.add_row(name, *(f"{value:.2f} s" for value in median), ratio, f"{extra / size:.1%} of {size >> 20} MB")
         del model
     Console(width=140).print(table)

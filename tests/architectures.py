@@ -71,7 +71,13 @@ ARCHITECTURES = (
     Architecture("mpnet", {**_BERT, "pad_token_id": 1}),
     Architecture(
         "deberta-v2",
-        {**_BERT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 2},
+        {
+            **_BERT,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["c2p", "p2c"],
+            "type_vocab_size": 2,
+        },
     ),
     Architecture("roberta-prelayernorm", _BERT),
     Architecture("modernbert", {**_BERT, **_SPECIAL, "num_hidden_layers": 3, "local_attention": 8}),

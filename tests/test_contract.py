@@ -73,7 +73,7 @@ def test_5_nothing_silent(tmp_path: Path) -> None:
     rules = tmp_path / "typo.yaml"
     rules.write_text(
         "schema: 1\nname: typo\nextends: qdqbert\nrules:\n"
-        '  - {name: more, why: none, match: {within: "*.atention.*", pattern: "linear(x, w)"}, quantize: {x: activation}}\n'
+        '  - {name: more, why: w, match: {within: "*.atention.*", pattern: "linear(x, w)"}, quantize: {x: default}}\n'
     )
     model = build("bert", "BertModel")
     with pytest.raises(qs.MatchError, match=r"typo\.yaml:5: rule 'more' matches nothing"):

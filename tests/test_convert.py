@@ -35,7 +35,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# --- what is refused
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     [
         (lambda: nn.Linear(2, 2), qs.ModelError, "found a Linear, wanted a Hugging Face PreTrainedModel"),
         (lambda: torch.compile(build("bert", "BertModel")), qs.ModelError, "convert it before torch.compile"),
-        (lambda: qs.convert(build("bert", "BertModel")), qs.AlreadyConvertedError, "holds quantizers already .first: enc"),
+        (
+            lambda: qs.convert(build("bert", "BertModel")),
+            qs.AlreadyConvertedError,
+            "holds quantizers already .first: enc",
+        ),
         (lambda: build("bert", "BertModel").to("meta"), qs.ModelError, "has no data .meta device.; load the weights"),
     ],
     ids=["no-transformer", "compiled", "twice", "meta"],
@@ -60,7 +64,10 @@ def test_models_that_cannot_be_converted(make: Callable[[], Any], error: type[Ex
     [
         ([1, 2], "example_inputs is a list; pass a dict"),
         ({"pixels": torch.ones(1, 2)}, "example_inputs has 'pixels', which BertModel.forward does not take"),
-        ({"input_ids": torch.full((1, 3), 999)}, "BertModel does not run on the example inputs .input_ids.: IndexError"),
+        (
+            {"input_ids": torch.full((1, 3), 999)},
+            "BertModel does not run on the example inputs .input_ids.: IndexError",
+        ),
     ],
     ids=["no-dict", "unknown-argument", "does-not-run"],
 )
@@ -81,7 +88,7 @@ def test_own_example_inputs() -> None:
     assert_same(model, qmodel, batch_for(model, (3, 9), mask=False))
 
 
-# ------------------------------------------------------------------------------------------------ what stays as it is
+# --- what stays as it is
 
 
 @pytest.mark.parametrize("model_type_head", [("bert", "BertModel"), ("albert", "AlbertModel"), ("mpnet", "MPNetModel")])
@@ -185,7 +192,7 @@ def test_a_shared_config_object_is_not_shared_any_more() -> None:
     assert torch.equal(other(**batch).last_hidden_state, wanted)
 
 
-# ------------------------------------------------------------------------------------------------ attention
+# --- attention
 
 
 def test_sdpa_is_switched_and_the_plan_says_so() -> None:
@@ -233,7 +240,7 @@ def test_an_unconverted_model_may_use_the_name() -> None:
     assert torch.equal(model(**batch).last_hidden_state, wanted)
 
 
-# ------------------------------------------------------------------------------------------------ options and corners
+# --- options and corners
 
 
 @pytest.mark.usefixtures("default_descriptors")
@@ -295,7 +302,7 @@ def test_chunked_feed_forward() -> None:
     model = build("bert", "BertModel", chunk_size_feed_forward=1)
     assert_same(model, qs.convert(model), batch_for(model, (2, 6)))
     # ALBERT adds its residual outside the chunks, to what they were concatenated from.
-    with pytest.raises(qs.MatchError, match="residual-add.*expects at least 2 matches per layer, found 1 in layer 0"):
+    with pytest.raises(qs.MatchError, match=r"residual-add.*expects at least 2 matches per layer, found 1 in layer 0"):
         qs.convert(build("albert", "AlbertModel", chunk_size_feed_forward=1))
 
 

@@ -55,7 +55,17 @@ def test_everything_in_the_encoder_is_quantized(model_type: str) -> None:
 class Counting(TorchFunctionMode):
     """Counts matrix products inside encoder layers, and those with an operand that no quantizer returned."""
 
-    PRODUCTS = ("linear", "matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "__matmul__", "scaled_dot_product_attention")
+    PRODUCTS = (
+        "linear",
+        "matmul",
+        "bmm",
+        "mm",
+        "baddbmm",
+        "addmm",
+        "einsum",
+        "__matmul__",
+        "scaled_dot_product_attention",
+    )
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

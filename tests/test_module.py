@@ -43,7 +43,9 @@ def states(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_are_equal_and_independent(model_type: str, duplicate: Any) -> None:
     qmodel = calibrated(model_type)
     batch = batch_for(qmodel, (2, 5))
@@ -200,7 +202,7 @@ def test_quantization_disabled_restores_what_was() -> None:
     qmodel = calibrated("bert")
     names = list(qs.quantizers(qmodel))
     qs.quantizers(qmodel)[names[0]].disable()
-    with pytest.raises(RuntimeError, match="inside"), qs.quantization_disabled(qmodel):
+    with pytest.raises(RuntimeError, match="inside"), qs.quantization_disabled(qmodel):  # noqa: PT012
         assert all(quantizer._disabled for quantizer in qs.quantizers(qmodel).values())
         raise RuntimeError("inside")
     assert [name for name, quantizer in qs.quantizers(qmodel).items() if quantizer._disabled] == names[:1]

@@ -161,7 +161,7 @@ def test_legacy_gradient_is_bit_equal_to_pytorch_quantization(case: Case) -> Non
     assert_bit_equal(found[1], wanted[1])
 
 
-@pytest.mark.parametrize("amax", ODD_RANGES, ids=lambda value: f"amax={value:.3g}")
+@pytest.mark.parametrize("amax", ODD_RANGES, ids=lambda value: f"amax={value:.9g}")
 @pytest.mark.parametrize("channels", [False, True], ids=["per-tensor", "per-channel"])
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 def test_legacy_with_odd_ranges(amax: float, channels: bool, unsigned: bool) -> None:

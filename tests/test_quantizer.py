@@ -124,6 +124,14 @@ def test_learned_range_is_that_of_pytorch_quantization() -> None:
     assert float(results[0][3]) != 0
 
 
+def test_learned_range_clips_without_quantization() -> None:
+    target, inputs = quantizer(learn_amax=True, amax=1.0), torch.tensor([-2.0, 0.123, 2.0])
+    target.disable_quant()
+    assert target(inputs).tolist() == torch.tensor([-1.0, 0.123, 1.0]).tolist()
+    target.disable_clip()
+    assert target(inputs) is inputs
+
+
 def test_integers_keep_their_scale() -> None:
     ours, theirs = quantizer(fake_quant=False, amax=2.0), real(fake_quant=False, amax=2.0)
     assert torch.equal(ours(data(9)), theirs(data(9)))  # tolerance 0.0
@@ -261,6 +269,13 @@ def test_half_precision_is_calibrated_in_float32(dtype: torch.dtype, name: str) 
     full.load_calib_amax()
     assert amax_of(half).dtype == torch.float32
     assert torch.equal(amax_of(half), amax_of(full))  # tolerance 0.0
+
+
+def test_half_precision_batch_does_not_round_the_next_one() -> None:
+    target = quantizer()
+    calibrate(target, [torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1.2345678])])
+    target.load_calib_amax()
+    assert torch.equal(amax_of(target), torch.tensor(1.2345678))  # tolerance 0.0
 
 
 @pytest.mark.parametrize("amax", [0.1, [[0.1], [0.7]]], ids=["per-tensor", "per-channel"])
@@ -505,7 +520,7 @@ def test_max_calibration_of_any_data_is_that_of_pytorch_quantization(rows: list[
         (CalibratorSpec("entropy", num_bins=160), ("entropy",), {}),
         (CalibratorSpec("max"), (), {}),
     ],
-    ids=str,
+    ids=["percentile", "percentile-90", "percentile-90-of-512-bins", "entropy-of-160-bins", "max"],
 )
 def test_own_method_is_used_by_itself(
     calibrator: CalibratorSpec, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -701,7 +716,7 @@ def test_pytorch_quantization_is_heard_by_that_test(caplog: pytest.LogCaptureFix
         (QuantSpec(calibrator=CalibratorSpec("entropy", num_bins=256)), calib.HistogramCalibrator),
         (QuantSpec(calibrator=CalibratorSpec("mse"), unsigned=True, num_bits=5), calib.HistogramCalibrator),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
 def test_every_field_of_the_spec_arrives(spec: QuantSpec, calibrator: type) -> None:
     # A default that has every field otherwise, so that nothing of it may be taken.

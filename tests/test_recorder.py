@@ -38,7 +38,7 @@ class Heads(nn.Module):
         y = self.proj(x).view(shape).transpose(1, 2)
         y = y / torch.sqrt(torch.tensor(y.size(-1), dtype=torch.float))
         y = y.permute(0, 2, 1, 3).contiguous()
-        return y.view(y.size()[:-2] + (self.head_dim * y.size(-2),))
+        return y.view(y.size()[:-2] + (self.head_dim * y.size(-2),))  # noqa: RUF005 (the idiom itself)
 
 
 class NamedSelf(nn.Module):
@@ -184,7 +184,7 @@ def test_gradients_flow_through_a_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ decisions
+# --- decisions
 
 
 class Branches(nn.Module):
@@ -208,7 +208,9 @@ def test_a_decision_that_changes_is_noticed(kind: type[nn.Module]) -> None:
     routine = recorded(block, torch.randn(6, 6))
     x = torch.randn(6, 6)
     assert torch.equal(run_graph(routine, block, x), block(x))
-    with pytest.raises(DecisionChangedError, match=f"{kind.__name__}.forward, test_recorder.py:\\d+: a comparison of sizes"):
+    with pytest.raises(
+        DecisionChangedError, match=f"{kind.__name__}.forward, test_recorder.py:\\d+: a comparison of sizes"
+    ):
         run_graph(routine, block, torch.randn(3, 3))
 
 
@@ -238,13 +240,18 @@ def test_attributes_that_were_read_are_guarded() -> None:
     assert routine.reads == {("", "factor"): 3.0, ("", "training"): False, ("inner", "p"): 0.25}
     rewritten = Rewritten("forward", Reads.forward, (), frozenset(), [])
     x = torch.randn(2, 3)
-    for change in (lambda: None, block.train, lambda: setattr(block, "factor", 5.0), lambda: setattr(block.inner, "p", 0.5)):
+    for change in (
+        lambda: None,
+        block.train,
+        lambda: setattr(block, "factor", 5.0),
+        lambda: setattr(block.inner, "p", 0.5),
+    ):
         change()
         assert torch.equal(rewritten(block, (x,), {}), block(x))
     assert len(rewritten.variants) == 4
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# --- refusals
 
 OUTSIDE = torch.ones(3)
 
@@ -294,7 +301,7 @@ def test_what_no_graph_can_hold_is_refused(kind: type[nn.Module], message: str) 
 
 
 def test_an_object_as_argument_is_refused() -> None:
-    with pytest.raises(TraceError, match="Optional.forward is handed a list_iterator as argument 'mask'"):
+    with pytest.raises(TraceError, match=r"Optional.forward is handed a list_iterator as argument 'mask'"):
         recorded(Optional(), torch.randn(2, 3), mask=iter([]))
 
 
@@ -308,7 +315,9 @@ def test_recording_leaves_no_trace() -> None:
     recorded(block, (x, x))
     assert fired == []
     assert torch.equal(x, kept)
-    assert {name: vars(module).keys() for name, module in block.named_modules()} == {k: v.keys() for k, v in before.items()}
+    assert {name: vars(module).keys() for name, module in block.named_modules()} == {
+        k: v.keys() for k, v in before.items()
+    }
     assert type(block) is Nested
 
 
@@ -322,7 +331,11 @@ def test_children_are_recorded_with_links() -> None:
             return self.named(self.heads(x))
 
     routine = recorded(Outer(), torch.randn(2, 5, 8))
-    assert [(child.path, child.kind) for child in routine.walk()] == [("", "forward"), ("heads", "forward"), ("named", "forward")]
+    assert [(child.path, child.kind) for child in routine.walk()] == [
+        ("", "forward"),
+        ("heads", "forward"),
+        ("named", "forward"),
+    ]
     named = routine.children[1]
     assert named.caller is routine
     assert named.call is not None
