@@ -23,8 +23,7 @@ from qdq_surgery.plan import Plan, Refusal, Site
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rule_file import load_rules, shipped_rules
 from qdq_surgery.spec import RuleSet
-
-__version__ = "0.1.0"
+from qdq_surgery.version import __version__
 
 __all__ = [
     "AlreadyConvertedError",
@@ -42,6 +41,7 @@ __all__ = [
     "Site",
     "TensorQuantizer",
     "TraceError",
+    "__version__",
     "convert",
     "diff",
     "explain",

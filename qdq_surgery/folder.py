@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from qdq_surgery.convert import plan_of
 from qdq_surgery.errors import ModelError
 from qdq_surgery.rule_file import shipped_rules
+from qdq_surgery.version import __version__
 
 __all__ = ["REPORT_NAME", "RULES_NAME", "load_model", "save_model"]
 
@@ -100,4 +101,5 @@ def _write_rules(files: tuple[Path, ...], text: str, folder: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("qdq-surgery", "transformers", "torch", "pytorch-quantization")}
+    others = {name: version(name) for name in ("transformers", "torch", "pytorch-quantization")}
+    return {"qdq-surgery": __version__, **others}

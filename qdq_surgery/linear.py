@@ -35,4 +35,6 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
             and not isinstance(module, quant_nn.QuantLinear)
             and type(module).forward is nn.Linear.forward
             and "forward" not in vars(module)
+            # A parametrized weight (weight norm, for one) is computed by the class that would be replaced.
+            and "weight" in module._parameters
         )

@@ -41,7 +41,7 @@ def fake_quant(
         Shape and dtype of ``inputs``. The gradient passes where ``|inputs| <= amax`` and is 0 elsewhere
         (straight-through estimation with clipping); ``amax`` gets none.
     """
-    if torch.is_grad_enabled() and inputs.requires_grad:
+    if torch.is_grad_enabled() and (inputs.requires_grad or amax.requires_grad):
         result: Tensor = _FakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
         return result
     return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
@@ -66,8 +66,11 @@ def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned:
     axis = _channel_axis(amax)
     if torch.compiler.is_compiling():
         # The operator with a tensor as scale has no shape function, so no exporter can trace it: this is its formula.
-        integers = torch.clamp((work * (1.0 / scale)).round(), qmin, qmax)
-        return (integers * scale).to(inputs.dtype)
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            traced: Tensor = _TracedNative.apply(work, scale, qmin, qmax)  # type: ignore[no-untyped-call]
+        else:
+            traced = _native_grid(work, scale).clamp(qmin, qmax) * scale
+        return traced.to(inputs.dtype)
     if axis is None:
         # The tensor form of the operator: the scale stays on its device.
         zero_point = torch.zeros((), dtype=torch.int32, device=inputs.device)
@@ -139,4 +142,26 @@ class _FakeQuant(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         inputs, amax = ctx.saved_tensors
         (gradient,) = gradients
-        return torch.where(inputs.abs() <= amax, gradient, gradient.new_zeros(())), None, None, None, None
+        # In float32: a 0-dimensional amax would be rounded to the dtype of half-precision inputs.
+        inside = inputs.abs().float() <= amax.float()
+        return torch.where(inside, gradient, gradient.new_zeros(())), None, None, None, None
+
+
+def _native_grid(work: Tensor, scale: Tensor) -> Tensor:
+    """Integers before clamping; 0 where the range is 0."""
+    usable = scale >= torch.finfo(torch.float32).tiny
+    return (work * torch.where(usable, 1.0 / scale, 0.0)).round()
+
+
+class _TracedNative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        integers = _native_grid(work, scale)
+        ctx.save_for_backward((integers >= qmin) & (integers <= qmax))
+        return integers.clamp(qmin, qmax) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient * inside, None, None, None

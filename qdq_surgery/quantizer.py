@@ -76,19 +76,24 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         self.spec, self.provenance = spec, provenance
         # Follows .to(device): the place where a range that is loaded or computed later belongs.
         self.register_buffer("_anchor", torch.empty(0, device=device), persistent=False)
-        if hasattr(self, "_amax"):
-            self._set_amax(self._amax)
+        if hasattr(self, "_amax"):  # the descriptor's own
+            fixed = self._amax
+            del self._amax
+            self._set_amax(fixed)
         if spec is not None and spec.calibrator.num_bins is not None:
             self._calibrator = calib.HistogramCalibrator(
                 num_bits=spec.num_bits, axis=None, unsigned=spec.unsigned, num_bins=spec.calibrator.num_bins
             )
 
     def _set_amax(self, amax: Tensor) -> None:
-        amax = amax.detach().to(device=self._anchor.device, dtype=torch.float32)
-        if hasattr(self, "_amax") and self._amax.shape == amax.shape:
+        amax = amax.detach()
+        if not amax.is_meta and bool((amax < 0).any()):
+            raise ValueError(f"a range cannot be negative, found {float(amax.min())}")
+        # Outside of inference mode, so that the buffer can be saved for a backward pass later.
+        with torch.inference_mode(False):
+            if not hasattr(self, "_amax") or self._amax.shape != amax.shape:
+                self.register_buffer("_amax", torch.empty(amax.shape, dtype=torch.float32, device=self._anchor.device))
             self._amax.data.copy_(amax)
-        else:
-            self.register_buffer("_amax", amax.clone())
 
     @property
     def amax(self) -> Tensor | None:
@@ -148,8 +153,14 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             raise RuntimeError("this quantizer has no calibrator")
         if not args and "method" not in kwargs and isinstance(calibrator, calib.HistogramCalibrator):
             args, kwargs = self._own_method(kwargs)
-        seen = calibrator._calib_hist if isinstance(calibrator, calib.HistogramCalibrator) else calibrator._calib_amax
-        amax = calibrator.compute_amax(*args, **kwargs) if seen is not None else None
+        if "mse" in (*args, kwargs.get("method")) and not torch.cuda.is_available():
+            raise CalibrationError(
+                "pytorch-quantization computes mse on a CUDA device only, and there is none; use max, percentile or "
+                "entropy"
+            )
+        # Its histogram calibrator fails on an empty histogram instead of returning None.
+        empty = isinstance(calibrator, calib.HistogramCalibrator) and calibrator._calib_hist is None
+        amax = None if empty else calibrator.compute_amax(*args, **kwargs)
         if amax is None:
             if strict:
                 where = f" ({self.provenance.operand}, rule {self.provenance.rule})" if self.provenance else ""
@@ -217,9 +228,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             known = self.amax
             if known is None or known.shape != loaded.shape:
                 self.reset_amax()
-                self._set_amax(torch.empty_like(loaded, dtype=torch.float32))
+                self._set_amax(torch.zeros(loaded.shape))
         # pytorch-quantization's own version logs, and sends the range to a GPU.
         super(quant_nn.TensorQuantizer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.amax is not None and self._amax.dtype != torch.float32:  # with assign=True it is the checkpoint's
+            self._amax = self._amax.float()
 
 
 def make_quantizer(

@@ -101,9 +101,9 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if not 2 <= self.num_bits <= 16:
             raise RuleFileError(f"num_bits {self.num_bits} is outside 2 to 16", "write for example 8")
-        if self.axis is not None and not -4 <= self.axis <= 3:
+        if self.axis is not None and not 0 <= self.axis <= 3:
             raise RuleFileError(
-                f"axis {self.axis} is outside -4 to 3", "write 0 for a linear's output channels, or null"
+                f"axis {self.axis} is outside 0 to 3", "write 0 for a linear's output channels, or null"
             )
         if self.axis is not None and self.calibrator.is_histogram:
             raise RuleFileError(

@@ -24,7 +24,9 @@ def without_lines(text: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "width"), [("wide", 140), ("narrow", 72)])
-@pytest.mark.parametrize("model_type_head", [("bert", "BertForSequenceClassification"), ("distilbert", "DistilBertModel")])
+@pytest.mark.parametrize(
+    "model_type_head", [("bert", "BertForSequenceClassification"), ("distilbert", "DistilBertModel")]
+)
 def test_golden_text(name: str, width: int, model_type_head: tuple[str, str]) -> None:
     model = build(*model_type_head)
     text = without_lines(qs.diff(model, qs.convert(model)).to_text(width)) + "\n"
@@ -149,7 +151,9 @@ def test_explain() -> None:
     assert "no rule is about a linear outside the encoder layers" in pooler
     assert "nothing here" in qs.explain(qmodel, "embeddings").to_text()
     assert len(qs.explain(qmodel).found) == 40
-    with pytest.raises(qs.ModelError, match=r"there is no module 'encoder.layer.1.outptu'; near it: encoder.layer.1.output"):
+    with pytest.raises(
+        qs.ModelError, match=r"there is no module 'encoder.layer.1.outptu'; near it: encoder.layer.1.output"
+    ):
         qs.explain(qmodel, "encoder.layer.1.outptu")
     with pytest.raises(qs.ModelError, match="is not converted"):
         qs.explain(model)

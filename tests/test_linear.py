@@ -256,3 +256,8 @@ MODULES: dict[str, tuple[Any, bool]] = {
 @pytest.mark.parametrize(("make", "wanted"), MODULES.values(), ids=MODULES.keys())
 def test_what_may_become_one(make: Any, wanted: bool) -> None:
     assert QuantLinear.fits(make()) is wanted
+
+
+def test_a_parametrized_weight_does_not_fit() -> None:
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    assert not QuantLinear.fits(linear)

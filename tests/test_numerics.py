@@ -469,3 +469,48 @@ def test_half_precision_gradient(dtype: torch.dtype, function: Callable[..., Ten
     assert inputs.grad is not None
     assert inputs.grad.dtype == dtype
     assert inputs.grad.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+class _Native(nn.Module):
+    def __init__(self, amax: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("amax", amax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native_fake_quant(x, self.amax)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_range_of_zero_is_traced_like_the_kernel() -> None:
+    module = _Native(torch.tensor([[0.0], [1.0]]))
+    x = torch.linspace(-1, 1, 6).reshape(2, 3)
+    traced = torch.export.export(module, (x,)).module()
+    assert torch.equal(traced(x), module(x))
+    assert torch.equal(traced(x)[0], torch.zeros(3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_the_native_formula_has_its_gradient_under_compile() -> None:
+    torch._dynamo.reset()
+    module = _Native(torch.tensor(1.0))
+    for shift in (0.0, 0.3):
+        eager = (torch.linspace(-2, 2, 9) + shift).requires_grad_()
+        compiled = eager.detach().clone().requires_grad_()
+        module(eager).sum().backward()
+        torch.compile(module, backend="eager")(compiled).sum().backward()
+        assert torch.equal(compiled.grad, eager.grad)
+        assert 0 < float(eager.grad.sum()) < 9
+
+
+def test_a_range_gets_no_gradient_even_where_inputs_need_none() -> None:
+    amax = torch.tensor(1.0, requires_grad=True)
+    outputs = fake_quant(torch.tensor([0.33, 2.0], requires_grad=True), amax)
+    outputs.sum().backward()
+    assert amax.grad is None
+    assert not fake_quant(torch.tensor([0.33]), amax.detach()).requires_grad
+
+
+def test_the_edge_of_the_range_is_not_rounded_for_half_precision() -> None:
+    x = torch.tensor([1.0009765625], dtype=torch.float16, requires_grad=True)
+    fake_quant(x, torch.tensor(1.0006)).sum().backward()
+    assert float(x.grad) == 0.0

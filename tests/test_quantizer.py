@@ -17,6 +17,7 @@ from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
+from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics import fake_quant, native_fake_quant
 from qdq_surgery.quantizer import Provenance, TensorQuantizer, make_quantizer
 from qdq_surgery.spec import CalibratorSpec, QuantSpec
@@ -823,3 +824,45 @@ def test_export(native: bool, descriptor: dict[str, Any]) -> None:
     program = torch.export.export(target, (example,)).module()
     assert torch.equal(program(other), target(other))  # tolerance 0.0
     assert not torch.equal(program(other), other)
+
+
+def test_a_descriptors_own_range_goes_to_the_device() -> None:
+    quantizer = TensorQuantizer(QuantDescriptor(amax=1.0), device=torch.device("cpu"))
+    assert quantizer.amax == 1.0
+    assert "_amax" in dict(quantizer.named_buffers())
+
+
+@pytest.mark.parametrize("value", [-1.0, [1.0, -0.5]], ids=["one", "among-several"])
+def test_a_negative_range_is_refused(value: float | list[float]) -> None:
+    with pytest.raises(ValueError, match="a range cannot be negative, found -"):
+        TensorQuantizer(QuantDescriptor()).amax = value
+
+
+def test_loading_with_assign_keeps_float32() -> None:
+    quantizer = TensorQuantizer(QuantDescriptor(amax=1.0))
+    quantizer.load_state_dict({"_amax": torch.tensor(2.0, dtype=torch.bfloat16)}, assign=True)
+    assert quantizer.amax is not None
+    assert quantizer.amax.dtype == torch.float32
+    assert float(quantizer.amax) == 2.0
+
+
+def test_a_range_found_in_inference_mode_can_be_trained_with() -> None:
+    quantizer = TensorQuantizer(QuantDescriptor())
+    quantizer.enable_calib()
+    with torch.inference_mode():
+        quantizer(torch.ones(3))
+        quantizer.load_calib_amax()
+    quantizer.disable_calib()
+    x = torch.ones(3, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+
+
+def test_mse_without_a_gpu_is_a_clear_error() -> None:
+    if torch.cuda.is_available():
+        return
+    quantizer = TensorQuantizer(QuantDescriptor(calib_method="histogram"))
+    quantizer.enable_calib()
+    quantizer(torch.randn(64))
+    with pytest.raises(CalibrationError, match="mse on a CUDA device only.*use max, percentile or entropy"):
+        quantizer.load_calib_amax("mse")

@@ -1,0 +1,124 @@
+"""The layout: imports go downwards, names of libraries stay where they belong, files stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "qdq_surgery"
+
+#: From the bottom up: a module imports only from those before it.
+LAYERS = [
+    "version",
+    "errors",
+    "render",
+    "progress",
+    "pattern",
+    "spec",
+    "rule_file",
+    "operators",
+    "shadow",
+    "symbols",
+    "routine",
+    "stand_in",
+    "recorder",
+    "attention",
+    "numerics",
+    "quantizer",
+    "linear",
+    "rewritten",
+    "examples",
+    "survey",
+    "plan",
+    "fitting",
+    "expectations",
+    "matching",
+    "surgery",
+    "convert",
+    "listing",
+    "diff",
+    "explain",
+    "folder",
+    "demo",
+    "cli",
+    "__init__",
+    "__main__",
+]
+
+#: Libraries that only these modules may know.
+HOMES = {
+    "yaml": {"rule_file"},
+    "onnx": {"demo"},
+    "onnxruntime": {"demo"},
+    "transformers": {
+        "attention",
+        "examples",
+        "survey",
+        "matching",
+        "surgery",
+        "convert",
+        "diff",
+        "folder",
+        "demo",
+        "cli",
+    },
+}
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            assert node.module is not None
+            assert [alias.name for alias in node.names] != ["*"]
+            found.add(node.module)
+    return found
+
+
+def modules() -> list[str]:
+    return [path.stem for path in sorted(PACKAGE.glob("*.py"))]
+
+
+def test_every_module_has_its_layer() -> None:
+    assert sorted(LAYERS) == sorted(modules())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_go_downwards(name: str) -> None:
+    own = {module.removeprefix("qdq_surgery.") for module in imports(PACKAGE / f"{name}.py") if "qdq_surgery" in module}
+    below = set(LAYERS[: LAYERS.index(name)])
+    assert own <= below, f"{name} imports {sorted(own - below)}"
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_libraries_stay_in_their_modules(library: str) -> None:
+    users = {
+        name
+        for name in modules()
+        if any(module == library or module.startswith(library + ".") for module in imports(PACKAGE / f"{name}.py"))
+    }
+    assert users <= HOMES[library]
+    assert users
+
+
+def test_files_hold_one_idea() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert max(lengths.values()) <= 520, max(lengths, key=lambda name: lengths[name])
+    assert "utils.py" not in lengths
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for name in modules():
+        assert ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text())), name
+
+
+def test_the_test_can_fail(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("def f():\n    from qdq_surgery.cli import main\n")
+    assert imports(path) == {"qdq_surgery.cli"}
