@@ -258,10 +258,17 @@ class _Matcher:
 
     def _uncalled(self, unit: Unit, called: set[str]) -> None:
         """Linears of the unit that the example never came to: cross-attention without encoder states, for one."""
+        used = {
+            join_path(unit.path, routine.path, str(node.target)).rpartition(".")[0]
+            for routine in (unit.tree.walk() if unit.tree is not None else ())
+            for node in routine.graph.nodes
+            if node.op == "get_attr"
+        }
         opaque = [join_path(unit.path, r.path) for r in unit.tree.opaque()] if unit.tree is not None else []
         for name, module in self.model.get_submodule(unit.path).named_modules():
             path = join_path(unit.path, name)
-            if not isinstance(module, nn.Linear) or path in called:
+            # (MobileBERT's head multiplies with the weights of linears that it never calls: that product is listed.)
+            if not isinstance(module, nn.Linear) or path in called or path in used:
                 continue
             if any(path.startswith(block + ".") for block in opaque):
                 reason = "it lies in a block that has no graph"

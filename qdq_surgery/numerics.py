@@ -21,6 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    from torch.onnx._internal.exporter import _flags as _onnx_flags
+except ImportError:  # pragma: no cover (another release of torch)
+    _onnx_flags = None  # type: ignore[assignment]
+
 __all__ = ["exporting_to_onnx", "fake_quant", "native_fake_quant", "onnx_fake_quant"]
 
 #: An amax up to the smallest positive float16 counts as 0: everything is quantized to 0.
@@ -83,7 +88,11 @@ def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned:
 
 def exporting_to_onnx() -> bool:
     """Whether ``torch.onnx.export`` (with ``dynamo=True``, its default) is tracing right now."""
-    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    if not torch.compiler.is_compiling():
+        return False
+    # The exporter's second try goes through dynamo, where torch.onnx.is_in_onnx_export() is a constant False: what was
+    # refused in the first try would be exported as plain arithmetic. So the flag behind it is read where there is one.
+    return bool(getattr(_onnx_flags, "_is_onnx_exporting", False)) or torch.onnx.is_in_onnx_export()
 
 
 def onnx_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False) -> Tensor:

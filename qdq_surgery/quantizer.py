@@ -202,10 +202,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             outputs, self._scale = tensor_quant.tensor_quant(inputs, amax, self._num_bits, self._unsigned)
             return outputs  # type: ignore[no-any-return]
         if exporting_to_onnx():
-            if self.amax is None and self.provenance is not None and self.provenance.role != "weight":
+            # A weight's range is a constant of the graph even where it was not calibrated, an activation's is not.
+            if self.amax is None and (self.provenance is None or self.provenance.role != "weight"):
+                name = "a quantizer" if self.provenance is None else self.provenance.quantizer
                 raise CalibrationError(
-                    f"{self.provenance.quantizer} has no range: calibrate the model before exporting it, or disable "
-                    "this quantizer"
+                    f"{name} has no range: calibrate the model before exporting it, or disable this quantizer"
                 )
             return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
         if self.use_fb_fake_quant:

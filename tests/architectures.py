@@ -64,7 +64,6 @@ ARCHITECTURES = (
             "hidden_size": 32,
             "intra_bottleneck_size": 16,
             "embedding_size": 16,
-            "num_feedforward_networks": 2,
             "true_hidden_size": 16,
         },
     ),

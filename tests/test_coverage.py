@@ -29,8 +29,8 @@ EXPECTED = {
     "electra": (6, 2, 2, 20),
     "distilbert": (6, 2, 2, 20),
     "albert": (6, 2, 2, 20),
-    # Tiny: two feed-forward networks in a layer; the published model has four.
-    "mobilebert": (11, 2, 4, 34),
+    # Four feed-forward networks in a layer, and bottlenecks around it.
+    "mobilebert": (15, 2, 6, 46),
     "mpnet": (6, 2, 2, 20),
     # Two of the linears and two of the matmuls are about relative positions.
     "deberta-v2": (8, 4, 2, 28),

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
 )
 
-#: The documentation's code, as it stood. What stood as ``...`` there is in EXPORT.
+#: The documentation's code, as it stood. What stood as ``...`` there is filled in, in EXPORT; the line that asked
+#: transformers for the device is gone with the function (infer_device) that it imported.
 DESCRIPTORS = """
 >>> import pytorch_quantization.nn as quant_nn
 >>> from pytorch_quantization.tensor_quant import QuantDescriptor
@@ -53,8 +54,6 @@ CALIBRATION = """
 ...         module.enable_quant()
 
 >>> # If running on accelerator, it needs to call `.to(xx)` again because new tensors will be created by calibration process
->>> from transformers import infer_device
->>> device = infer_device()
 >>> model.to(device)
 
 >>> # Keep running the quantized model
@@ -86,7 +85,7 @@ def native_switch() -> Iterator[None]:
 
 @pytest.mark.usefixtures("default_descriptors", "native_switch")
 def test_the_old_documentation_word_for_word(tmp_path: Path) -> None:
-    scope: dict[str, Any] = {"torch": torch, "path": str(tmp_path / "model.onnx")}
+    scope: dict[str, Any] = {"torch": torch, "device": "cpu", "path": str(tmp_path / "model.onnx")}
     exec(python(DESCRIPTORS), scope)
     float_model = build("bert", "BertForSequenceClassification")
     model = scope["model"] = qs.convert(float_model)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from keyword import iskeyword
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -96,6 +98,7 @@ PIECES = [
     *["linear", "add", "maybe", "dropout", "q", "k", "_", "x", "foo", "(", "(", ")", ")", ",", ", ", "=", "==", ":="],
     *["*", "**", ".", ":", ";", "[", "]", "{", "}", "'", '"', "\\", "#", "@", "-", "~", "!", "$", "?", "`", "1", "1e9"],
     *["lambda", "if", "else", "for", "in", "not", "await", "yield", "None", "True", "f'{", "}'", " ", "\n", "\t", "\0"],
+    *["é", "𠮷", "😀", "\r\n", "1is", "0xf", "or", "\\d", "----", "**z"],
 ]
 
 
@@ -119,7 +122,9 @@ def test_a_soup_of_pieces_is_a_pattern_or_is_refused_within_the_text(text: str) 
 
 
 @PROPERTY
-@given(text=st.text(max_size=200) | st.text(alphabet="()", max_size=600) | st.text(alphabet="\0\ud800é(", max_size=40))
+@given(
+    text=st.text(max_size=200) | st.text(alphabet="()-~", max_size=600) | st.text(alphabet="\0\ud800é(", max_size=40)
+)
 def test_any_text_is_refused_in_the_same_way(text: str) -> None:
     with pytest.raises(RuleFileError):  # no operator's name comes out of these alphabets by chance
         parse_pattern(text)
@@ -296,7 +301,15 @@ BAD = [
     pytest.param("linear(^None, w)", "found 'None' where an operator", "with its operands", id="none-operand"),
     pytest.param("linear(x, ^w.T)", r"found 'w\.T' where an operator", "with its operands", id="attribute-operand"),
     pytest.param("linear(x, ^*w)", r"found '\*w' where an operator", "with its operands", id="star-operand"),
-    pytest.param("linear(x, **^w)", r"found \*\* in a pattern", "write each operand", id="double-star-operand"),
+    pytest.param("linear(x, **^w)", r"^found \*\* in the pattern", "write each operand", id="double-star-operand"),
+    # Too deep to be printed back: the place is named all the same.
+    pytest.param("^" + "-" * 490 + "x", r"^found '\.\.\.' where an operator", "with its operands", id="490-signs"),
+    pytest.param(
+        "linear(x, k=^" + "-" * 480 + "x)", r"^found '\.\.\.' where an operator", "with its operands", id="signs-inside"
+    ),
+    pytest.param(
+        "add(maybe(^" + "-" * 480 + "x)(_), y)", r"^found '\.\.\.' inside maybe", "operator names", id="signs-in-maybe"
+    ),
     pytest.param("linear(^x if y else z)", "found 'x if y else z' where", "with its operands", id="conditional"),
     pytest.param("add(a=_, ^b[0])", r"found 'b\[0\]' where an operator", "with its operands", id="index-after-named"),
     # Operators.
@@ -327,18 +340,54 @@ BAD = [
     pytest.param("add(maybe(mul, ^foo)(_), x)", "unknown operator 'foo'", "known: ", id="maybe-second-unknown"),
     pytest.param("add(maybe(^'mul')(_), x)", r"found ''mul'' inside maybe", "operator names", id="maybe-string"),
     pytest.param("add(maybe(^mul(_))(_), x)", r"found 'mul\(_\)' inside maybe", "operator names", id="maybe-call"),
+    pytest.param("add(maybe(^*mul)(_), x)", r"found '\*mul' inside maybe", "operator names", id="maybe-star"),
+    pytest.param(
+        "add(maybe(dropout, **^z)(_), y)", r"^found \*\* in the pattern", "write operator names", id="maybe-double-star"
+    ),
+    pytest.param(
+        "add(maybe(**^z)(_), y)", r"^found \*\* in the pattern", "write operator names", id="maybe-only-double-star"
+    ),
+    pytest.param(
+        "add(maybe(dropout)(**^z), y)", r"^found \*\* in the pattern", "each operand", id="maybe-double-star-operand"
+    ),
     pytest.param("add(^maybe(mul)(q), x)", "a capture directly inside", r"name=maybe\(dropout\)\(_\)", id="maybe-bare"),
     pytest.param(
         "add(^maybe(mul)(q=gelu(_)), x)", "a capture directly inside", "capture the operand", id="maybe-named"
     ),
     # captures
     pytest.param("linear(^gelu)", "'gelu' is an operator, here used as a capture", r"write gelu\(_\)", id="operator"),
+    pytest.param("add(^linear=_, b)", "'linear' is an operator, here used", r"write linear\(_\)", id="named-operator"),
+    pytest.param("add(a, ^gelu=relu(_))", "'gelu' is an operator, here used", "another name", id="named-as-another"),
+    # Written, '_' would read back as 'anything' and 'maybe' as the beginning of maybe(...).
+    pytest.param("add(^_=_, b)", "^'_' is no name in the pattern", "another name", id="named-anything"),
+    pytest.param(
+        "add(^_=linear(_), b)", "^'_' is no name in the pattern", "another name", id="operator-named-anything"
+    ),
+    pytest.param("add(^maybe, b)", "^'maybe' is .* here used as a capture", "another name", id="maybe-bare-word"),
+    pytest.param("add(^maybe=_, b)", "^'maybe' is .* here used as a capture", "another name", id="named-maybe"),
+    pytest.param("add(^maybe=gelu(_))", "^'maybe' is .* here used as a capture", "another", id="operator-named-maybe"),
     pytest.param("linear(a=^b)", "'a=b' names one operand twice", "write a alone", id="two-names"),
     pytest.param("linear(a=^gelu)", "'a=gelu' names one operand twice", "write a alone", id="name-and-operator"),
     pytest.param("linear(a=(^b=gelu(_)))", "where an operator is wanted", "with its operands", id="name-in-brackets"),
     # The second x is meant, but a name has no place in the tree: the error is about the pattern as a whole.
     pytest.param("^linear(x, x)", "'x' is captured twice", "each capture name once", id="captured-twice"),
     pytest.param("^add(x=gelu(_), relu(x))", "'x' is captured twice", "each capture name once", id="captured-deep"),
+    # Columns count characters, whatever number of bytes they take.
+    pytest.param("linear(é, ^foo(x))", "unknown operator 'foo'", "known: ", id="after-two-bytes"),
+    pytest.param("linear(𠮷, ^foo(x))", "unknown operator 'foo'", "known: ", id="after-four-bytes"),
+    pytest.param("where(é=_, ü=_, ^foo(x))", "unknown operator 'foo'", "known: ", id="after-two-bytes-named"),
+    pytest.param("where(a=_, é, b=^foo(x))", "unknown operator 'foo'", "known: ", id="two-bytes-between-named"),
+    pytest.param("linear(^'é', x)", "found ''é'' where an operator", "with its operands", id="two-bytes-themselves"),
+    pytest.param("linear(é, **^w)", r"found \*\* in the pattern", "each operand", id="double-star-after-two-bytes"),
+    pytest.param("linear(é, x)^)", "pattern syntax: unmatched", "write for example", id="unmatched-after-two-bytes"),
+    pytest.param("add(é=_, b=_, c^]", "pattern syntax: .*not match", "write for example", id="wrong-after-two-bytes"),
+    pytest.param("linear(𠮷, ^😀)", "pattern syntax: invalid character '😀'", "write for example", id="four-bytes"),
+    # A line break is a blank, so that columns go on counting: a line feed is one character, CR LF are two.
+    pytest.param("linear(x,\n ^foo(w))", "unknown operator 'foo'", "known: ", id="second-line"),
+    pytest.param("linear(x,\r\n ^foo(w))", "unknown operator 'foo'", "known: ", id="second-line-cr-lf"),
+    pytest.param("where(é=_,\n\tü,\n ^foo(w))", "unknown operator 'foo'", "known: ", id="third-line"),
+    pytest.param("linear(x)\n^)", "pattern syntax: unmatched", "write for example", id="unmatched-on-the-second-line"),
+    pytest.param("linear^(x\n", "pattern syntax: .*never closed", "write for example", id="never-closed-lines"),
     # Python's own syntax errors; the wording is Python's.
     pytest.param("linear^(x", "pattern syntax: .*never closed", "write for example", id="never-closed"),
     pytest.param("linear(x)^)", "pattern syntax: unmatched", "write for example", id="unmatched-bracket"),
@@ -380,6 +429,12 @@ def test_refused_at(marked: str, found: str, fix: str) -> None:
         pytest.param("maybe(add)(" * 45, id="45-open-maybes"),
         pytest.param("f" + "()" * 249, id="249-calls-in-a-row"),
         pytest.param("lambda:" * 71 + "x", id="71-lambdas"),
+        pytest.param("-" * 490 + "x", id="490-signs"),
+        pytest.param("not " * 120 + "x", id="120-nots"),
+        pytest.param("x" + "[0]" * 160, id="160-indices"),
+        pytest.param("x" + ".y" * 240, id="240-attributes"),
+        pytest.param("1" + "+1" * 249, id="249-sums"),
+        pytest.param("1" + "**1" * 166, id="166-powers"),
     ],
 )
 def test_deep_nesting_is_refused_fast(text: str) -> None:
@@ -395,6 +450,38 @@ def test_deep_calls_within_the_length_are_read() -> None:
     pattern = parse_pattern(text)
     assert str(pattern) == text
     assert pattern.captures() == ("x",)
+
+
+@pytest.mark.parametrize("filter_", ["always", "error"])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        pytest.param(r"linear('\d')", r"found ''\\d'' where an operator is wanted", id="escape"),
+        pytest.param("linear(1is 2)", "found '1 is 2' where an operator is wanted", id="number-before-is"),
+        pytest.param("linear(0xfor x)", "found '15 or x' where an operator is wanted", id="hexadecimal-before-or"),
+    ],
+)
+def test_what_python_warns_about_is_refused_without_a_warning(text: str, found: str, filter_: Any) -> None:
+    # Under "error" Python turns the warning into a SyntaxError: the message must not depend on the caller's filters.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(filter_)
+        with pytest.raises(RuleFileError) as refused:
+            parse_pattern(text)
+    assert [str(warning.message) for warning in caught] == []
+    assert refused.value.found == f"{found} in the pattern '{text}'"
+    assert refused.value.column == 8
+
+
+def test_a_pattern_may_stand_on_several_lines() -> None:
+    assert parse_pattern("matmul(q,\r\n\tk=transpose(\n_\r)\n)\n") == parse_pattern("matmul(q, k=transpose(_))")
+
+
+def test_captures_need_not_be_ascii() -> None:
+    assert parse_pattern("add(größe=gelu(_), é)").captures() == ("größe", "é")
+
+
+def test_names_that_only_look_like_a_reserved_one_are_captures() -> None:
+    assert parse_pattern("add(__, maybe_=_)").captures() == ("__", "maybe_")
 
 
 def test_the_error_is_the_packages_own() -> None:

@@ -864,5 +864,5 @@ def test_mse_without_a_gpu_is_a_clear_error() -> None:
     quantizer = TensorQuantizer(QuantDescriptor(calib_method="histogram"))
     quantizer.enable_calib()
     quantizer(torch.randn(64))
-    with pytest.raises(CalibrationError, match="mse on a CUDA device only.*use max, percentile or entropy"):
+    with pytest.raises(CalibrationError, match=r"mse on a CUDA device only.*use max, percentile or entropy"):
         quantizer.load_calib_amax("mse")

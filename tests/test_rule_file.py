@@ -115,8 +115,9 @@ NOT_YAML: Cases = {
     "at-sign": ("schema: 1\nname: ^@mine\n", "not YAML: found character '@'", "check"),
     "unknown-escape": ('schema: 1\nname: "\\^q"\n', "not YAML: found unknown escape character 'q'", "check"),
     "undefined-tag-handle": ("schema: 1\nname: ^!x!foo mine\n", "not YAML: found undefined tag handle", "check"),
-    "two-documents": (f"{GOOD}^---\n{GOOD}", "not YAML: .*another document", "check"),
-    "second-document-empty": (f"{GOOD}...\n^---\n", "not YAML: .*another document", "check"),
+    "two-documents": (f"{GOOD}^---\n{GOOD}", "^found a second document$", "one document: remove '---'"),
+    "second-document-empty": (f"{GOOD}...\n^---\n", "^found a second document$", "one document: remove '---'"),
+    "second-document-a-word": (f"{GOOD}^--- mine\n", "^found a second document$", "one document: remove '---'"),
 }
 
 NOT_DATA: Cases = {
@@ -290,6 +291,26 @@ NOT_A_TEXT: Cases = {
     ),
 }
 
+#: Half a character cannot be printed or written to a file. YAML's escapes are single characters, so two are no pair.
+SURROGATES: Cases = each(
+    "surrogate",
+    r'"\uD800"|"a\uDFFF"|"\uD83D\uDE00"',
+    r" has half a character \(a surrogate\)$",
+    "remove the escape",
+    name=lambda value: f"schema: 1\nname: {value}\n{RULES}",
+    why=lambda value: f"{HEAD}why: {value}\n{RULES}",
+    extends=lambda value: f"{HEAD}extends: {value}\n",
+    rule_name=lambda value: GOOD.replace("name: first", f"name: {value}"),
+    rule_why=lambda value: GOOD.replace("why: it pays", f"why: {value}"),
+    pattern=lambda value: with_match(f"{{pattern: {value}}}"),
+    place=lambda value: with_quantize(f"{{x: {value}}}"),
+    name_of_place=lambda value: with_quantize(f"{{x: {{as: {value}}}}}"),
+    calibrator=with_calibrator,
+    within=lambda value: with_match(f'{{pattern: "linear(x)", within: {value}}}'),
+    sites_item=lambda value: with_exclude(f"{{why: w, sites: [a, {value}]}}"),
+    rules_item=lambda value: with_exclude(f"{{why: w, rules: [first, {value}]}}"),
+)
+
 NOT_WHOLE: Cases = {
     **each(
         "int",
@@ -298,9 +319,24 @@ NOT_WHOLE: Cases = {
         "for example 8",
         num_bits=lambda value: with_spec(f"{{num_bits: {value}}}"),
     ),
+    # YAML 1.1 calls these whole numbers, most of them worth something else than they look; the last is only too long.
     **each(
         "int",
-        "1.5|'1'|on|0x1",
+        "0x8|0b11|1:30|-1:30|0_7|1_0|8_|+0x8|1000000000",
+        "is '.{2,60}', not a decimal whole number$",
+        "for example 8",
+        num_bits=lambda value: with_spec(f"{{num_bits: {value}}}"),
+    ),
+    **each(
+        "int",
+        "0_1|1_|0b1|0x1",
+        "schema is '.*', not a decimal whole number$",
+        "for example 8",
+        schema=lambda value: f"schema: {value}\nname: mine\n{RULES}",
+    ),
+    **each(
+        "int",
+        "1.5|'1'|on|0x1|0_1",
         "is .*, not a (decimal )?whole number",
         "write for example",
         schema=lambda value: f"schema: {value}\nname: mine\n{RULES}",
@@ -421,6 +457,59 @@ PATTERNS: Cases = {
         "known: ",
     ),
     "folded-block": (with_match("\n      pattern: ^>\n        linear(x, foo(w))"), "unknown operator 'foo'", "known: "),
+    # Nor does it where a text goes over two lines, or where an escape is longer than what it stands for.
+    "double-quotes-on-two-lines": (
+        with_match('\n      pattern: ^"linear(x,\n        foo(w))"'),
+        "unknown operator 'foo'",
+        "known: ",
+    ),
+    "single-quotes-on-two-lines": (
+        with_match("\n      pattern: ^'linear(x,\n        foo(w))'"),
+        "unknown operator 'foo'",
+        "known: ",
+    ),
+    "no-quotes-on-two-lines": (
+        with_match("\n      pattern: ^linear(x,\n        foo(w))"),
+        "unknown operator 'foo'",
+        "known: ",
+    ),
+    "first-of-two-lines": (
+        with_match('\n      pattern: ^"linear(foo(x),\n        w)"'),
+        "unknown operator 'foo'",
+        "known: ",
+    ),
+    "line-continued": (
+        with_match('\n      pattern: ^"linear(x, \\\n        foo(w))"'),
+        "unknown operator 'foo'",
+        "known: ",
+    ),
+    "never-closed-on-two-lines": (
+        with_match('\n      pattern: ^"linear(x,\n        w"'),
+        "pattern syntax: .*never closed",
+        "for example",
+    ),
+    "escape": (with_pattern('^"linear(x,\\x20foo(w))"'), "unknown operator 'foo'", "known: "),
+    "escape-after-the-place": (with_pattern('^"linear(foo(x),\\x20w)"'), "unknown operator 'foo'", "known: "),
+    "doubled-quotes": (with_pattern("^'linear(x, ''w'')'"), "found ''w'' where an operator is wanted", "operands"),
+    # Columns count characters.
+    "after-two-bytes": (with_pattern('"linear(é, ^foo(x))"'), "unknown operator 'foo'", "known: "),
+    "after-four-bytes": (with_pattern("'linear(𠮷, ^foo(x))'"), "unknown operator 'foo'", "known: "),
+    "after-two-bytes-named": (with_pattern('"where(é=_, ü=_, ^foo(x))"'), "unknown operator 'foo'", "known: "),
+    "after-two-bytes-unmatched": (with_pattern('"add(é=_, b=_)^)"'), "pattern syntax: unmatched", "for example"),
+    "after-another-key-of-many-bytes": (
+        with_match('{within: "größer → 😀", pattern: "linear(x, ^foo(w))"}'),
+        "unknown operator 'foo'",
+        "known: ",
+    ),
+    "after-blanks": (with_pattern('"linear(x,   ^foo(w))  "'), "unknown operator 'foo'", "known: "),
+    "490-signs": (
+        with_pattern(f'"^{"-" * 490}x"'),
+        r"^found '\.\.\.' where an operator is wanted",
+        "with its operands",
+    ),
+    "maybe-double-star": (with_pattern('"add(maybe(dropout, **^z)(_), y)"'), r"^found \*\* in", "operator names"),
+    "named-anything": (with_pattern('"add(^_=linear(_), b)"'), "'_' is no name", "another name"),
+    "named-maybe": (with_pattern('"add(b, ^maybe=_)"'), "'maybe' is .* here used as a capture", "another name"),
     "never-closed": (with_pattern('"linear^(x, w"'), "pattern syntax: .*never closed", "for example"),
     "unmatched": (with_pattern('"linear(x, w)^)"'), "pattern syntax: unmatched", "for example"),
     "unmatched-after-named": (with_pattern('"add(a=_, b=_)^)"'), "pattern syntax: unmatched", "for example"),
@@ -497,8 +586,8 @@ MEANING: Cases = {
         for value in ("-8", "0", "1", "17")
     },
     **{
-        f"axis-{value}": (with_spec(f"^{{axis: {value}}}"), f"axis {value} is outside -4 to 3", "or null")
-        for value in ("-5", "4", "768")
+        f"axis-{value}": (with_spec(f"^{{axis: {value}}}"), f"axis {value} is outside 0 to 3", "or null")
+        for value in ("-4", "-1", "4", "768")
     },
     **{
         f"axis-with-{name}": (
@@ -513,43 +602,119 @@ MEANING: Cases = {
         "narrow_range .* the grid is unsigned",
         "remove one",
     ),
+    # 'default' has a meaning already. What is wrong is the set of names, so the place is where the file's keys begin.
+    **{
+        f"spec-called-default-{name}": (
+            f"# mine\n^{HEAD}specs: {{a: default, default: {spec}}}\n{RULES}",
+            "a spec is called 'default', which means pytorch-quantization's default descriptors",
+            "rename it",
+        )
+        for name, spec in {"as-it-is": "default", "otherwise": "{num_bits: 4}"}.items()
+    },
+    # What a scope or a count says is refused where its rule begins.
+    "within-nothing": (
+        with_match('{pattern: "linear(x)", within: []}').replace("- name", "- ^name"),
+        "within names no module",
+        "glob such as",
+    ),
+    "layers-nothing": (
+        with_match('{pattern: "linear(x)", layers: []}').replace("- name", "- ^name"),
+        "layers names no layer",
+        r"all, 0 or \[0, 1\]",
+    ),
+    **{
+        f"layers-{value}": (
+            with_match(f'{{pattern: "linear(x)", layers: {value}}}').replace("- name", "- ^name"),
+            "^layer -1 does not exist$",
+            "layers count from 0",
+        )
+        for value in ("-1", "[-1]", "[0, -1]")
+    },
+    **{
+        f"count-{key.partition(':')[0]}-{value}": (
+            with_key(f"expect: {{{key.format(value)}}}").replace("- name", "- ^name"),
+            "^a count of -1 cannot be$",
+            "write 0 or more",
+        )
+        for key in ("per_layer: {}", "total: {}", "model_types: {{bert: {}}}")
+        for value in ("-1", "[6, -1]", "{min: -1}", "{max: -1}")
+    },
+    **{
+        f"count-range-{key.partition(':')[0]}": (
+            with_key(f"expect: {{{key.format('{min: 5, max: 2}')}}}").replace("- name", "- ^name"),
+            "^no count is at least 5 and at most 2$",
+            "exchange them",
+        )
+        for key in ("per_layer: {}", "total: {}", "model_types: {{bert: {}}}")
+    },
 }
 
 SECOND = """\
   - {name: second, why: w, match: {pattern: "gelu(x)"}, quantize: {x: {as: x_quantizer}}}
 """
 
-#: Checks over the whole of a file, with what it extends: they point at where the file begins.
+#: Checks over the whole of a file, with what it extends: the mark stands on the line that the error must name. Which
+#: key of the rule or of the exclude entry is meant cannot be said, so there is no column.
 WHOLE: Cases = {
     "undefined-spec": (
-        "^" + with_quantize("{x: int4}"),
+        with_quantize("{x: int4}").replace("- name", "- ^name"),
         "rule 'first' uses the spec 'int4', which is not defined",
         "known: default$",
     ),
     "undefined-spec-beside-others": (
-        "^" + with_spec("default").replace("x: default", "x: {spec: t}"),
+        with_spec("default").replace("x: default", "x: {spec: t}").replace("- name", "- ^name"),
         "rule 'first' uses the spec 't', which is not defined",
         "known: default, s$",
     ),
+    "undefined-spec-of-the-second-rule": (
+        GOOD + "  # a comment\n\n^" + SECOND.replace("as: x_quantizer", "spec: t"),
+        "rule 'second' uses the spec 't', which is not defined",
+        "known: default$",
+    ),
     "one-quantizer-in-two-rules": (
-        "# a comment is not where the file begins\n^" + with_quantize("{x: {as: x_quantizer}}") + SECOND,
-        "rules 'first' and 'second' both name a quantizer 'x_quantizer'",
+        "# a comment\n" + with_quantize("{x: {as: x_quantizer}}") + "^" + SECOND,
+        "^rules 'first' and 'second' both name a quantizer 'x_quantizer'$",
         "its own name under 'as'",
     ),
     "one-quantizer-twice-in-a-rule": (
-        "^" + with_quantize("{x: {as: x_quantizer}, w: {as: x_quantizer}}"),
-        "both name a quantizer 'x_quantizer'",
+        with_quantize("{x: {as: x_quantizer}, w: {as: x_quantizer}}").replace("- name", "- ^name"),
+        "^rule 'first' twice names a quantizer 'x_quantizer'$",
         "its own name under 'as'",
     ),
+    "one-quantizer-twice-in-the-second-rule": (
+        GOOD + "^" + SECOND.replace("gelu(x)", "add(x, y)").replace("}}}", "}, y: {as: x_quantizer}}}"),
+        "^rule 'second' twice names a quantizer 'x_quantizer'$",
+        "its own name under 'as'",
+    ),
+    "two-rules-of-one-name": (
+        GOOD + "^" + SECOND.replace("second", "first"),
+        "^two rules are called 'first'$",
+        "rename one",
+    ),
     "exclude-unknown-rule": (
-        "^" + with_exclude("{why: w, rules: second}"),
+        with_exclude("^{why: w, rules: second}"),
         "exclude names the rule 'second', which does not exist",
-        "write a rule's name",
+        "^rules: first$",
     ),
     "exclude-unknown-glob": (
-        "^" + with_exclude("{why: w, rules: [first, 'sec*']}"),
+        with_exclude("^{why: w, rules: [first, 'sec*']}"),
         r"exclude names the rule 'sec\*', which does not exist",
-        "write a rule's name",
+        "^rules: first$",
+    ),
+    "exclude-unknown-rule-in-the-second-entry": (
+        with_exclude("{why: w, rules: first}\n  - why: w\n    layers: 0\n    rules: third").replace("- why", "- ^why"),
+        "exclude names the rule 'third', which does not exist",
+        "^rules: first$",
+    ),
+    "exclude-unknown-rule-of-several": (
+        GOOD + SECOND.replace("second", "a-rule") + "exclude:\n  - ^{why: w, rules: [third]}\n",
+        "exclude names the rule 'third', which does not exist",
+        "^rules: a-rule, first$",
+    ),
+    "exclude-from-no-rules": (
+        HEAD + "rules: []\nexclude:\n  - ^{why: w, rules: '*'}\n",
+        r"exclude names the rule '\*', which does not exist",
+        "^rules: none$",
     ),
 }
 
@@ -559,10 +724,9 @@ BAD: dict[str, Cases] = {
     "missing": MISSING,
     "unknown-key": UNKNOWN_KEY,
     "repeated-key": REPEATED_KEY,
-    "type": {**NOT_A_TEXT, **NOT_WHOLE, **NOT_A_NUMBER, **NOT_A_BOOLEAN, **NOT_A_LIST, **NOT_A_MAPPING},
+    "type": {**NOT_A_TEXT, **SURROGATES, **NOT_WHOLE, **NOT_A_NUMBER, **NOT_A_BOOLEAN, **NOT_A_LIST, **NOT_A_MAPPING},
     "pattern": PATTERNS,
     "meaning": MEANING,
-    "whole-file": WHOLE,
 }
 
 
@@ -573,6 +737,12 @@ BAD: dict[str, Cases] = {
 def test_refused_at(text: str, found: str, fix: str, tmp_path: Path) -> None:
     path, line, column = write_marked(tmp_path / "mine.yaml", text)
     check(refusal(path), path, line, column, found, fix)
+
+
+@pytest.mark.parametrize(("text", "found", "fix"), [pytest.param(*case, id=name) for name, case in WHOLE.items()])
+def test_refused_on_the_line(text: str, found: str, fix: str, tmp_path: Path) -> None:
+    path, line, _ = write_marked(tmp_path / "mine.yaml", text)
+    check(refusal(path), path, line, None, found, fix)
 
 
 def test_the_file_that_the_bad_ones_are_made_from_is_good(tmp_path: Path) -> None:
@@ -611,6 +781,17 @@ def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
         ),
         pytest.param(bytes(range(128, 256)), "not UTF-8 at byte 0", "save the file as UTF-8", id="bytes"),
         pytest.param(b"schema: 1\0\n", "not YAML: special characters", "remove the character", id="nul"),
+        # What PyYAML itself trips over, with an error that is not its own; the wording is Python's.
+        *(
+            pytest.param(f'{HEAD}why: "{escape}"\n{RULES}'.encode(), "^not YAML: ", "remove the escape", id=escape[1:])
+            for escape in (r"\UFFFFFFFF", r"\U00110000", r"\U80000000")
+        ),
+        pytest.param(
+            f"%YAML 1.{'1' * 5000}\n---\n{GOOD}".encode(),
+            "^not YAML: .{1,60}$",
+            "remove the escape or the directive",
+            id="version-of-5000-digits",
+        ),
         pytest.param(b"schema: 1\nname: \x07\n", "not YAML: special characters", "remove the character", id="bell"),
     ],
 )
@@ -687,6 +868,32 @@ def test_no_such_rules(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert str(error) == f"{error.found}; {error.fix}"
 
 
+#: For a file's name, and for a path.
+TOO_LONG = [
+    pytest.param("a" * 300, id="name"),
+    pytest.param("a" * 5000, id="path"),
+    pytest.param("a/" * 5000, id="dirs"),
+]
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+@pytest.mark.parametrize("type_", [str, Path])
+def test_a_name_too_long_for_a_file(name: str, type_: type[str | Path]) -> None:
+    error = refusal(type_(name))
+    assert error.found == f"rules: '{name[:57]}...' is neither a shipped rule set nor a file"
+    assert re.search("shipped: .*qdqbert.*; or give the path of a YAML file", error.fix)
+    assert (error.path, error.line, error.column) == (None, None, None)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_file(*_: Any, **__: Any) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "mine.yaml", GOOD)
+    monkeypatch.setattr(Path, "is_file", is_file)  # chmod would stop nobody who runs the tests as root
+    assert "is neither a shipped rule set nor a file" in refusal(path).found
+
+
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
     error = refusal(tmp_path)
     assert f"'{tmp_path}' is neither a shipped rule set nor a file" in error.found
@@ -745,23 +952,57 @@ def test_nothing_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not (tmp_path / "ran").exists()
 
 
-# -- two rules, one name ---------------------------------------------------------------------------------------------
-
-
-def test_two_rules_of_one_name_in_a_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.yaml", GOOD + SECOND.replace("second", "first"))
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        pytest.param(f"schema: ^LONG\nname: mine\n{RULES}", "x", id="schema"),
+        pytest.param(f"schema: ^LONG\nname: mine\n{RULES}", "1", id="schema-digits"),
+        pytest.param(f"{HEAD}extends: ^LONG\n", "x", id="extends"),
+        pytest.param(f"{HEAD}rules: ^LONG\n", "x", id="list"),
+        pytest.param(with_spec("^LONG"), "x", id="mapping"),
+        pytest.param(with_pattern('"^LONG"'), "x", id="pattern"),
+        pytest.param(with_key("optional: ^LONG"), "x", id="boolean"),
+        pytest.param(with_calibrator("{name: percentile, percentile: ^LONG:1.5}"), "1", id="number"),
+        pytest.param("^LONG\n", "x", id="file"),
+    ],
+)
+def test_a_scalar_that_fills_the_file_is_not_quoted_whole(text: str, letter: str, tmp_path: Path) -> None:
+    path, line, column = write_marked(tmp_path / "mine.yaml", text.replace("LONG", letter * ((1 << 20) - 1000)))
     error = refusal(path)
-    assert re.search("two rules are called 'first'", error.found)
-    assert re.search("rename one", error.fix)
-    # The second one's line; line 4 is where the first stands.
-    assert (error.path, error.line) == (path.resolve(), 8)
+    assert (error.path, error.line, error.column) == (path.resolve(), line, column)
+    assert len(error.found) + len(error.fix) < 300
+
+
+def test_many_rules_load_fast(tmp_path: Path) -> None:
+    # Somewhat over a second, nearly all of it PyYAML's. A shared machine may take several times that; what the bound
+    # is for are times that grow with the square of the rules, of which test_spec.py has the sharper test.
+    rule = (
+        '  - {{name: rule{0}, why: w, match: {{pattern: "linear(x, w)"}}, quantize: {{x: {{as: x{0}_quantizer}}}}}}\n'
+    )
+    path = write(tmp_path / "mine.yaml", f"{HEAD}rules:\n{''.join(map(rule.format, range(2000)))}")
+    start = time.perf_counter()
+    rules = load_rules(path).rules
+    assert time.perf_counter() - start < 15
+    assert [rule.name for rule in rules] == [f"rule{index}" for index in range(2000)]
+
+
+# -- two rules, one name ---------------------------------------------------------------------------------------------
 
 
 def test_one_quantizer_in_the_base_and_in_the_extending_file(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", with_quantize("{x: {as: x_quantizer}}"))
     path, line, column = write_marked(tmp_path / "mine.yaml", f"^{HEAD}extends: base.yaml\nrules:\n{SECOND}")
-    found = "rules '(first' and 'second|second' and 'first)' both name a quantizer 'x_quantizer'"
+    # The extending file's rules come first, so the second to give the name is the base's, which has no line in this
+    # file: the place is where the keys of this file begin.
+    found = "^rules 'second' and 'first' both name a quantizer 'x_quantizer'$"
     check(refusal(path), path, line, column, found, "its own name under 'as'")
+
+
+def test_one_quantizer_in_the_base_and_in_a_rule_that_replaces_one(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", with_quantize("{x: {as: x_quantizer}}") + SECOND.replace("x_q", "y_q"))
+    path, line, _ = write_marked(tmp_path / "mine.yaml", f"{HEAD}extends: base.yaml\nrules:\n  # mine\n^{SECOND}")
+    found = "^rules 'first' and 'second' both name a quantizer 'x_quantizer'$"
+    check(refusal(path), path, line, None, found, "its own name under 'as'")
 
 
 def test_a_rule_of_the_same_name_may_keep_the_quantizer(tmp_path: Path) -> None:
@@ -813,6 +1054,24 @@ def test_extends_something_missing(name: str, tmp_path: Path) -> None:
     check(refusal(path), path, line, column, found, "shipped: .*qdqbert.*; or give the path")
 
 
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_extends_a_name_too_long_for_a_file(name: str, tmp_path: Path) -> None:
+    path, line, column = write_marked(tmp_path / "mine.yaml", f"{HEAD}extends: ^{name}\n")
+    found = f"^extends: '{re.escape(name[:57])}[.]{{3}}' is neither a shipped rule set nor a file$"
+    check(refusal(path), path, line, column, found, "shipped: .*qdqbert.*; or give the path")
+
+
+@pytest.mark.parametrize("files", [17, 40])
+def test_a_chain_of_more_than_16_files(files: int, tmp_path: Path) -> None:
+    for index in range(1, files):
+        write(tmp_path / f"{index}.yaml", f"{HEAD}extends: {index + 1}.yaml\n")
+    write(tmp_path / f"{files}.yaml", GOOD)
+    # The place is the file that extends one too many, whatever stands behind it.
+    last, line, column = write_marked(tmp_path / "16.yaml", f"{HEAD}extends: ^17.yaml\n")
+    found = "^a chain of more than 16 files$"
+    check(refusal(tmp_path / "1.yaml"), last, line, column, found, "a file that stands on its own")
+
+
 def test_a_bad_base_is_refused_at_its_own_place(tmp_path: Path) -> None:
     base, line, column = write_marked(tmp_path / "base.yaml", with_key("optional: ^yes"))
     path = write(tmp_path / "mine.yaml", f"{HEAD}extends: base.yaml\n")
@@ -821,29 +1080,37 @@ def test_a_bad_base_is_refused_at_its_own_place(tmp_path: Path) -> None:
 
 def test_a_base_that_is_wrong_as_a_whole_is_refused_at_its_own_place(tmp_path: Path) -> None:
     # The extending file defines the spec, but a base must stand on its own.
-    base, line, column = write_marked(tmp_path / "base.yaml", "^" + with_quantize("{x: int4}"))
+    text = with_quantize("{x: int4}").replace("- name", "- ^name")
+    base, line, _ = write_marked(tmp_path / "base.yaml", text)
     path = write(tmp_path / "mine.yaml", f"{HEAD}extends: base.yaml\nspecs: {{int4: {{num_bits: 4}}}}\n")
-    check(refusal(path), base, line, column, "uses the spec 'int4'", "known: default$")
+    check(refusal(path), base, line, None, "uses the spec 'int4'", "known: default$")
 
 
 @pytest.mark.parametrize(
     ("more", "found", "fix"),
     [
         pytest.param(
-            "rules:\n" + SECOND.replace("as: x_quantizer", "spec: nope"),
+            "rules:\n^" + SECOND.replace("as: x_quantizer", "spec: nope"),
             "'second' uses .* 'nope'",
-            "known: default",
+            "known: default$",
             id="spec",
         ),
         pytest.param(
-            "exclude: [{why: w, rules: third}]\n", "exclude names the rule 'third'", "write a rule's name", id="exclude"
+            "exclude:\n  - ^{why: w, rules: third}\n", "exclude names the rule 'third'", "^rules: first$", id="exclude"
+        ),
+        pytest.param(
+            "specs: {s: default}\nrules:\n  # first's spec is known here\n^"
+            + SECOND.replace("second", "first").replace("as: x_quantizer", "spec: t"),
+            "'first' uses .* 't'",
+            "known: default, s$",
+            id="replaced-rule",
         ),
     ],
 )
 def test_a_whole_that_is_wrong_only_together(more: str, found: str, fix: str, tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", GOOD)
-    path, line, column = write_marked(tmp_path / "mine.yaml", f"^{HEAD}extends: base.yaml\n{more}")
-    check(refusal(path), path, line, column, found, fix)
+    path, line, _ = write_marked(tmp_path / "mine.yaml", f"{HEAD}extends: base.yaml\n{more}")
+    check(refusal(path), path, line, None, found, fix)
 
 
 # -- what is loaded is what was written ------------------------------------------------------------------------------
@@ -974,7 +1241,7 @@ def test_counts(key: str, text: str, count: Count, words: str, tmp_path: Path) -
         pytest.param("default", None, id="default"),
         pytest.param("{}", QuantSpec(), id="nothing-said"),
         pytest.param("{num_bits: +4}", QuantSpec(4), id="plus"),
-        pytest.param("{axis: -1}", QuantSpec(axis=-1), id="negative-axis"),
+        pytest.param("{axis: 1}", QuantSpec(axis=1), id="axis"),
         pytest.param("{axis: null}", QuantSpec(), id="null-axis"),
         pytest.param("{calibrator: mse}", QuantSpec(calibrator=CalibratorSpec("mse")), id="short"),
         pytest.param("{calibrator: {name: mse}}", QuantSpec(calibrator=CalibratorSpec("mse")), id="long"),
@@ -1122,6 +1389,15 @@ def test_extends_over_three_files(tmp_path: Path) -> None:
     assert str(top.rule("new").pattern) == "gelu(x)"
     assert [file.name for file in top.files] == ["top.yaml", "own.yaml", "base.yaml"]
     assert [exclude.why for exclude in top.exclude] == ["base", "own"]
+
+
+def test_extends_over_sixteen_files(tmp_path: Path) -> None:
+    for index in range(1, 16):
+        write(tmp_path / f"{index}.yaml", f"{HEAD}extends: {index + 1}.yaml\n")
+    write(tmp_path / "16.yaml", GOOD)
+    rules = load_rules(tmp_path / "1.yaml")
+    assert [file.name for file in rules.files] == [f"{index}.yaml" for index in range(1, 17)]
+    assert [rule.source for rule in rules.rules] == ["16.yaml:4"]
 
 
 def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
