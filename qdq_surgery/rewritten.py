@@ -9,7 +9,9 @@ first occurs, on a shadow, and gets its quantizers by the places in the source w
 from __future__ import annotations
 
 import functools
+import itertools
 import linecache
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,8 @@ from qdq_surgery.shadow import shadow
 __all__ = ["Edit", "Rewritten", "Variant", "compile_variant", "insert_quantizers"]
 
 Origin = tuple[Any, ...]
+
+_LABELS = itertools.count()
 
 #: Operators that must not turn up in a variant at a place that the plan has not seen.
 GUARDED = frozenset({"linear", "matmul", "baddbmm", "einsum", "sdpa", "conv1d"})
@@ -48,7 +52,15 @@ class Edit:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One compiled graph and what it holds for."""
+    """One compiled graph and what it holds for.
+
+    Attributes:
+        signature, paths: Description and path of each argument leaf.
+        reads: Plain attributes that decided something: path of the module below the block, name, value.
+        autocast: Whether autocast was on, and to what, if a dtype was asked for.
+        wanted: Which argument leaves the function takes.
+        source: The generated Python, for whoever debugs it.
+    """
 
     signature: tuple[Leaf, ...]
     paths: tuple[str, ...]
@@ -57,7 +69,6 @@ class Variant:
     wanted: tuple[int, ...]
     takes_self: bool
     function: Callable[..., Any]
-    graph: Graph
     source: str
 
     def holds(self, module: nn.Module, signature: tuple[Leaf, ...], paths: tuple[str, ...]) -> bool:
@@ -105,14 +116,11 @@ def insert_quantizers(graph: Graph, edits: tuple[Edit, ...]) -> list[Edit]:
     return done
 
 
-def compile_variant(routine: Routine, graph: Graph) -> Variant:
-    """Compile an edited copy of ``routine``'s graph.
-
-    Args:
-        graph: The edited graph; its placeholders are those of ``routine.graph``, by name.
-    """
+def compile_variant(routine: Routine) -> Variant:
+    """Compile the graph of ``routine``, with the quantizers that were put into it."""
+    graph = routine.graph
     code = graph.python_code("self")
-    label = f"<qdq_surgery {type(routine.owner).__name__}.{routine.function} {id(graph):x}>"
+    label = f"<qdq_surgery {type(routine.owner).__name__}.{routine.function} {next(_LABELS)}>"
     scope = dict(code.globals)
     exec(compile(code.src, label, "exec"), scope)
     # So that a traceback through the generated code shows its lines.
@@ -122,7 +130,7 @@ def compile_variant(routine: Routine, graph: Graph) -> Variant:
     }
     names = [node.name for node in graph.nodes if node.op == "placeholder" and node.target != SELF]
     wanted = [positions[name] for name in names]
-    return Variant(
+    variant = Variant(
         signature=routine.signature,
         paths=routine.argument_paths,
         reads=tuple((path, name, value) for (path, name), value in routine.reads.items()),
@@ -130,9 +138,10 @@ def compile_variant(routine: Routine, graph: Graph) -> Variant:
         wanted=tuple(wanted),
         takes_self=any(node.op == "placeholder" and node.target == SELF for node in graph.nodes),
         function=scope["forward"],
-        graph=graph,
         source=code.src,
     )
+    weakref.finalize(variant, linecache.cache.pop, label, None)
+    return variant
 
 
 class Rewritten:
@@ -218,8 +227,14 @@ class Rewritten:
                     f"{node.meta['op']} at {node.meta['source']} that the plan has not seen; convert with "
                     "example_inputs= that take it"
                 )
-        insert_quantizers(routine.graph, self.edits)
-        return compile_variant(routine, routine.graph)
+        missing = set(self.edits) - set(insert_quantizers(routine.graph, self.edits))
+        if missing:
+            raise TraceError(
+                f"{type(routine.owner).__name__}.{routine.function}: this call goes past the place of "
+                f"{', '.join(sorted(edit.quantizer for edit in missing))}, which would stay unused; convert with "
+                "example_inputs= like those of this call"
+            )
+        return compile_variant(routine)
 
     # Compiled variants hold no state of the block: copies may share them. A pickle leaves them behind, and they are
     # recorded again when they are needed.

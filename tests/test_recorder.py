@@ -19,7 +19,7 @@ from qdq_surgery.shadow import shadow
 def run_graph(routine: Routine, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the recorded graph on other arguments."""
     values, _ = flatten_call(args, kwargs)
-    return compile_variant(routine, routine.graph).run(block, values)
+    return compile_variant(routine).run(block, values)
 
 
 def recorded(block: nn.Module, *args: Any, **kwargs: Any) -> Routine:
