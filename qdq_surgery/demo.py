@@ -226,13 +226,14 @@ def _export_and_compare(
     mask = batch["attention_mask"].bool()
 
     def by_text(states: Tensor) -> Tensor:
-        return (states - wanted).abs().amax(-1).masked_fill(~mask, 0.0).amax(-1)
+        difference: Tensor = (states - wanted).abs().amax(-1)
+        return difference.masked_fill(~mask, 0.0).amax(-1)
 
     runtime, formulas = by_text(found), by_text(legacy)
     console.print(
         f"\nONNX, opset {_OPSET}, in {seconds:.0f} s: {pairs[0]} QuantizeLinear, {pairs[1]} DequantizeLinear.\n"
-        f"ONNX Runtime against PyTorch (native fake quant), last hidden states of {len(texts)} texts: largest difference "
-        f"in a text {runtime.median():.1e} in the median, {runtime.max():.1e} in the worst.\n"
+        f"ONNX Runtime against PyTorch (native fake quant), last hidden states of {len(texts)} texts: largest "
+        f"difference in a text {runtime.median():.1e} in the median, {runtime.max():.1e} in the worst.\n"
         f"PyTorch's two formulas against each other (legacy, native), the same texts: {formulas.median():.1e} in the "
         f"median, {formulas.max():.1e} in the worst.\n"
         "They differ only where a value lies half-way between two steps; from there on, one step leads to others."

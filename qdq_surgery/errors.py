@@ -44,7 +44,12 @@ class RuleFileError(QdqSurgeryError):
             place += f":{line}"
             if column is not None:
                 place += f":{column}"
-        super().__init__(f"{place + ': ' if place else ''}{found}; {fix}")
+        super().__init__(f"{place + ': ' if place else ''}{_short(found)}; {_short(fix)}")
+
+
+def _short(text: str) -> str:
+    # What a user wrote may be a megabyte long.
+    return text if len(text) <= 600 else f"{text[:597]}..."
 
 
 class MatchError(QdqSurgeryError):

@@ -233,7 +233,7 @@ def _operand(node: ast.expr, capture: str | None) -> Operand:
 def _check_capture(node: ast.Name) -> None:
     if node.id in OPERATORS or node.id in ("maybe", "_"):
         what = "'_' is no name" if node.id == "_" else f"'{node.id}' is an operator, here used as a capture"
-        raise _Refusal(what, f"write {node.id}(_), or another name", node.col_offset)
+        raise _Refusal(what, "write another name, or the operator with its operands", node.col_offset)
 
 
 def _operator(node: ast.Name) -> str:
@@ -245,6 +245,6 @@ def _operator(node: ast.Name) -> str:
 def _describe(node: ast.expr) -> str:
     try:
         text = ast.unparse(node).replace(":=", "=")
-    except RecursionError:
+    except (RecursionError, ValueError):
         text = "..."
     return f"'{text if len(text) <= 40 else text[:37] + '...'}'"

@@ -76,7 +76,7 @@ def _find(rules: str | Path, beside: Path | None, what: str) -> Path:
         found = False
     if not found:
         raise RuleFileError(
-            f"{what}: '{_cut(str(rules))}' is neither a shipped rule set nor a file",
+            f"{what}: '{rules}' is neither a shipped rule set nor a file",
             f"shipped: {', '.join(shipped) or 'none'}; or give the path of a YAML file",
         )
     return path
@@ -336,12 +336,18 @@ class _File:
             self.refuse("an exclude entry has no key 'why'", "say why these sites stay in float", node)
         if len(keys) == 1:
             self.refuse("an exclude entry names nothing", "write within, layers, sites or rules", node)
-        return Exclude(
-            why=self.string(keys["why"], "why"),
-            scope=self.scope(keys),
-            sites=self.strings(keys["sites"], "sites") if "sites" in keys else None,
-            rules=self.strings(keys["rules"], "rules") if "rules" in keys else None,
-            source=f"{self.path.name}:{node.start_mark.line + 1}",
+        for key in ("sites", "rules"):
+            if key in keys and isinstance(keys[key], yaml.SequenceNode) and not keys[key].value:
+                self.refuse(f"{key} names nothing", "write a glob such as 'add_*', or leave it out", keys[key])
+        return self.checked(
+            node,
+            lambda: Exclude(
+                why=self.string(keys["why"], "why"),
+                scope=self.scope(keys),
+                sites=self.strings(keys["sites"], "sites") if "sites" in keys else None,
+                rules=self.strings(keys["rules"], "rules") if "rules" in keys else None,
+                source=f"{self.path.name}:{node.start_mark.line + 1}",
+            ),
         )
 
     # -- typed readers -----------------------------------------------------------------------------------------
@@ -364,6 +370,8 @@ class _File:
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.refuse(f"a key is {_kind(key)}", "write a plain word", key)
+            if any("\ud800" <= letter <= "\udfff" for letter in key.value):
+                self.refuse("a key has half a character (a surrogate)", "remove the escape", key)
             if key.value in found:
                 line = found[key.value].start_mark.line + 1
                 self.refuse(f"the key '{key.value}' stands twice (first in line {line})", "remove one", key)
@@ -399,7 +407,7 @@ class _File:
         if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "int":
             self.refuse(f"{where} is {_kind(node)}, not a whole number", "write for example 8", node)
         # YAML 1.1 also reads 0x10, 1_000 and 1:30 as integers.
-        if not re.fullmatch(r"[-+]?[0-9]{1,9}", node.value):
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,8})", node.value):
             self.refuse(f"{where} is '{_cut(node.value)}', not a decimal whole number", "write for example 8", node)
         return int(node.value)
 
@@ -411,10 +419,9 @@ class _File:
     def number(self, node: yaml.Node, where: str) -> float:
         if not isinstance(node, yaml.ScalarNode) or node.tag not in (_TAG + "int", _TAG + "float"):
             self.refuse(f"{where} is {_kind(node)}, not a number", "write for example 99.99", node)
-        try:
-            return float(node.value)
-        except ValueError:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?", node.value, re.IGNORECASE):
             self.refuse(f"{where} is '{_cut(node.value)}', not a decimal number", "write for example 99.99", node)
+        return float(node.value)
 
     def boolean(self, node: yaml.Node, where: str) -> bool:
         if not isinstance(node, yaml.ScalarNode) or node.value not in ("true", "false") or node.style is not None:

@@ -355,8 +355,8 @@ BAD = [
         "add(^maybe(mul)(q=gelu(_)), x)", "a capture directly inside", "capture the operand", id="maybe-named"
     ),
     # captures
-    pytest.param("linear(^gelu)", "'gelu' is an operator, here used as a capture", r"write gelu\(_\)", id="operator"),
-    pytest.param("add(^linear=_, b)", "'linear' is an operator, here used", r"write linear\(_\)", id="named-operator"),
+    pytest.param("linear(^gelu)", "'gelu' is an operator, here used as a capture", "write another name", id="operator"),
+    pytest.param("add(^linear=_, b)", "'linear' is an operator, here used", "write another name", id="named-operator"),
     pytest.param("add(a, ^gelu=relu(_))", "'gelu' is an operator, here used", "another name", id="named-as-another"),
     # Written, '_' would read back as 'anything' and 'maybe' as the beginning of maybe(...).
     pytest.param("add(^_=_, b)", "^'_' is no name in the pattern", "another name", id="named-anything"),

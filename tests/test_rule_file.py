@@ -1448,3 +1448,25 @@ def test_ten_lines_change_bits_exclude_a_layer_and_add_a_rule(tmp_path: Path) ->
     assert mine.rules[0].name == "pooler"
     assert mine.rules[0].scope.holds("bert.pooler.dense", None)
     assert mine.rules[1:] == base.rules
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{why: w, layers: []}", "layers names no layer"),
+        ("{why: w, within: []}", "within names no module"),
+        ("{why: w, sites: []}", "sites names nothing"),
+        ("{why: w, rules: []}", "rules names nothing"),
+    ],
+)
+def test_an_exclude_entry_that_names_nothing_has_a_place(entry: str, message: str, tmp_path: Path) -> None:
+    error = refusal(write(tmp_path / "mine.yaml", f"{HEAD}{RULES}exclude:\n  - {entry}\n"))
+    assert error.path is not None
+    assert error.line == (HEAD + RULES).count("\n") + 2
+    assert message in error.found
+
+
+@pytest.mark.parametrize("number", ["010", "0_1", "1_0"])
+def test_numbers_are_decimal(number: str, tmp_path: Path) -> None:
+    text = f"{HEAD}specs: {{x: {{num_bits: {number}}}}}\n{RULES}"
+    assert "not a decimal whole number" in refusal(write(tmp_path / "mine.yaml", text)).found
