@@ -76,7 +76,7 @@ def _find(rules: str | Path, beside: Path | None, what: str) -> Path:
         found = False
     if not found:
         raise RuleFileError(
-            f"{what}: '{rules}' is neither a shipped rule set nor a file",
+            f"{what}: '{_cut(str(rules), 200)}' is neither a shipped rule set nor a file",
             f"shipped: {', '.join(shipped) or 'none'}; or give the path of a YAML file",
         )
     return path
@@ -145,8 +145,8 @@ def _kind(node: yaml.Node) -> str:
     return f"'{_cut(node.value)}' ({node.tag.removeprefix(_TAG)})"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def _cut(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class _File:

@@ -880,7 +880,7 @@ TOO_LONG = [
 @pytest.mark.parametrize("type_", [str, Path])
 def test_a_name_too_long_for_a_file(name: str, type_: type[str | Path]) -> None:
     error = refusal(type_(name))
-    assert error.found == f"rules: '{name[:57]}...' is neither a shipped rule set nor a file"
+    assert error.found == f"rules: '{name[:197]}...' is neither a shipped rule set nor a file"
     assert re.search("shipped: .*qdqbert.*; or give the path of a YAML file", error.fix)
     assert (error.path, error.line, error.column) == (None, None, None)
 
@@ -1057,7 +1057,7 @@ def test_extends_something_missing(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_extends_a_name_too_long_for_a_file(name: str, tmp_path: Path) -> None:
     path, line, column = write_marked(tmp_path / "mine.yaml", f"{HEAD}extends: ^{name}\n")
-    found = f"^extends: '{re.escape(name[:57])}[.]{{3}}' is neither a shipped rule set nor a file$"
+    found = f"^extends: '{re.escape(name[:197])}[.]{{3}}' is neither a shipped rule set nor a file$"
     check(refusal(path), path, line, column, found, "shipped: .*qdqbert.*; or give the path")
 
 
