@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from qdq_surgery.errors import AlreadyConvertedError, ModelError
+from qdq_surgery.errors import AlreadyConvertedError, ModelError, TraceError
 from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resized, without_mask
 from qdq_surgery.matching import match
 from qdq_surgery.plan import Plan
@@ -53,11 +54,13 @@ def convert(
         MatchError: The rules do not fit the model.
         AlreadyConvertedError: It holds quantizers.
         ModelError: It is no model that can be converted, or the example inputs are wrong.
+        TraceError: A block that is to be rewritten cannot be, in training mode or without a mask.
     """
     rule_set = load_rules(rules)
-    first, made, inputs = _analyse(model, rule_set, example_inputs)
+    look, made = _analyse(model, rule_set, example_inputs)
+    recordings = _recordings(model, look, made)
     target = model if inplace else copy.deepcopy(model)
-    operate(target, made, _recordings(model, first, made, inputs))
+    operate(target, made, recordings)
     return target
 
 
@@ -104,18 +107,39 @@ def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
             quantizer._disabled = before[name]
 
 
-def _analyse(
-    model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None
-) -> tuple[Survey, Plan, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Look:
+    """A model seen on two examples of different shape, so that what only holds for one shape shows."""
+
+    inputs: dict[str, Any]
+    others: dict[str, Any]
+    first: Survey
+    second: Survey
+
+
+def _analyse(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None) -> tuple[_Look, Plan]:
     _check(model)
     if example_inputs is None:
-        inputs, other = make_examples(model, SHAPES[0]), make_examples(model, SHAPES[1])
+        inputs = make_examples(model, SHAPES[0])
+        candidates: Iterable[dict[str, Any]] = [make_examples(model, SHAPES[1])]
     else:
         inputs = checked_examples(model, example_inputs)
-        other = resized(inputs)
+        candidates = resized(inputs)
     first = survey(model, inputs)
-    _compare(first, survey(model, other))
-    return first, match(model, first, rules), inputs
+    others, second = _second(model, candidates)
+    _compare(first, second)
+    return _Look(inputs, others, first, second), match(model, first, rules)
+
+
+def _second(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Survey]:
+    """The first of the candidates that the model takes, and what it shows."""
+    failure: ModelError | None = None
+    for inputs in candidates:
+        try:
+            return inputs, survey(model, inputs)
+        except ModelError as error:
+            failure = failure or error
+    raise failure or ModelError("example_inputs has no tensor of token ids or states, (batch, tokens, ...)")
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -127,6 +151,11 @@ def _check(model: PreTrainedModel) -> None:
             raise AlreadyConvertedError(
                 f"this {type(model).__name__} holds quantizers already (first: {name}); convert the float model"
             )
+    if getattr(model.config, "output_attentions", False):
+        raise ModelError(
+            "config.output_attentions is set, which transformers allows with the attention implementation called "
+            "'eager' only; unset it, and pass output_attentions=True to the calls that want them"
+        )
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ModelError(f"the parameter {name} has no data (meta device); load the weights first")
@@ -139,13 +168,19 @@ def _compare(first: Survey, other: Survey) -> None:
         if unit.tree is None or again.tree is None or id(unit.tree) in seen:
             continue
         seen.add(id(unit.tree))
-        for routine, twin in zip(unit.tree.walk(), again.tree.walk(), strict=False):
-            if routine.failure is None and twin.failure is None:
-                difference = _difference(routine.graph, twin.graph)
-                if difference is not None:
-                    routine.specialised = (
-                        f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
-                    )
+        twins = {(twin.path, twin.kind): twin for twin in again.tree.walk()}
+        for routine in unit.tree.walk():
+            twin = twins.get((routine.path, routine.kind))
+            if routine.failure is not None:
+                continue
+            difference = "in another one it has none"
+            if twin is not None and twin.failure is None:
+                same = routine.signature == twin.signature
+                difference = (_difference(routine.graph, twin.graph) or "") if same else "another is called otherwise"
+            if difference:
+                routine.specialised = (
+                    f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
+                )
 
 
 def _difference(graph: Graph, other: Graph) -> str | None:
@@ -160,31 +195,48 @@ def _difference(graph: Graph, other: Graph) -> str | None:
     )
 
 
-def _recordings(
-    model: PreTrainedModel, first: Survey, made: Plan, inputs: dict[str, Any]
-) -> dict[tuple[str, str], list[Routine]]:
-    """The routines of all blocks that the plan rewrites: with and without a mask, in eval and in training mode."""
+def _recordings(model: PreTrainedModel, look: _Look, made: Plan) -> dict[tuple[str, str], list[Routine]]:
+    """The routines of all blocks that the plan rewrites: with and without a mask, in eval and in training mode.
+
+    Raises:
+        TraceError: A block has a graph in one of these that holds for one shape only, or none at all.
+    """
     wanted = {(site.owner, site.routine) for site in made.sites if site.routine != "module"}
     if not wanted:
         return {}
-    surveys = [first, survey(model, inputs, training=True, calls=first.calls)]
-    if "attention_mask" in inputs:
-        bare = survey(model, without_mask(inputs))
-        surveys += [bare, survey(model, inputs, training=True, calls=bare.calls)]
+    surveys = {"eval mode": look.first}
+    pairs = [("training mode", look.inputs, look.others, look.first.calls, look.second.calls)]
+    if "attention_mask" in look.inputs:
+        bare, other = without_mask(look.inputs), without_mask(look.others)
+        surveys["eval mode without a mask"] = survey(model, bare)
+        calls = survey(model, other)
+        _compare(surveys["eval mode without a mask"], calls)
+        pairs.append(
+            ("training mode without a mask", bare, other, surveys["eval mode without a mask"].calls, calls.calls)
+        )
+    for name, inputs, others, calls_first, calls_second in pairs:
+        surveys[name] = survey(model, inputs, training=True, calls=calls_first)
+        _compare(surveys[name], survey(model, others, training=True, calls=calls_second))
     found: dict[tuple[str, str], list[Routine]] = {key: [] for key in wanted}
-    for taken in surveys:
+    for mode, taken in surveys.items():
         for unit in taken.units:
             for routine in unit.tree.walk() if unit.tree is not None else ():
-                path = join_path(unit.path, routine.path)
-                if (path, routine.kind) in wanted and routine.failure is None:
-                    found[path, routine.kind].append(routine)
+                key = (join_path(unit.path, routine.path), routine.kind)
+                if key not in wanted:
+                    continue
+                if routine.failure is not None or routine.specialised is not None:
+                    raise TraceError(f"{key[0]}, in {mode}: {routine.failure or routine.specialised}")
+                found[key].append(routine)
     return {key: _distinct(routines) for key, routines in found.items()}
 
 
 def _distinct(routines: list[Routine]) -> list[Routine]:
     """One routine for each kind of call."""
-    kept: dict[tuple[Any, ...], Routine] = {}
+    kept: list[Routine] = []
     for routine in routines:
-        reads = tuple(sorted(routine.reads.items(), key=lambda item: item[0]))
-        kept.setdefault((routine.signature, routine.argument_paths, reads), routine)
-    return list(kept.values())
+        if not any(
+            (one.signature, one.argument_paths, one.reads) == (routine.signature, routine.argument_paths, routine.reads)
+            for one in kept
+        ):
+            kept.append(routine)
+    return kept

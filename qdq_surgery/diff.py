@@ -128,7 +128,10 @@ def diff(before: PreTrainedModel, after: PreTrainedModel, *, example_inputs: dic
         raise ModelError(
             f"the first {type(before).__name__} is converted; diff(before, after) wants the float model first"
         )
-    if type(before) is not type(after) or not set(before.state_dict()) <= set(after.state_dict()):
+    weights, kept = before.state_dict(), after.state_dict()
+    added = {name for name in kept if not name.endswith("_quantizer._amax")} - set(weights)
+    same = all(name in kept and kept[name].shape == value.shape for name, value in weights.items())
+    if type(before) is not type(after) or added or not same:
         raise ModelError(
             f"the second model ({type(after).__name__}) is no conversion of the first ({type(before).__name__}): "
             "they differ in class or weights"

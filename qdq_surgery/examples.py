@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,8 +39,11 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
             "pass example_inputs={name: tensor, ...}"
         )
     batch, tokens = shape
+    # A feed-forward network in chunks takes only lengths that its chunks divide.
+    chunk = max(1, getattr(config, "chunk_size_feed_forward", 0) or 0)
+    tokens *= chunk
     longest = getattr(config, "max_position_embeddings", None) or tokens
-    tokens = max(1, min(tokens, longest - 2))
+    tokens = max(chunk, min(tokens, longest - 2) // chunk * chunk)
     if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         size: tuple[int, ...] = (batch, 2, tokens)
     else:
@@ -79,9 +82,13 @@ def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[
     for name in inputs:
         if name not in parameters and not open_ended:
             raise ModelError(f"example_inputs has '{name}', which {type(model).__name__}.forward does not take")
-    return {
+    made = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
+    decodes = getattr(model.config, "is_decoder", False) or getattr(model.config, "is_encoder_decoder", False)
+    if decodes and "use_cache" in parameters:
+        made.setdefault("use_cache", False)  # blocks that are handed a cache have no graph
+    return made
 
 
 def without_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,21 +96,34 @@ def without_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
-def resized(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The same inputs in another shape: the batch twice, and one token less where there are several."""
+def resized(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same inputs in other shapes, in the order in which to try them.
+
+    The batch is doubled. The length grows by one, or shrinks by one, or stays: not every model takes every length.
+    Growing repeats the last token and shrinking drops the first, so that padding stays padding.
+    """
     ids = next((v for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim >= 2), None)
     if ids is None:
-        return dict(inputs)
-    batch, tokens = int(ids.shape[0]), int(ids.shape[-1] if not ids.is_floating_point() else ids.shape[-2])
+        return
+    batch, length = (
+        int(ids.shape[0]),
+        int(ids.shape[-2] if ids.is_floating_point() and ids.ndim == 3 else ids.shape[-1]),
+    )
+    for by in (1, -1, 0):
+        if length + by > 0:
+            yield {name: _resize(value, batch, length, by) for name, value in inputs.items()}
 
-    def resize(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            return value
-        if value.shape[0] == batch:
-            value = torch.cat([value, value])
-        for axis in range(1, value.ndim):
-            if tokens > 1 and value.shape[axis] == tokens:
-                value = value.narrow(axis, 0, tokens - 1)
+
+def _resize(value: Any, batch: int, length: int, by: int) -> Any:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
         return value
-
-    return {name: resize(value) for name, value in inputs.items()}
+    if value.shape[0] == batch:
+        value = torch.cat([value, value])
+    # In states (batch, tokens, width) the width may be as large as the length; it stays.
+    axes = [1] if value.is_floating_point() and value.ndim == 3 else range(1, value.ndim)
+    for axis in axes:
+        if value.shape[axis] == length and by > 0:
+            value = torch.cat([value, value.narrow(axis, length - 1, 1)], dim=axis)
+        elif value.shape[axis] == length and by < 0:
+            value = value.narrow(axis, 1, length - 1)
+    return value

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from qdq_surgery.errors import MatchError
 from qdq_surgery.spec import Rule, RuleSet
-from qdq_surgery.survey import Survey
+from qdq_surgery.survey import Survey, Unit
 
 __all__ = ["Tally", "check_expectations"]
 
@@ -20,21 +20,21 @@ class Tally:
     Attributes:
         places: By rule, every place that its pattern fits, whether or not an earlier rule took it or it is excluded:
             so that a user's rule for one layer does not break the count of the rule that it overrides.
-        layers: By rule and encoder layer, how many places.
+        layers: By rule and path of the encoder layer, how many places.
         misses: By rule, the place where its pattern came furthest, and how far.
         excluded: Indices of the exclude entries that excluded something.
     """
 
     places: dict[str, set[Hashable]] = field(default_factory=dict)
-    layers: Counter[tuple[str, int]] = field(default_factory=Counter)
+    layers: Counter[tuple[str, str]] = field(default_factory=Counter)
     misses: dict[str, tuple[int, str]] = field(default_factory=dict)
     excluded: set[int] = field(default_factory=set)
 
-    def fit(self, rule: Rule, layer: int | None, place: Hashable) -> None:
-        """The pattern of ``rule`` fits at ``place``."""
+    def fit(self, rule: Rule, unit: Unit, place: Hashable) -> None:
+        """The pattern of ``rule`` fits at ``place`` in ``unit``."""
         places = self.places.setdefault(rule.name, set())
-        if layer is not None and place not in places:
-            self.layers[rule.name, layer] += 1
+        if unit.layer is not None and place not in places:
+            self.layers[rule.name, unit.path] += 1
         places.add(place)
 
     def miss(self, rule: Rule, depth: int, reason: str) -> None:
@@ -55,7 +55,10 @@ def check_expectations(
     Raises:
         MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
     """
-    layers = sorted({unit.layer for unit in found.units if unit.layer is not None and unit.tree is not None})
+    layers = [unit for unit in found.units if unit.layer is not None and unit.tree is not None]
+    for unit in layers:
+        if unit.tree is not None and unit.tree.failure is not None:
+            raise MatchError(f"the encoder layer {unit.path} of {model} has no graph: {unit.tree.failure}")
     for rule in rules.rules:
         where = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
         nearest = f"; nearest: {tally.misses[rule.name][1]}" if rule.name in tally.misses else ""
@@ -73,13 +76,13 @@ def check_expectations(
         count = rule.expect.layer_count(model_type)
         if count is None or total == 0:
             continue
-        for layer in layers:
-            if rule.scope.layers not in (None, "all") and layer not in (rule.scope.layers or ()):
+        for unit in layers:
+            if rule.scope.layers not in (None, "all") and unit.layer not in (rule.scope.layers or ()):
                 continue
-            if not count.holds(tally.layers[rule.name, layer]):
+            if not count.holds(tally.layers[rule.name, unit.path]):
                 raise MatchError(
-                    f"{where} expects {count} matches per layer, found {tally.layers[rule.name, layer]} in layer "
-                    f"{layer} of {model}{nearest}; correct the rule, or the count if the architecture is meant to "
+                    f"{where} expects {count} matches per layer, found {tally.layers[rule.name, unit.path]} in layer "
+                    f"{unit.layer} of {model}{nearest}; correct the rule, or the count if the architecture is meant to "
                     "differ"
                 )
     for index, exclude in enumerate(rules.exclude):

@@ -7,7 +7,7 @@ lies in another block than its add.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx import Node
 from qdq_surgery.pattern import COMMUTATIVE, LAYOUT, Operand, Pattern, operator_fits
 from qdq_surgery.routine import Routine, flatten_call
 
-__all__ = ["Attempt", "Slot", "Value", "fit", "operand_of"]
+__all__ = ["Attempt", "Slot", "Value", "fit", "operand_of", "place_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +39,9 @@ class Slot:
     node: Node
     position: int | str
 
-    def key(self) -> tuple[int, tuple[Any, ...], int | str]:
-        if self.node.op == "call_module":
-            # The same linear may be called twice (DeBERTa's shared key projection): it is one linear.
-            return 0, (self.routine.path, self.node.target), self.position
-        return id(self.routine), self.node.meta["origin"], self.position
+    def key(self) -> tuple[Hashable, int | str]:
+        """One for each operand that can have a quantizer, however often its operator is called."""
+        return place_of(self.routine, self.node), self.position
 
 
 @dataclass
@@ -53,6 +51,17 @@ class Attempt:
     captured: dict[str, Slot] = field(default_factory=dict)
     depth: int = 0
     reason: str = ""
+
+
+def place_of(routine: Routine, node: Node) -> Hashable:
+    """Identity of an operator in its unit.
+
+    A block may be called more than once (for each chunk, say): its operators are then recorded once for each call, and
+    are the same operators.
+    """
+    if node.op == "call_module":
+        return routine.path, node.target
+    return routine.path, routine.kind, node.meta["origin"]
 
 
 def operand_of(node: Node, position: int | str) -> Any:

@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qdq_surgery.convert import plan_of
-from qdq_surgery.errors import ModelError
+from qdq_surgery.errors import AlreadyConvertedError, ModelError
 from qdq_surgery.rule_file import shipped_rules
 from qdq_surgery.version import __version__
 
@@ -48,16 +48,48 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise ModelError(f"{folder} has no weights (*.safetensors); save the model there with save_pretrained")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        names = config.architectures or []
-        kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), AutoModel)
-        model = kind.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        kind = _model_class(path)
+        loaded = kind.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a damaged folder makes of transformers, torch and safetensors
         reason = str(error).strip().splitlines()
         raise ModelError(f"{folder} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{folder} holds a {type(model).__name__}, which is no transformers model")
+    model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    _check_weights(folder, type(model).__name__, info)
     return model.eval()
+
+
+def _model_class(path: Path) -> type[PreTrainedModel]:
+    """The class that the folder's config names: none other, so that no head is lost."""
+    names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if name is None:
+        raise ModelError(
+            f"{path}/config.json names no class under 'architectures'; save the model with save_pretrained"
+        )
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ModelError(
+            f"{path}/config.json names the class '{name}', which transformers {transformers.__version__} lacks; "
+            "load it yourself and call qdq_surgery.convert(model)"
+        )
+    return kind
+
+
+def _check_weights(folder: str | Path, name: str, info: dict[str, Any]) -> None:
+    ranges = [str(key) for key in info.get("unexpected_keys", ()) if str(key).endswith("_quantizer._amax")]
+    if ranges:
+        raise AlreadyConvertedError(
+            f"{folder} holds ranges of {len(ranges)} quantizers (first: {ranges[0]}); give the float model"
+        )
+    for what in ("missing_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(what, ()))
+        if keys:
+            raise ModelError(
+                f"{folder} has no fitting weights for {len(keys)} parameters of {name} (first: {keys[0]}); save the "
+                "model with the head that its config names"
+            )
 
 
 def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path | None = None) -> None:

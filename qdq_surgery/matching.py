@@ -6,8 +6,8 @@ How a pattern fits a node is in :mod:`~qdq_surgery.fitting`; here is which rule 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.attention import QDQ_ATTENTION
 from qdq_surgery.expectations import Tally, check_expectations
-from qdq_surgery.fitting import Attempt, Slot, Value, fit, operand_of
+from qdq_surgery.fitting import Attempt, Slot, Value, fit, operand_of, place_of
 from qdq_surgery.linear import QuantLinear
 from qdq_surgery.pattern import operator_fits
 from qdq_surgery.plan import COVERED, Coverage, Plan, Refusal, Site
@@ -58,6 +58,11 @@ class _Matcher:
         self.refusals: Counter[Refusal] = Counter()
         self.matches: Counter[str] = Counter()
         self.tally = Tally()
+        first: dict[int, str] = {}
+        #: A module that hangs in several places has one name: the first.
+        self.names = {
+            path: first.setdefault(id(module), path) for path, module in model.named_modules(remove_duplicate=False)
+        }
         self.covered: dict[str, Counter[str]] = {kind: Counter() for kind in COVERED}
 
     # -- the walk ----------------------------------------------------------------------------------------------
@@ -75,9 +80,9 @@ class _Matcher:
         check_expectations(self.rules, self.tally, self.found, type(self.model).__name__, self._model_type(), sites)
 
     def _unit(self, unit: Unit, tree: Routine) -> None:
-        claimed: dict[tuple[int, tuple[Any, ...], int | str], str] = {}
-        quantized: set[tuple[int, Node]] = set()
-        near: dict[tuple[int, Node], tuple[int, str]] = {}
+        claimed: dict[tuple[Hashable, int | str], str] = {}
+        quantized: set[Hashable] = set()
+        near: dict[Hashable, tuple[int, str]] = {}
         taken: dict[tuple[str, str], int] = {}
         for rule in self.rules.rules:
             for routine in tree.walk():
@@ -91,12 +96,12 @@ class _Matcher:
                     attempt = Attempt()
                     if not fit(rule.pattern, Value(routine, node), attempt):
                         reason = f"rule '{rule.name}': {attempt.reason}"
-                        best = near.get((id(routine), node))
+                        best = near.get(place_of(routine, node))
                         if best is None or attempt.depth > best[0]:
-                            near[id(routine), node] = (attempt.depth, reason)
+                            near[place_of(routine, node)] = (attempt.depth, reason)
                         self.tally.miss(rule, attempt.depth, f"{reason} at {inside} ({node.meta['source']})")
                         continue
-                    self.tally.fit(rule, unit.layer, (unit.path, routine.path, _identity(routine, node)))
+                    self.tally.fit(rule, unit, (unit.path, place_of(routine, node)))
                     self._apply(_Match(rule, routine, node, attempt.captured), unit, claimed, quantized, taken)
         self._cover(unit, tree, quantized, near)
 
@@ -104,8 +109,8 @@ class _Matcher:
         self,
         found: _Match,
         unit: Unit,
-        claimed: dict[tuple[int, tuple[Any, ...], int | str], str],
-        quantized: set[tuple[int, Node]],
+        claimed: dict[tuple[Hashable, int | str], str],
+        quantized: set[Hashable],
         taken: dict[tuple[str, str], int],
     ) -> None:
         rule = found.rule
@@ -117,7 +122,7 @@ class _Matcher:
         for capture in wanted:
             slot = free[capture]
             claimed[slot.key()] = rule.name
-            quantized.add((id(slot.routine), slot.node))
+            quantized.add(place_of(slot.routine, slot.node))
             self._site(found, capture, slot, unit, taken)
 
     def _site(self, found: _Match, capture: str, slot: Slot, unit: Unit, taken: dict[tuple[str, str], int]) -> None:
@@ -127,19 +132,21 @@ class _Matcher:
         op = str(node.meta["op"])
         source = str(node.meta["source"])
         if node.op == "call_module":
-            owner = _leaf_path(unit, path, str(node.target))
+            owner = self.names[_leaf_path(unit, path, str(node.target))]
             if op != "linear":
                 self._refuse(owner, op, f"only linears are swapped, and this is a {op}", unit.layer, rule.name, source)
                 return
             module = self.model.get_submodule(owner)
             if not QuantLinear.fits(module):
-                reason = f"{type(module).__name__} computes something of its own, not what nn.Linear does"
+                reason = (
+                    f"{type(module).__name__} is no plain nn.Linear: it has a class, a forward or a weight of its own"
+                )
                 self._refuse(owner, op, reason, unit.layer, rule.name, source)
                 return
             role = "weight" if slot.position == "weight" else "input"
             name, kind = f"_{role}_quantizer", "module"
         else:
-            owner, kind = path, routine.kind
+            owner, kind = self.names[path], routine.kind
             if routine.specialised is not None:
                 self._refuse(owner, op, routine.specialised, unit.layer, rule.name, source)
                 return
@@ -184,12 +191,12 @@ class _Matcher:
         self,
         unit: Unit,
         tree: Routine,
-        quantized: set[tuple[int, Node]],
-        near: dict[tuple[int, Node], tuple[int, str]],
+        quantized: set[Hashable],
+        near: dict[Hashable, tuple[int, str]],
     ) -> None:
-        linears: set[str] = set()
+        counted: set[Hashable] = set()
         called = {
-            _leaf_path(unit, join_path(unit.path, routine.path), str(node.target))
+            self.names[_leaf_path(unit, join_path(unit.path, routine.path), str(node.target))]
             for routine in tree.walk()
             for node in routine.graph.nodes
             if node.op == "call_module"
@@ -198,15 +205,16 @@ class _Matcher:
         for routine in tree.walk():
             path = join_path(unit.path, routine.path)
             for node in routine.graph.nodes:
-                kind = self._kind(node)
+                kind = self._kind(routine, node, quantized)
                 if kind is None:
                     continue
-                where = path
+                where = self.names[path]
                 if node.op == "call_module":
-                    where = _leaf_path(unit, path, str(node.target))
-                    if where in linears:
-                        continue
-                    linears.add(where)
+                    where = self.names[_leaf_path(unit, path, str(node.target))]
+                place = where if node.op == "call_module" else place_of(routine, node)
+                if place in counted:
+                    continue
+                counted.add(place)
                 self._count(kind, unit, routine, node, where, quantized, near)
 
     def _count(
@@ -216,8 +224,8 @@ class _Matcher:
         routine: Routine,
         node: Node,
         where: str,
-        quantized: set[tuple[int, Node]],
-        near: dict[tuple[int, Node], tuple[int, str]],
+        quantized: set[Hashable],
+        near: dict[Hashable, tuple[int, str]],
     ) -> None:
         counts = self.covered[kind if kind in self.covered else "matmul"]
         if unit.layer is None:
@@ -232,18 +240,20 @@ class _Matcher:
             counts["quantized"] += 1
             return
         counts["refused"] += 1
-        if (id(routine), node) in quantized:
+        if place_of(routine, node) in quantized:
             return  # refused already, with its own reason
-        best = near.get((id(routine), node))
+        best = near.get(place_of(routine, node))
         where_rules = "outside the encoder layers" if unit.layer is None else "here"
         reason = f"no rule is about a {kind} {where_rules}" if best is None else best[1]
         self._refuse(where, kind, reason, unit.layer, None, source)
 
-    def _kind(self, node: Node) -> str | None:
+    def _kind(self, routine: Routine, node: Node, quantized: set[Hashable]) -> str | None:
         op = str(node.meta.get("op"))
         if op in ("linear", "matmul") or op in _OTHER_PRODUCTS:
             return op
-        return "residual add" if op == "add" and self._is_residual(node) else None
+        if op == "add" and (place_of(routine, node) in quantized or self._is_residual(node)):
+            return "residual add"
+        return None
 
     def _is_residual(self, node: Node) -> bool:
         shapes = [operand.meta.get("shape") for operand in node.args if isinstance(operand, Node)]
@@ -266,7 +276,7 @@ class _Matcher:
         }
         opaque = [join_path(unit.path, r.path) for r in unit.tree.opaque()] if unit.tree is not None else []
         for name, module in self.model.get_submodule(unit.path).named_modules():
-            path = join_path(unit.path, name)
+            path = self.names[join_path(unit.path, name)]
             # (MobileBERT's head multiplies with the weights of linears that it never calls: that product is listed.)
             if not isinstance(module, nn.Linear) or path in called or path in used:
                 continue
@@ -307,11 +317,6 @@ class _Matcher:
             layers=sum(unit.layer is not None for unit in self.found.units),
             attention=QDQ_ATTENTION if switched else None,
         )
-
-
-def _identity(routine: Routine, node: Node) -> tuple[Any, ...]:
-    """One for each operator: a linear that is called twice (DeBERTa's shared key projection) is one operator."""
-    return ("module", node.target) if node.op == "call_module" else (routine.kind, *node.meta["origin"])
 
 
 def _leaf_path(unit: Unit, path: str, target: str) -> str:

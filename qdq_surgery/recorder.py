@@ -80,6 +80,11 @@ def record(
     Raises:
         TraceError: The function does something that a graph cannot hold, and it is the outermost one.
     """
+    if kind == "forward" and "forward" in vars(block):
+        raise TraceError(
+            f"this {type(block).__name__} has a forward of its own (accelerate's hooks set one, for example); convert "
+            "the model before it gets one"
+        )
     recorder = _Recorder(block, path, kind, function, nested)
     return recorder.routine, recorder.run(function, args, kwargs)
 
@@ -131,6 +136,7 @@ class _Recorder:
         self.routine.output = self.argument(output)
         self.graph.output(self.routine.output)
         self._drop_unused()
+        self._decide_early()
         return plain(output)
 
     def _placeholder(self, value: Any, path: str, names: list[str]) -> Any:
@@ -159,7 +165,11 @@ class _Recorder:
         if isinstance(value, Size):
             value = int.__int__(value)
         if not isinstance(value, PLAIN):
-            raise TraceError(f"{self.where()} is handed a {type(value).__name__} as argument '{path}'")
+            remedy = "; call with use_cache=False" if "past" in path or "cache" in path.lower() else ""
+            raise TraceError(
+                f"{self.where()} is handed a {type(value).__name__} as argument '{path}', and graphs take "
+                f"tensors and plain values{remedy}"
+            )
         self.routine.inputs.append(value)
         return value
 
@@ -257,6 +267,11 @@ class _Recorder:
         else:
             node = self._node("call_function", func, args, kwargs, op)
         output = func(*plain(args), **plain(kwargs))
+        if type(output) in (tuple, list):
+            # Python may loop over the parts, so their number is a decision.
+            count = self._node("call_function", len, (node,), {}, "size")
+            self._node("call_function", operator.eq, (count, len(output)), {}, "size")
+            self._expect(next(iter(count.users)), True)
         if name.endswith("_") and not name.endswith("__") and output is args[0]:
             # In place: from here on the tensor is what this node returns.
             self._bind(output, node)
@@ -277,9 +292,11 @@ class _Recorder:
     def decide(self, function: Callable[..., Any], operands: tuple[Any, ...], value: bool) -> bool:
         """A comparison of sizes: its result goes into Python, so the graph checks it from now on."""
         if not self.paused:
-            node = self._node("call_function", function, operands, {}, "size")
-            self._node("call_function", expect, (node, value, f"{self.where()}, {self.source()[1]}"), {}, "expect")
+            self._expect(self._node("call_function", function, operands, {}, "size"), value)
         return value
+
+    def _expect(self, node: Node, value: bool) -> None:
+        self._node("call_function", expect, (node, value, f"{self.where()}, {self.source()[1]}"), {}, "expect")
 
     def fix_size(self, size: Size, value: int) -> None:
         """A size leaves as a plain integer: the graph checks from now on that it has this value."""
@@ -405,6 +422,17 @@ class _Recorder:
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.meta.get("op") in ("size", "item", "numel", "parameter"):
                 self.graph.erase_node(node)
+
+    def _decide_early(self) -> None:
+        """Decisions on the sizes of arguments come first: a graph that does not hold is left before anything ran."""
+        early = {node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")}
+        last = next((node for node in reversed(list(self.graph.nodes)) if node in early), None)
+        for node in list(self.graph.nodes):
+            if node.meta.get("op") in ("size", "expect", "numel") and set(node.all_input_nodes) <= early:
+                early.add(node)
+                if last is not None and node is not last.next:
+                    last.append(node)
+                last = node
 
     # -- where we are ----------------------------------------------------------------------------------------
 

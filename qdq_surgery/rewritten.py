@@ -8,6 +8,7 @@ first occurs, on a shadow, and gets its quantizers by the places in the source w
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import linecache
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pytorch_quantization import nn as quant_nn
 from torch import nn
 from torch.fx import Graph, Node
 
@@ -30,6 +32,9 @@ __all__ = ["Edit", "Rewritten", "Variant", "compile_variant", "insert_quantizers
 Origin = tuple[Any, ...]
 
 _LABELS = itertools.count()
+
+#: Kinds of calls that a block remembers; the one recorded longest ago is forgotten first.
+_MAX_VARIANTS = 64
 
 #: Operators that must not turn up in a variant at a place that the plan has not seen.
 GUARDED = frozenset({"linear", "matmul", "baddbmm", "einsum", "sdpa", "conv1d"})
@@ -59,6 +64,7 @@ class Variant:
         reads: Plain attributes that decided something: path of the module below the block, name, value.
         autocast: Whether autocast was on, and to what, if a dtype was asked for.
         wanted: Which argument leaves the function takes.
+        decides: Whether the graph checks decisions, so that a run may end before its end.
         source: The generated Python, for whoever debugs it.
     """
 
@@ -68,6 +74,7 @@ class Variant:
     autocast: tuple[bool, torch.dtype] | None
     wanted: tuple[int, ...]
     takes_self: bool
+    decides: bool
     function: Callable[..., Any]
     source: str
 
@@ -85,8 +92,33 @@ class Variant:
         return self.function(module, module, *inputs) if self.takes_self else self.function(module, *inputs)
 
 
+class _Undo:
+    """What a run that ends at a changed decision has changed by then: random numbers drawn, statistics collected."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.calibrators: list[tuple[quant_nn.TensorQuantizer, Any]] = []
+        self.random: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
+        if torch.compiler.is_compiling():
+            return
+        for child in module.modules():
+            if isinstance(child, quant_nn.TensorQuantizer) and child._if_calib and not child._disabled:
+                self.calibrators.append((child, copy.deepcopy(child._calibrator)))
+        if module.training:
+            devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+            states = {index: torch.cuda.get_rng_state(index) for index in devices if index is not None}
+            self.random = torch.get_rng_state(), states
+
+    def take_back(self) -> None:
+        for quantizer, calibrator in self.calibrators:
+            quantizer._calibrator = calibrator
+        if self.random is not None:
+            torch.set_rng_state(self.random[0])
+            for index, state in self.random[1].items():
+                torch.cuda.set_rng_state(state, index)
+
+
 def _autocast(signature: tuple[Leaf, ...]) -> tuple[bool, torch.dtype]:
-    device = next((leaf[3] for leaf in signature if leaf[0] == "tensor"), "cpu")
+    device = next((leaf[3].type for leaf in signature if leaf[0] == "tensor"), "cpu")
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
@@ -136,6 +168,7 @@ def compile_variant(routine: Routine) -> Variant:
         reads=tuple((path, name, value) for (path, name), value in routine.reads.items()),
         autocast=_autocast(routine.signature) if routine.reads_dtype else None,
         wanted=tuple(wanted),
+        decides=any(node.meta.get("op") == "expect" for node in graph.nodes),
         takes_self=any(node.op == "placeholder" and node.target == SELF for node in graph.nodes),
         function=scope["forward"],
         source=code.src,
@@ -175,14 +208,13 @@ class Rewritten:
         signature = tuple(describe_leaf(value) for value in values)
         for variant in self.variants:
             if variant.holds(module, signature, tuple(paths)):
+                if not variant.decides:
+                    return variant.run(module, values)
+                undo = _Undo(module)
                 try:
                     return variant.run(module, values)
-                except DecisionChangedError as error:
-                    if torch.is_grad_enabled() and module.training:
-                        # Part of the block ran already and drew random numbers: starting over would not be the same.
-                        raise TraceError(
-                            f"{type(module).__name__}: {error}; run this shape once in eval mode first"
-                        ) from None
+                except DecisionChangedError:
+                    undo.take_back()
         made: Variant = self._specialise(module, args, kwargs)
         return made.run(module, values)
 
@@ -212,6 +244,7 @@ class Rewritten:
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
         variant = self.specialised(routine)
         self.variants.insert(0, variant)
+        del self.variants[_MAX_VARIANTS:]
         return variant
 
     def specialised(self, routine: Routine) -> Variant:

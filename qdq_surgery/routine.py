@@ -79,7 +79,7 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[An
 def describe_leaf(value: Any) -> Leaf:
     """What of an argument a graph depends on: kind, rank, dtype and device of a tensor; the value of a constant."""
     if isinstance(value, torch.Tensor):
-        return ("tensor", value.ndim, value.dtype, value.device.type)
+        return ("tensor", value.ndim, value.dtype, value.device)
     if isinstance(value, float):
         return ("float",)
     if isinstance(value, nn.Module):

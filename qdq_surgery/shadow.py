@@ -33,6 +33,7 @@ def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
         if name.endswith("_hooks") or "_hooks_" in name:
             # Hook tables, and sets of hook ids, by nn.Module's own naming.
             attributes[name] = type(value)() if isinstance(value, (dict, OrderedDict, set)) else value
+    attributes["_compiled_call_impl"] = None  # of module.compile(): it would run the original
     # nn.Module.__setattr__ must not see these: it would register the tables themselves.
     vars(shell).update(attributes)
     return shell

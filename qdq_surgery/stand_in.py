@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any, Protocol, cast
 
@@ -15,6 +16,13 @@ __all__ = ["ModuleRecorder", "make_stand_in"]
 
 # Read by the wrapper that transformers puts around a layer's forward, never by the forward itself.
 _NOT_READ = frozenset({"gradient_checkpointing"})
+
+
+def _decides(value: object) -> bool:
+    """Whether a graph depends on an attribute of this kind: plain values, sequences of them, functions."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, PLAIN) for item in value)
+    return isinstance(value, (*PLAIN, types.FunctionType, types.BuiltinFunctionType, functools.partial))
 
 
 class ModuleRecorder(Protocol):
@@ -38,11 +46,11 @@ def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
         value = cls.__getattribute__(self, name)
-        if isinstance(value, PLAIN) and not name.startswith("__") and name not in _NOT_READ:
+        if _decides(value) and not name.startswith("__") and name not in _NOT_READ:
             own = object.__getattribute__(self, "__dict__")
             recorder = own.get("_qdq_recorder")
             if recorder is not None and name in own:
-                recorder.note_read(own["_qdq_path"], name, value)
+                recorder.note_read(own["_qdq_path"], name, list(value) if isinstance(value, list) else value)
         return value
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -195,7 +195,7 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def __reduce_ex__(self: Any, _: Any) -> Any:
         # The class is made on the fly, so a pickle names the Hugging Face class and makes it again.
-        return _revive, (cls,), self.__dict__.copy()
+        return _revive, (cls,), self.__getstate__()
 
     members = {
         "__module__": cls.__module__,

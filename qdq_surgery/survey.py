@@ -63,14 +63,19 @@ class Survey:
 
 
 def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
-    """Path and layer index of every unit, in the order of the model."""
+    """Path and layer index of every unit, in the order of the model. A layer that stands twice is one unit."""
+    seen: set[int] = set()
 
     def visit(module: nn.Module, path: str) -> Iterator[tuple[str, int | None]]:
         for name, child in module.named_children():
             where = f"{path}.{name}" if path else name
             if isinstance(child, nn.ModuleList):
-                for index in range(len(child)):
-                    yield f"{where}.{index}", index
+                # A list of single operators (the linears of a multi-label head) is no list of encoder layers.
+                layers = any(not is_leaf(entry) for entry in child)
+                for index, entry in enumerate(child):
+                    if id(entry) not in seen:
+                        seen.add(id(entry))
+                        yield f"{where}.{index}", index if layers else None
             elif isinstance(child, PreTrainedModel) or (not is_leaf(child) and _has_list(child)):
                 yield from visit(child, where)
             else:
@@ -186,7 +191,12 @@ class _Alone(nn.Module):
 def _structure(module: nn.Module) -> tuple[Any, ...]:
     """What two blocks must share to be recorded once: classes, names and shapes all the way down."""
     return tuple(
-        (name, type(child), *((key, tuple(p.shape), p.dtype) for key, p in child._parameters.items() if p is not None))
+        (
+            name,
+            type(child),
+            id(vars(child).get("config")),
+            *((key, tuple(p.shape), p.dtype) for key, p in child._parameters.items() if p is not None),
+        )
         for name, child in module.named_modules(remove_duplicate=False)
     )
 

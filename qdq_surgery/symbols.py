@@ -6,9 +6,10 @@ comparison gives a plain ``bool``, and the recorder notes it as a decision.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 from torch.fx import Node
@@ -50,6 +51,17 @@ class Size(int):
         self.recorder.fix_size(self, int.__int__(self))
         return value
 
+    __trunc__ = __floor__ = __ceil__ = __int__
+
+    def __round__(self, ndigits: SupportsIndex = 0) -> int:
+        return round(self.__int__(), ndigits)
+
+    def __abs__(self) -> int:
+        return abs(self.__int__())
+
+    def __divmod__(self, other: int) -> tuple[int, int]:
+        return divmod(self.__int__(), other)
+
 
 class Real(float):
     """A float that knows the node it came from."""
@@ -61,6 +73,28 @@ class Real(float):
 
     def __bool__(self) -> bool:
         return self.recorder.decide(operator.ne, (self, 0.0), float.__ne__(self, 0.0))
+
+    def _fixed(self) -> float:
+        value = float.__float__(self)
+        self.recorder.decide(operator.eq, (self, value), True)
+        return value
+
+    def __int__(self) -> int:
+        return int(self._fixed())
+
+    __trunc__ = __int__
+
+    def __floor__(self) -> int:
+        return math.floor(self._fixed())
+
+    def __ceil__(self) -> int:
+        return math.ceil(self._fixed())
+
+    def __round__(self, ndigits: SupportsIndex | None = None) -> Any:
+        return round(self._fixed(), ndigits)
+
+    def __abs__(self) -> float:
+        return abs(self._fixed())
 
 
 def _install_arithmetic(cls: type[Size] | type[Real], base: type[int] | type[float]) -> None:

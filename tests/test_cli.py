@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,8 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["plan", "{tmp}/empty"], "empty has no config.json"),
         (["plan", "{tmp}/bare"], "bare has no weights"),
         (["plan", "{tmp}/broken"], "broken cannot be loaded: "),
+        (["plan", "{tmp}/headless"], "config.json names no class under 'architectures'"),
+        (["plan", "{tmp}/unknown"], "names the class 'MyOwnHead', which transformers"),
         (["convert", "{folder}", "{tmp}/bare"], "bare exists and is not empty; give a new folder"),
         (["convert", "{folder}", "/proc/nothing/here"], "here cannot be written"),
         (
@@ -124,8 +127,12 @@ def test_mistakes_end_in_one_line(
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "bert"}')
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{}")
+    (tmp_path / "broken" / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
+    for name, config in (("headless", "{}"), ("unknown", '{"architectures": ["MyOwnHead"]}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "model.safetensors").write_bytes(b"nothing")
     (tmp_path / "typo.yaml").write_text(
         "schema: 1\nname: t\nextends: qdqbert\nrules:\n"
         '  - {name: typo, why: w, match: {within: x, pattern: "linear(x, w)"}, quantize: {x: default}}\n'
@@ -189,3 +196,22 @@ def test_a_bar_appears_only_after_a_while(monkeypatch: pytest.MonkeyPatch, capsy
         bar.next("slow")
         time.sleep(0.3)
     assert "slow" in capsys.readouterr().err
+
+
+def test_nothing_in_a_folder_is_lost_silently(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    qmodel = qs.convert(build("bert", "BertForTokenClassification", num_labels=4))
+    for quantizer in qs.quantizers(qmodel).values():
+        quantizer.amax = 1.0
+    qmodel.save_pretrained(tmp_path / "calibrated")
+    assert main(["plan", str(tmp_path / "calibrated")]) == 1
+    assert "calibrated holds ranges of 40 quantizers" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(
+        json.dumps({**config, "architectures": ["BertForQuestionAnswering"]})
+    )
+    assert main(["plan", str(tmp_path / "other")]) == 1
+    assert (
+        "has no fitting weights for 2 parameters of BertForQuestionAnswering (first: qa_outputs.bias)"
+        in capsys.readouterr().err
+    )

@@ -269,7 +269,10 @@ def test_a_linear_of_its_own_kind_is_refused(tmp_path: Path) -> None:
     rules.write_text(Path(str(qs.shipped_rules()["qdqbert"])).read_text().replace("bert: [6, 10]", "bert: [5, 6, 10]"))
     made = qs.plan(model, rules)
     assert [(r.path, r.reason) for r in made.refusals if r.layer == 1] == [
-        ("encoder.layer.1.intermediate.dense", "Scaled computes something of its own, not what nn.Linear does")
+        (
+            "encoder.layer.1.intermediate.dense",
+            "Scaled is no plain nn.Linear: it has a class, a forward or a weight of its own",
+        )
     ]
     assert made.coverage["linear"].refused == 1
     qmodel = qs.convert(model, rules)
