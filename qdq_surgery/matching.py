@@ -263,7 +263,6 @@ class _Matcher:
             and shapes[0] == shapes[1]
             and len(shapes[0]) == 3
             and tuple(shapes[0][:2]) == self.found.shape
-            and not any(isinstance(arg, Node) and arg.meta.get("op") == "parameter" for arg in node.args)
         )
 
     def _uncalled(self, unit: Unit, called: set[str]) -> None:

@@ -7,7 +7,7 @@ A pattern is a small expression that is read with :func:`ast.parse` and never ev
 - ``q``: anything, captured as ``q``. ``k=transpose(_)`` captures an operand that must itself fit a pattern. What is
   captured is the *operand*: a quantizer goes between it and the operator around it.
 - ``maybe(dropout)(x)``: at most one dropout, then ``x``; ``maybe(mul, div)(x)``: at most one of these.
-- ``add`` and ``mul`` fit with their two operands in either order.
+- ``add`` and ``mul`` fit with their two operands in either order. The sum with a parameter is a ``bias_add``.
 
 Layout operators (view, permute, contiguous, dtype casts...) between two operators are looked through, unless the
 pattern names them. ``transpose`` is the matrix transpose: it swaps the last two axes; other swaps are layout.
@@ -43,8 +43,8 @@ COMMUTATIVE = frozenset({"add", "mul"})
 OPERATORS = (
     frozenset(
         """
-        linear conv1d matmul baddbmm einsum sdpa add sub mul div softmax dropout layer_norm embedding transpose gather
-        masked_fill where cat mean sum sqrt pow neg exp clamp sin cos quantizer
+        linear conv1d matmul baddbmm einsum sdpa add bias_add sub mul div softmax dropout layer_norm embedding transpose
+        gather masked_fill where cat mean sum sqrt pow neg exp clamp sin cos quantizer
         """.split()
     )
     | ACTIVATIONS

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from qdq_surgery.errors import TraceError
 from qdq_surgery.operators import callable_name, function_operator, is_leaf, module_operator, tensor_method
+from qdq_surgery.pattern import LAYOUT
 from qdq_surgery.routine import PLAIN, SELF, Routine, describe_leaf, expect, flatten_call, join_path
 from qdq_surgery.stand_in import make_stand_in
 from qdq_surgery.symbols import Real, Size, plain
@@ -336,6 +337,8 @@ class _Recorder:
     def _node(self, op: str, target: Any, args: Any, kwargs: Any, operator_name: str, name: str | None = None) -> Node:
         args, kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
         kwargs.pop("_stacklevel", None)
+        if operator_name == "add" and any(_is_parameter(argument) for argument in args):
+            operator_name = "bias_add"
         node = self.graph.create_node(op, target, args, kwargs, name=_safe(name) if name else None)
         frames, source = self.source()
         key = (frames, op, target if isinstance(target, str) else callable_name(target))
@@ -466,6 +469,13 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self.recorder.paused = self.before
+
+
+def _is_parameter(argument: object) -> bool:
+    """Whether the argument is a parameter of the block, reshaped or not."""
+    while isinstance(argument, Node) and argument.meta.get("op") in LAYOUT and argument.args:
+        argument = argument.args[0]
+    return isinstance(argument, Node) and argument.meta.get("op") == "parameter"
 
 
 def _parameter_names(function: Callable[..., Any]) -> list[str]:

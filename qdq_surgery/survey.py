@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -137,6 +138,7 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
             calls.setdefault(path, (args, kwargs))
 
         handles.append(ghost.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
+    before = [(name, type(module)) for name, module in ghost.named_modules()]
     try:
         ghost(**inputs)
     except Exception as error:
@@ -147,6 +149,14 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
     finally:
         for handle in handles:
             handle.remove()
+    for (name, kind), (now_name, now_kind) in zip_longest(
+        before, [(name, type(module)) for name, module in ghost.named_modules()], fillvalue=("", type(None))
+    ):
+        if (name, kind) != (now_name, now_kind):
+            raise ModelError(
+                f"{type(ghost).__name__} changes its own modules while it runs: '{name}' was a {kind.__name__} and is "
+                f"a {now_kind.__name__} now; run the model on such inputs once, then convert it"
+            )
     return calls
 
 

@@ -147,6 +147,37 @@ def test_attentions_in_the_config() -> None:
         qs.convert(model)
 
 
+def test_a_bias_is_no_residual() -> None:
+    """DeBERTa (v1) adds biases to its queries and values after the linear: nothing of the residual stream."""
+    options = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 60,
+    }
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model("deberta", **options)).eval()
+    made = qs.plan(model)
+    assert made.coverage["residual add"].found == made.coverage["residual add"].quantized == 4
+    assert {site.owner.rpartition(".")[2] for site in made.sites if site.rule == "residual-add"} == {"output"}
+
+
+def test_a_model_that_changes_itself_is_refused() -> None:
+    """BigBird exchanges its attention when the input is short."""
+    options = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "vocab_size": 60,
+    }
+    model = AutoModel.from_config(AutoConfig.for_model("big_bird", **options, pad_token_id=0)).eval()
+    with pytest.raises(qs.ModelError, match=r"BigBirdModel changes its own modules while it runs: 'encoder.layer.0"):
+        qs.convert(model)
+    assert not qs.quantizers(model)
+
+
 # --- blocks whose graphs depend on more than tensors
 
 

@@ -52,7 +52,7 @@ def names_by_rule(made: Plan, rule_name: str) -> set[str]:
         ("distilbert", "DistilBertModel", "layer_norm(add(local=linear(_), residual))", 2),
         ("modernbert", "ModernBertModel", "layer_norm(add(local=linear(_), residual=embedding(_)))", 0),
         ("modernbert", "ModernBertModel", "layer_norm(add(local=linear(_), residual))", 3),
-        ("mobilebert", "MobileBertModel", "add(local=linear(_), residual=add(_, _))", 10),
+        ("mobilebert", "MobileBertModel", "add(local=linear(_), residual=bias_add(_, _))", 10),
         ("bert", "BertModel", "linear(x=activation(linear(_)), w)", 2),
         ("bert", "BertModel", "linear(x=gelu(_), w)", 2),
         ("bert", "BertModel", "linear(x=layer_norm(_), w)", 2),

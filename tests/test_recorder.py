@@ -341,7 +341,7 @@ def test_children_are_recorded_with_links() -> None:
     assert named.call is not None
     assert named.call.meta["callee"] is named
     operators = [node.meta.get("op") for node in named.graph.nodes if node.op != "output"]
-    assert operators == ["input", "parameter", "linear", "add"]
+    assert operators == ["input", "parameter", "linear", "bias_add"]
 
 
 def test_a_child_without_a_graph_does_not_stop_its_parent() -> None:
