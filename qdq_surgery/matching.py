@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.fx import Node
@@ -31,10 +31,27 @@ _OTHER_PRODUCTS = frozenset({"baddbmm", "einsum", "sdpa", "conv1d"})
 
 @dataclass(frozen=True)
 class _Match:
+    """A rule whose pattern fits, and what it captured."""
+
     rule: Rule
-    routine: Routine
-    node: Node
     captured: dict[str, Slot]
+
+
+@dataclass
+class _State:
+    """What is decided about one unit so far.
+
+    Attributes:
+        claimed: Operands that a rule took: the first match wins.
+        quantized: Operators with such an operand.
+        near: By operator, the rule that came nearest to fitting, how far it came and why it failed.
+        taken: How often each quantizer name was used in each block.
+    """
+
+    claimed: set[tuple[Hashable, int | str]] = field(default_factory=set)
+    quantized: set[Hashable] = field(default_factory=set)
+    near: dict[Hashable, tuple[int, str]] = field(default_factory=dict)
+    taken: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
@@ -80,52 +97,42 @@ class _Matcher:
         check_expectations(self.rules, self.tally, self.found, type(self.model).__name__, self._model_type(), sites)
 
     def _unit(self, unit: Unit, tree: Routine) -> None:
-        claimed: dict[tuple[Hashable, int | str], str] = {}
-        quantized: set[Hashable] = set()
-        near: dict[Hashable, tuple[int, str]] = {}
-        taken: dict[tuple[str, str], int] = {}
+        state = _State()
         for rule in self.rules.rules:
             for routine in tree.walk():
                 path = join_path(unit.path, routine.path)
                 for node in routine.graph.nodes:
                     if not operator_fits(rule.pattern.operators[0], node.meta.get("op", "")):
                         continue
-                    inside = join_path(path, str(node.target)) if node.op == "call_module" and unit.tree else path
+                    inside = _leaf_path(unit, path, str(node.target)) if node.op == "call_module" else path
                     if not (rule.scope.holds(path, unit.layer) or rule.scope.holds(inside, unit.layer)):
                         continue
                     attempt = Attempt()
                     if not fit(rule.pattern, Value(routine, node), attempt):
                         reason = f"rule '{rule.name}': {attempt.reason}"
-                        best = near.get(place_of(routine, node))
+                        best = state.near.get(place_of(routine, node))
                         if best is None or attempt.depth > best[0]:
-                            near[place_of(routine, node)] = (attempt.depth, reason)
+                            state.near[place_of(routine, node)] = (attempt.depth, reason)
                         self.tally.miss(rule, attempt.depth, f"{reason} at {inside} ({node.meta['source']})")
                         continue
                     self.tally.fit(rule, unit, (unit.path, place_of(routine, node)))
-                    self._apply(_Match(rule, routine, node, attempt.captured), unit, claimed, quantized, taken)
-        self._cover(unit, tree, quantized, near)
+                    self._apply(_Match(rule, attempt.captured), unit, state)
+        self._cover(unit, tree, state)
 
-    def _apply(
-        self,
-        found: _Match,
-        unit: Unit,
-        claimed: dict[tuple[Hashable, int | str], str],
-        quantized: set[Hashable],
-        taken: dict[tuple[str, str], int],
-    ) -> None:
+    def _apply(self, found: _Match, unit: Unit, state: _State) -> None:
         rule = found.rule
-        free = {capture: slot for capture, slot in found.captured.items() if slot.key() not in claimed}
+        free = {capture: slot for capture, slot in found.captured.items() if slot.key() not in state.claimed}
         wanted = [capture for capture in rule.quantize if capture in free]
         if not wanted:
             return
         self.matches[rule.name] += 1
         for capture in wanted:
             slot = free[capture]
-            claimed[slot.key()] = rule.name
-            quantized.add(place_of(slot.routine, slot.node))
-            self._site(found, capture, slot, unit, taken)
+            state.claimed.add(slot.key())
+            state.quantized.add(place_of(slot.routine, slot.node))
+            self._site(found, capture, slot, unit, state)
 
-    def _site(self, found: _Match, capture: str, slot: Slot, unit: Unit, taken: dict[tuple[str, str], int]) -> None:
+    def _site(self, found: _Match, capture: str, slot: Slot, unit: Unit, state: _State) -> None:
         rule, node, routine = found.rule, slot.node, slot.routine
         place = rule.quantize[capture]
         path = join_path(unit.path, routine.path)
@@ -154,7 +161,7 @@ class _Matcher:
             role = "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"
             name = place.name or f"{op}_{capture}_input_quantizer"
             # A block may have the same operator twice (DistilBERT's two residual adds): the second is numbered.
-            number = taken[owner, name] = taken.get((owner, name), 0) + 1
+            number = state.taken[owner, name] = state.taken.get((owner, name), 0) + 1
             if number > 1:
                 stem, _, end = (
                     name.rpartition("_input_quantizer") if "_input_quantizer" in name else name.rpartition("_quantizer")
@@ -187,13 +194,7 @@ class _Matcher:
 
     # -- what got nothing --------------------------------------------------------------------------------------
 
-    def _cover(
-        self,
-        unit: Unit,
-        tree: Routine,
-        quantized: set[Hashable],
-        near: dict[Hashable, tuple[int, str]],
-    ) -> None:
+    def _cover(self, unit: Unit, tree: Routine, state: _State) -> None:
         counted: set[Hashable] = set()
         called = {
             self.names[_leaf_path(unit, join_path(unit.path, routine.path), str(node.target))]
@@ -205,7 +206,7 @@ class _Matcher:
         for routine in tree.walk():
             path = join_path(unit.path, routine.path)
             for node in routine.graph.nodes:
-                kind = self._kind(routine, node, quantized)
+                kind = self._kind(routine, node, state)
                 if kind is None:
                     continue
                 where = self.names[path]
@@ -215,18 +216,9 @@ class _Matcher:
                 if place in counted:
                     continue
                 counted.add(place)
-                self._count(kind, unit, routine, node, where, quantized, near)
+                self._count(kind, unit, routine, node, where, state)
 
-    def _count(
-        self,
-        kind: str,
-        unit: Unit,
-        routine: Routine,
-        node: Node,
-        where: str,
-        quantized: set[Hashable],
-        near: dict[Hashable, tuple[int, str]],
-    ) -> None:
+    def _count(self, kind: str, unit: Unit, routine: Routine, node: Node, where: str, state: _State) -> None:
         counts = self.covered[kind if kind in self.covered else "matmul"]
         if unit.layer is None:
             # Embeddings, pooler and heads: the table is about the encoder layers, but what stays in float is said.
@@ -240,18 +232,18 @@ class _Matcher:
             counts["quantized"] += 1
             return
         counts["refused"] += 1
-        if place_of(routine, node) in quantized:
+        if place_of(routine, node) in state.quantized:
             return  # refused already, with its own reason
-        best = near.get(place_of(routine, node))
+        best = state.near.get(place_of(routine, node))
         where_rules = "outside the encoder layers" if unit.layer is None else "here"
         reason = f"no rule is about a {kind} {where_rules}" if best is None else best[1]
         self._refuse(where, kind, reason, unit.layer, None, source)
 
-    def _kind(self, routine: Routine, node: Node, quantized: set[Hashable]) -> str | None:
+    def _kind(self, routine: Routine, node: Node, state: _State) -> str | None:
         op = str(node.meta.get("op"))
         if op in ("linear", "matmul") or op in _OTHER_PRODUCTS:
             return op
-        if op == "add" and (place_of(routine, node) in quantized or self._is_residual(node)):
+        if op == "add" and (place_of(routine, node) in state.quantized or self._is_residual(node)):
             return "residual add"
         return None
 
