@@ -236,5 +236,5 @@ def _export_and_compare(
         f"difference in a text {runtime.median():.1e} in the median, {runtime.max():.1e} in the worst.\n"
         f"PyTorch's two formulas against each other (legacy, native), the same texts: {formulas.median():.1e} in the "
         f"median, {formulas.max():.1e} in the worst.\n"
-        "They differ only where a value lies half-way between two steps; from there on, one step leads to others."
+        "A value half-way between two steps may be rounded either way, and one other step leads to more."
     )

@@ -64,7 +64,8 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
         inputs["encoder_hidden_states"] = states.to(model.device, model.dtype)
     if getattr(config, "is_decoder", False) and "use_cache" in names:
         inputs["use_cache"] = False
-    return inputs
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
+    return {name: value for name, value in inputs.items() if open_ended or name in names}
 
 
 def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,25 +60,40 @@ def test_models_that_cannot_be_converted(make: Callable[[], Any], error: type[Ex
 
 
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    ("model_type", "head", "inputs", "message"),
     [
-        ([1, 2], "example_inputs is a list; pass a dict"),
-        ({"pixels": torch.ones(1, 2)}, "example_inputs has 'pixels', which BertModel.forward does not take"),
+        ("bert", "BertModel", [1, 2], "example_inputs is a list; pass a dict"),
+        # (Every supported head has **kwargs, which take any name; then it is the model that refuses.)
         (
+            "bert",
+            "BertModel",
+            {"pixels": torch.ones(1, 2)},
+            "BertModel does not run on the example inputs .pixels.: Value",
+        ),
+        (
+            "bert",
+            "BertModel",
             {"input_ids": torch.full((1, 3), 999)},
             "BertModel does not run on the example inputs .input_ids.: IndexError",
         ),
     ],
-    ids=["no-dict", "unknown-argument", "does-not-run"],
+    ids=["no-dict", "any-argument", "does-not-run"],
 )
-def test_wrong_example_inputs(inputs: Any, message: str) -> None:
-    model = build("bert", "BertModel", type_vocab_size=2)
-    # (**kwargs in a forward would take any name; the base model's has them, so the check is on a head without.)
-    if "pixels" in inputs:
-        message = "does not run on the example inputs|does not take"
-        inputs = {"pixels": torch.ones(1, 2)}
+def test_wrong_example_inputs(model_type: str, head: str, inputs: Any, message: str) -> None:
     with pytest.raises(qs.ModelError, match=message):
-        qs.convert(model, example_inputs=inputs)
+        qs.convert(build(model_type, head), example_inputs=inputs)
+
+
+def test_an_argument_that_the_forward_does_not_take() -> None:
+    class Strict(BertModel):
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return super().forward(input_ids)
+
+    model = build("bert", "BertModel")
+    model.__class__ = Strict
+    with pytest.raises(qs.ModelError, match=r"example_inputs has 'pixels', which Strict.forward does not take"):
+        qs.convert(model, example_inputs={"pixels": torch.ones(1, 2)})
+    assert len(qs.quantizers(qs.convert(model))) == 40
 
 
 def test_own_example_inputs() -> None:

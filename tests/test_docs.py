@@ -37,11 +37,17 @@ def test_the_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     scope: dict[str, Any] = {"batches": batches}
     code = blocks("python")
     assert len(code) == 6
-    for block in code:
+    for block in code[:-1]:
         exec(block, scope)
     assert Path("model.onnx").stat().st_size > 0
+    # The state that was saved is the calibrated, fine-tuned one, and loads whole into a conversion of the float model.
+    trained, again = scope["qmodel"], scope["again"]
+    ranges = {name: quantizer.amax for name, quantizer in qs.quantizers(again).items()}
+    assert all(torch.equal(quantizer.amax, ranges[name]) for name, quantizer in qs.quantizers(trained).items())
     with torch.no_grad():
-        assert torch.equal(scope["again"](**batches[0]).logits, scope["again"](**batches[0]).logits)
+        assert torch.equal(again(**batches[0]).logits, trained(**batches[0]).logits)
+        assert not torch.equal(qs.convert(scope["model"])(**batches[0]).logits, trained(**batches[0]).logits)
+    exec(code[-1], scope)
     assert "+ add_local_input_quantizer" in capsys.readouterr().out
     # The last block converted with the rules of the README.
     bits = {name: q.num_bits for name, q in qs.quantizers(scope["qmodel"]).items()}

@@ -17,6 +17,8 @@ from transformers.models.bert.modeling_bert import BertOutput
 
 import qdq_surgery as qs
 
+TINY = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
+
 
 def test_a_block_that_is_called_more_than_once_is_quantized_once() -> None:
     model = build("bert", "BertModel", chunk_size_feed_forward=1)
@@ -92,13 +94,7 @@ def test_linears_in_a_list_are_no_encoder_layers() -> None:
 
 
 def test_an_encoder_decoder_is_quantized_in_both_halves() -> None:
-    options = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "vocab_size": 60,
-    }
+    options = {**TINY, "num_hidden_layers": 2}
     config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**options), BertConfig(**options))
     model = EncoderDecoderModel._from_config(config, attn_implementation="eager").eval()
     ids = torch.randint(3, 60, (2, 6))
@@ -149,13 +145,7 @@ def test_attentions_in_the_config() -> None:
 
 def test_a_bias_is_no_residual() -> None:
     """DeBERTa (v1) adds biases to its queries and values after the linear: nothing of the residual stream."""
-    options = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "vocab_size": 60,
-    }
+    options = {**TINY, "num_hidden_layers": 2}
     torch.manual_seed(0)
     model = AutoModel.from_config(AutoConfig.for_model("deberta", **options)).eval()
     made = qs.plan(model)
@@ -165,13 +155,7 @@ def test_a_bias_is_no_residual() -> None:
 
 def test_a_model_that_changes_itself_is_refused() -> None:
     """BigBird exchanges its attention when the input is short."""
-    options = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "vocab_size": 60,
-    }
+    options = {**TINY, "num_hidden_layers": 1}
     model = AutoModel.from_config(AutoConfig.for_model("big_bird", **options, pad_token_id=0)).eval()
     with pytest.raises(qs.ModelError, match=r"BigBirdModel changes its own modules while it runs: 'encoder.layer.0"):
         qs.convert(model)
@@ -259,13 +243,7 @@ def test_rounded_sizes_are_decisions() -> None:
 
 def test_a_decision_that_changes_half_way_costs_nothing() -> None:
     """DeBERTa (v1) compares the length with its largest distance, behind its first linear."""
-    options = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "vocab_size": 60,
-    }
+    options = {**TINY, "num_hidden_layers": 1}
     config = AutoConfig.for_model(
         "deberta",
         **options,
