@@ -6,6 +6,8 @@ qmodel = qs.convert(model)
 print(qs.diff(model, qmodel))
 """
 
+from qdq_surgery.calibrate import Calibration, calibrate
+from qdq_surgery.collect import Statistics, collect
 from qdq_surgery.convert import convert, plan, quantization_disabled, quantizers
 from qdq_surgery.diff import Diff, diff
 from qdq_surgery.errors import (
@@ -23,11 +25,13 @@ from qdq_surgery.plan import Plan, Refusal, Site
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rule_file import load_rules, shipped_rules
 from qdq_surgery.spec import RuleSet
+from qdq_surgery.training import fix_ranges, learn_ranges, recalibrate_weights
 from qdq_surgery.version import __version__
 
 __all__ = [
     "AlreadyConvertedError",
     "AttentionBypassError",
+    "Calibration",
     "CalibrationError",
     "Diff",
     "Explanation",
@@ -39,15 +43,21 @@ __all__ = [
     "RuleFileError",
     "RuleSet",
     "Site",
+    "Statistics",
     "TensorQuantizer",
     "TraceError",
     "__version__",
+    "calibrate",
+    "collect",
     "convert",
     "diff",
     "explain",
+    "fix_ranges",
+    "learn_ranges",
     "load_rules",
     "plan",
     "quantization_disabled",
     "quantizers",
+    "recalibrate_weights",
     "shipped_rules",
 ]

@@ -1,4 +1,4 @@
-"""Model folders: what ``save_pretrained`` writes, in; the converted model with its rules and a report, out."""
+"""Model folders: what ``save_pretrained`` writes, in; the converted model with its rules and a report, out and in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import transformers
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.convert import plan_of
+from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE
+from qdq_surgery.convert import convert, plan_of
 from qdq_surgery.errors import AlreadyConvertedError, ModelError
 from qdq_surgery.rule_file import shipped_rules
 from qdq_surgery.version import __version__
@@ -20,6 +23,7 @@ from qdq_surgery.version import __version__
 __all__ = ["REPORT_NAME", "RULES_NAME", "load_model", "save_model"]
 
 RULES_NAME = "qdq_rules.yaml"
+_RANGE = "_quantizer._amax"
 REPORT_NAME = "qdq_report.json"
 
 #: Files of a tokenizer, which a converted model needs as the float one does.
@@ -36,6 +40,8 @@ _TOKENIZER = (
 
 def load_model(folder: str | Path) -> PreTrainedModel:
     """Load a model with the head that it was saved with, in eval mode, from the folder alone.
+
+    A folder that :func:`save_model` wrote gives the converted model, with its ranges.
 
     Raises:
         ModelError: The folder is none that ``save_pretrained`` wrote; says what is missing.
@@ -56,8 +62,27 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         reason = str(error).strip().splitlines()
         raise ModelError(f"{folder} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    _check_weights(folder, type(model).__name__, info)
-    return model.eval()
+    rules = path / RULES_NAME
+    _check_weights(folder, type(model).__name__, info, converted=rules.is_file())
+    model.eval()
+    return _with_quantizers(model, path, rules) if rules.is_file() else model
+
+
+def _with_quantizers(model: PreTrainedModel, path: Path, rules: Path) -> PreTrainedModel:
+    """The model converted by the folder's rules, with the folder's ranges."""
+    convert(model, rules, inplace=True)
+    ranges: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            names = [name for name in opened.keys() if name.endswith(_RANGE)]  # noqa: SIM118 (it is no dict)
+            ranges.update({name: opened.get_tensor(name) for name in names})
+    unknown = model.load_state_dict(ranges, strict=False).unexpected_keys
+    if unknown:
+        raise ModelError(
+            f"{path} has ranges of {len(unknown)} quantizers that its rules do not make (first: {unknown[0]}); it was "
+            "written under other rules, default descriptors or another transformers"
+        )
+    return model
 
 
 def _model_class(path: Path) -> type[PreTrainedModel]:
@@ -77,9 +102,9 @@ def _model_class(path: Path) -> type[PreTrainedModel]:
     return kind
 
 
-def _check_weights(folder: str | Path, name: str, info: dict[str, Any]) -> None:
-    ranges = [str(key) for key in info.get("unexpected_keys", ()) if str(key).endswith("_quantizer._amax")]
-    if ranges:
+def _check_weights(folder: str | Path, name: str, info: dict[str, Any], converted: bool) -> None:
+    ranges = [str(key) for key in info.get("unexpected_keys", ()) if str(key).endswith(_RANGE)]
+    if ranges and not converted:
         raise AlreadyConvertedError(
             f"{folder} holds ranges of {len(ranges)} quantizers (first: {ranges[0]}); give the float model"
         )
@@ -115,6 +140,9 @@ def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path |
                         shutil.copy(file, draft / file.name)
             _write_rules(made.rules.files, made.rules.text, draft)
             report: dict[str, Any] = {"versions": _versions(), **made.to_json()}
+            calibration = vars(qmodel).get(CALIBRATION_ATTRIBUTE)
+            if calibration is not None:
+                report["calibration"] = calibration.to_json()
             (draft / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             if path.exists():
                 path.rmdir()

@@ -20,6 +20,7 @@ from qdq_surgery.linear import QuantLinear
 from qdq_surgery.pattern import operator_fits
 from qdq_surgery.plan import COVERED, Coverage, Plan, Refusal, Site
 from qdq_surgery.routine import Routine, join_path
+from qdq_surgery.sharing import share_ranges
 from qdq_surgery.spec import Rule, RuleSet
 from qdq_surgery.survey import Survey, Unit
 
@@ -307,6 +308,7 @@ class _Matcher:
             coverage={kind: Coverage(c["found"], c["quantized"], c["refused"]) for kind, c in self.covered.items()},
             layers=sum(unit.layer is not None for unit in self.found.units),
             attention=QDQ_ATTENTION if switched else None,
+            shared=share_ranges(self.rules, sites),
         )
 
 

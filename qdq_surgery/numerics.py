@@ -16,6 +16,7 @@ Half precision is computed in float32 and rounded once, at the end.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ try:
 except ImportError:  # pragma: no cover (another release of torch)
     _onnx_flags = None  # type: ignore[assignment]
 
-__all__ = ["exporting_to_onnx", "fake_quant", "native_fake_quant", "onnx_fake_quant"]
+__all__ = ["exporting_to_onnx", "fake_quant", "learned_fake_quant", "native_fake_quant", "onnx_fake_quant"]
 
 #: An amax up to the smallest positive float16 counts as 0: everything is quantized to 0.
 _EPSILON = 1.0 / (1 << 24)
@@ -50,6 +51,18 @@ def fake_quant(
         result: Tensor = _FakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
         return result
     return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+
+
+def learned_fake_quant(
+    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
+) -> Tensor:
+    """:func:`fake_quant` with a gradient for ``amax`` too: learned step sizes (LSQ, arXiv 1902.08153).
+
+    The paper's step size is ``amax / qmax``; its gradient is weighted by 1 / sqrt(elements per range * qmax), so that
+    ranges learn at the pace of weights.
+    """
+    result: Tensor = _LearnedFakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
+    return result
 
 
 def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False) -> Tensor:
@@ -128,17 +141,23 @@ def _channel_axis(amax: Tensor) -> int | None:
     return axes[0] if axes else None
 
 
-def _round_to_grid(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+def _grid(num_bits: int, unsigned: bool, narrow_range: bool) -> tuple[float, float]:
+    """The lowest and the highest integer."""
     qmax = 2.0 ** (num_bits - 1 + int(unsigned)) - 1.0
-    qmin = 0.0 if unsigned else -qmax if narrow_range else -qmax - 1.0
+    return 0.0 if unsigned else -qmax if narrow_range else -qmax - 1.0, qmax
+
+
+def _round_to_grid(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    qmin, qmax = _grid(num_bits, unsigned, narrow_range)
     work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     amax = amax.float()
     is_zero = amax <= _EPSILON
     # pytorch-quantization calls this "scale"; it is the reciprocal of ONNX's.
     # (A Python number divided by a tensor would be a product with the reciprocal, which rounds twice.)
     inv_scale = torch.where(is_zero, 0.0, torch.full_like(amax, qmax) / amax)
-    integers = torch.clamp((work * inv_scale).round(), qmin, qmax)
-    return (integers / torch.where(is_zero, 1.0, inv_scale)).to(inputs.dtype)
+    # In place: what costs is memory that is touched for the first time.
+    integers = (work * inv_scale).round_().clamp_(qmin, qmax)
+    return integers.div_(torch.where(is_zero, 1.0, inv_scale)).to(inputs.dtype)
 
 
 class _FakeQuant(torch.autograd.Function):
@@ -151,9 +170,41 @@ class _FakeQuant(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         inputs, amax = ctx.saved_tensors
         (gradient,) = gradients
-        # In float32: a 0-dimensional amax would be rounded to the dtype of half-precision inputs.
-        inside = inputs.abs().float() <= amax.float()
-        return torch.where(inside, gradient, gradient.new_zeros(())), None, None, None, None
+        return _inside(gradient, inputs, amax), None, None, None, None
+
+
+def _inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
+    """``gradient`` where ``|inputs| <= amax``, 0 elsewhere."""
+    on_cpu = inputs.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and amax.numel() == 1 and inputs.dtype == gradient.dtype == torch.float32:
+        # One pass over memory instead of three. This operator's bounds lie outside, amax inside.
+        bound = torch.nextafter(amax.float(), torch.tensor(math.inf)).item()
+        kept: Tensor = torch.ops.aten.hardtanh_backward(gradient, inputs, -bound, bound)
+        return kept
+    # In float32: a 0-dimensional amax would be rounded to the dtype of half-precision inputs.
+    return torch.where(inputs.abs().float() <= amax.float(), gradient, 0.0)
+
+
+class _LearnedFakeQuant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+        ctx.save_for_backward(inputs, amax)
+        ctx.grid = num_bits, unsigned, narrow_range
+        return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        inputs, amax = ctx.saved_tensors
+        (gradient,) = gradients
+        qmin, qmax = _grid(*ctx.grid)
+        steps = inputs.float() * (qmax / amax.float())
+        integers = steps.round().clamp_(qmin, qmax)
+        # Inside the grid the step's gradient is the rounding error, outside it is the grid's end (in steps).
+        slope = torch.where((steps >= qmin) & (steps <= qmax), integers - steps, integers).mul_(gradient)
+        axes = [axis for axis, size in enumerate(amax.shape) if size == 1] if amax.ndim else list(range(inputs.ndim))
+        total = slope.sum(axes, keepdim=amax.ndim > 0).reshape(amax.shape)
+        weight = 1.0 / (qmax * math.sqrt(qmax * inputs.numel() / amax.numel()))
+        return _inside(gradient, inputs, amax), (total * weight).to(amax.dtype), None, None, None
 
 
 def _native_grid(work: Tensor, scale: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ class Plan(Rendered):
         coverage: By kind of operator, see :data:`COVERED`.
         layers: Number of encoder layers; shared layers count once.
         attention: The attention implementation that the model would be switched to; ``None`` if it stays.
+        shared: Groups of quantizers that get one range.
     """
 
     model: str
@@ -127,6 +128,7 @@ class Plan(Rendered):
     coverage: dict[str, Coverage]
     layers: int
     attention: str | None
+    shared: tuple[tuple[str, ...], ...] = ()
 
     def quantizers_by_rule(self) -> dict[str, int]:
         """Number of quantizers that each rule puts in, in the order of the rules."""
@@ -154,6 +156,7 @@ class Plan(Rendered):
             "coverage": {kind: vars(coverage) for kind, coverage in self.coverage.items()},
             "sites": [site.to_json() for site in self.sites],
             "refusals": [refusal.to_json() for refusal in self.refusals],
+            "shared": [list(group) for group in self.shared],
         }
 
     def __rich__(self) -> RenderableType:
@@ -166,6 +169,8 @@ class Plan(Rendered):
         parts: list[RenderableType] = [title]
         if self.attention is not None:
             parts.append(Text(f"attention implementation becomes {self.attention}"))
+        if self.shared:
+            parts.append(Text(f"{sum(map(len, self.shared))} quantizers share {len(self.shared)} ranges"))
         return Group(*parts, *self.summary())
 
     def summary(self) -> list[RenderableType]:

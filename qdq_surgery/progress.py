@@ -55,8 +55,8 @@ def steps(total: int) -> Iterator[Steps]:
         yield Steps(progress, total)
 
 
-def track(items: Iterable[_T], name: str, total: int) -> Iterator[_T]:
-    """The items, with a bar that counts them."""
+def track(items: Iterable[_T], name: str, total: int | None) -> Iterator[_T]:
+    """The items, with a bar that counts them; ``total`` is ``None`` where nobody knows it."""
     with _bar() as progress:
         task = progress.add_task(name, total=total)
         for item in items:

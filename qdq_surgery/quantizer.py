@@ -16,13 +16,23 @@ from typing import Any
 import torch
 from pytorch_quantization import calib, tensor_quant
 from pytorch_quantization import nn as quant_nn
-from torch import Tensor
+from torch import Tensor, nn
 
+from qdq_surgery.calibrator import ChannelMseCalibrator, HistogramCalibrator, MaxCalibrator
 from qdq_surgery.errors import CalibrationError
-from qdq_surgery.numerics import exporting_to_onnx, fake_quant, native_fake_quant, onnx_fake_quant
+from qdq_surgery.numerics import (
+    exporting_to_onnx,
+    fake_quant,
+    learned_fake_quant,
+    native_fake_quant,
+    onnx_fake_quant,
+)
 from qdq_surgery.spec import QuantSpec
 
 __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
+
+#: A learned range does not fall below this.
+_SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     """
 
     _amax: Tensor
+    _calibrator: Any
 
     def __init__(
         self,
@@ -80,10 +91,20 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             fixed = self._amax
             del self._amax
             self._set_amax(fixed)
-        if spec is not None and spec.calibrator.num_bins is not None:
-            self._calibrator = calib.HistogramCalibrator(
-                num_bits=spec.num_bits, axis=None, unsigned=spec.unsigned, num_bins=spec.calibrator.num_bins
-            )
+        if type(self._calibrator) is calib.MaxCalibrator:
+            self._calibrator = self.fresh_calibrator(histogram=False)
+        elif type(self._calibrator) is calib.HistogramCalibrator:
+            self._calibrator = self.fresh_calibrator(histogram=True)
+
+        if spec is not None and spec.axis is not None and spec.calibrator.name == "mse":
+            self._calibrator = ChannelMseCalibrator(spec.num_bits, spec.axis, spec.unsigned, spec.narrow_range)
+
+    def fresh_calibrator(self, histogram: bool) -> MaxCalibrator | HistogramCalibrator:
+        """An empty calibrator for this quantizer: of histograms, or of maxima (also where each channel has its own)."""
+        if not histogram or self._axis is not None:
+            return MaxCalibrator(self._num_bits, self._axis, self._unsigned)
+        bins = None if self.spec is None else self.spec.calibrator.num_bins
+        return HistogramCalibrator(self._num_bits, None, self._unsigned, *(() if bins is None else (bins,)))
 
     def _set_amax(self, amax: Tensor) -> None:
         amax = amax.detach()
@@ -92,6 +113,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         # Outside of inference mode, so that the buffer can be saved for a backward pass later.
         with torch.inference_mode(False):
             if not hasattr(self, "_amax") or self._amax.shape != amax.shape:
+                self.reset_amax()
                 self.register_buffer("_amax", torch.empty(amax.shape, dtype=torch.float32, device=self._anchor.device))
             self._amax.data.copy_(amax)
 
@@ -116,6 +138,33 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """Forget the range: it is found anew for each tensor."""
         if hasattr(self, "_amax"):
             del self._amax
+
+    @property
+    def learns(self) -> bool:
+        """Whether the range is a parameter that training moves."""
+        return isinstance(self.amax, nn.Parameter)
+
+    def learn_amax(self, learn: bool = True) -> None:
+        """Make the range a parameter, or fix it again. Its name in a state dict stays.
+
+        Raises:
+            CalibrationError: There is no range to start from.
+        """
+        amax = self.amax
+        if amax is None:
+            if learn:
+                raise CalibrationError(f"{self._name()} has no range to learn from: calibrate the model first")
+            return
+        if learn == self.learns:
+            return
+        del self._amax
+        if learn:
+            self._amax = nn.Parameter(amax.detach().clone())
+        else:
+            self.register_buffer("_amax", amax.detach().clone())
+
+    def _name(self) -> str:
+        return "a quantizer" if self.provenance is None else self.provenance.quantizer
 
     @property
     def step_size(self) -> Tensor | None:
@@ -153,14 +202,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             raise RuntimeError("this quantizer has no calibrator")
         if not args and "method" not in kwargs and isinstance(calibrator, calib.HistogramCalibrator):
             args, kwargs = self._own_method(kwargs)
-        if "mse" in (*args, kwargs.get("method")) and not torch.cuda.is_available():
-            raise CalibrationError(
-                "pytorch-quantization computes mse on a CUDA device only, and there is none; use max, percentile or "
-                "entropy"
-            )
-        # Its histogram calibrator fails on an empty histogram instead of returning None.
-        empty = isinstance(calibrator, calib.HistogramCalibrator) and calibrator._calib_hist is None
-        amax = None if empty else calibrator.compute_amax(*args, **kwargs)
+        amax = calibrator.compute_amax(*args, **kwargs)
         if amax is None:
             if strict:
                 where = f" ({self.provenance.operand}, rule {self.provenance.rule})" if self.provenance else ""
@@ -169,7 +211,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                     "enable_calib() and load_calib_amax(), or pass strict=False"
                 )
             amax = torch.tensor(math.nan)
-        self._set_amax(torch.as_tensor(amax))
+        self._set_amax(self.limited(torch.as_tensor(amax)))
+
+    def limited(self, amax: Tensor) -> Tensor:
+        """``amax``, or the spec's ``max_amax`` where that is less."""
+        return amax if self.spec is None or self.spec.max_amax is None else amax.clamp(max=self.spec.max_amax)
 
     def _own_method(self, kwargs: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
         calibrator = self.spec.calibrator if self.spec is not None else None
@@ -186,8 +232,9 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if self._if_calib:
             if self._calibrator is None:
                 raise RuntimeError("this quantizer has no calibrator")
-            # Half precision has no histogram on a CPU.
-            self._calibrator.collect(inputs.detach().float())
+            ours = isinstance(self._calibrator, (MaxCalibrator, HistogramCalibrator, ChannelMseCalibrator))
+            # Half precision has no histogram on a CPU; our own take what comes.
+            self._calibrator.collect(inputs if ours else inputs.detach().float())
         if self._if_clip:
             inputs = self.clip(inputs)
         return self._quant_forward(inputs) if self._if_quant else inputs
@@ -204,11 +251,14 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if exporting_to_onnx():
             # A weight's range is a constant of the graph even where it was not calibrated, an activation's is not.
             if self.amax is None and (self.provenance is None or self.provenance.role != "weight"):
-                name = "a quantizer" if self.provenance is None else self.provenance.quantizer
                 raise CalibrationError(
-                    f"{name} has no range: calibrate the model before exporting it, or disable this quantizer"
+                    f"{self._name()} has no range: calibrate the model before exporting it, or disable this quantizer"
                 )
             return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
+        if self.learns and torch.is_grad_enabled():
+            with torch.no_grad():
+                amax.clamp_(min=_SMALLEST)  # an optimizer knows of no limit
+            return learned_fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
         if self.use_fb_fake_quant:
             return native_fake_quant(inputs, amax, self._num_bits, self._unsigned)
         if self._unsigned and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
@@ -218,9 +268,13 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
         # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.
         amax = self.amax
+        kept = torch.empty(0) if amax is None else amax.data
         super()._apply(fn, recurse)
         if amax is not None and self._amax.dtype != torch.float32:
-            self._amax = amax.to(self._amax.device)
+            if isinstance(self._amax, nn.Parameter):
+                self._amax.data = kept.to(self._amax.device)
+            else:
+                self._amax = kept.to(self._amax.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -252,6 +306,6 @@ def make_quantizer(
         axis=None if spec.axis is None else (spec.axis,),
         unsigned=spec.unsigned,
         narrow_range=spec.narrow_range,
-        calib_method="histogram" if spec.calibrator.is_histogram else "max",
+        calib_method="histogram" if spec.calibrator.is_histogram and spec.axis is None else "max",
     )
     return TensorQuantizer(descriptor, spec=spec, provenance=provenance, device=device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +18,7 @@ from qdq_surgery.errors import RuleFileError
 from qdq_surgery.pattern import Pattern, parse_pattern
 from qdq_surgery.spec import (
     DEFAULT_SPEC,
+    CalibrationOptions,
     CalibratorSpec,
     Count,
     Exclude,
@@ -26,6 +28,7 @@ from qdq_surgery.spec import (
     Rule,
     RuleSet,
     Scope,
+    Share,
 )
 
 __all__ = ["SCHEMA", "load_rules", "shipped_rules"]
@@ -37,6 +40,7 @@ _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 16
 _MAX_CHAIN = 16
 _TAG = "tag:yaml.org,2002:"
+_SECTIONS = ("why", "extends", "specs", "exclude", "share", "calibration")
 
 _T = TypeVar("_T")
 
@@ -158,7 +162,7 @@ class _File:
     # -- the grammar, top down ---------------------------------------------------------------------------------
 
     def rule_set(self, root: yaml.MappingNode) -> RuleSet:
-        keys = self.keys(root, "the file", {"schema", "name", "rules"}, {"why", "extends", "specs", "exclude"}, ())
+        keys = self.keys(root, "the file", {"schema", "name", "rules"}, set(_SECTIONS), ())
         if "schema" not in keys:
             self.refuse("the key 'schema' is missing", f"write schema: {SCHEMA}", root)
         schema = self.integer(keys["schema"], "schema")
@@ -175,6 +179,10 @@ class _File:
         exclude = (
             tuple(self.exclude(node) for node in self.sequence(keys["exclude"], "exclude")) if "exclude" in keys else ()
         )
+        share = tuple(self.share(node) for node in self.sequence(keys["share"], "share")) if "share" in keys else ()
+        calibration = base.calibration if base else CalibrationOptions()
+        if "calibration" in keys:
+            calibration = self.calibration(keys["calibration"], calibration)
         names: set[str] = set()
         for rule in rules:
             if rule.name in names:
@@ -192,6 +200,8 @@ class _File:
                 path=self.path,
                 text=self.text,
                 files=(self.path, *(base.files if base else ())),
+                share=(*(base.share if base else ()), *share),
+                calibration=calibration,
             ),
         )
 
@@ -212,7 +222,11 @@ class _File:
         if isinstance(node, yaml.ScalarNode) and node.value == DEFAULT_SPEC:
             return None
         keys = self.keys(
-            node, where, {"num_bits", "axis", "unsigned", "narrow_range", "calibrator"}, set(), (DEFAULT_SPEC,)
+            node,
+            where,
+            {"num_bits", "axis", "unsigned", "narrow_range", "calibrator", "max_amax", "learn"},
+            set(),
+            (DEFAULT_SPEC,),
         )
         return self.checked(
             node,
@@ -222,6 +236,8 @@ class _File:
                 unsigned=self.boolean(keys["unsigned"], "unsigned") if "unsigned" in keys else False,
                 narrow_range=self.boolean(keys["narrow_range"], "narrow_range") if "narrow_range" in keys else False,
                 calibrator=self.calibrator(keys["calibrator"]) if "calibrator" in keys else CalibratorSpec(),
+                max_amax=self.number(keys["max_amax"], "max_amax") if "max_amax" in keys else None,
+                learn=self.boolean(keys["learn"], "learn") if "learn" in keys else False,
             ),
         )
 
@@ -331,24 +347,41 @@ class _File:
         )
 
     def exclude(self, node: yaml.Node) -> Exclude:
-        keys = self.keys(node, "an exclude entry", {"why"}, {"within", "layers", "sites", "rules"}, ())
+        return self.checked(
+            node, lambda: Exclude(**self.choice(node, "an exclude entry", "why these stay in float", (), ()))
+        )
+
+    def share(self, node: yaml.Node) -> Share:
+        why = "why these have one range"
+        return self.checked(
+            node, lambda: Share(**self.choice(node, "a share entry", why, ("captures",), ("optional",)))
+        )
+
+    def choice(
+        self, node: yaml.Node, where: str, why: str, more: tuple[str, ...], flags: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """An entry that chooses quantizers: its fields, by name."""
+        globs = ("sites", "rules", *more)
+        keys = self.keys(node, where, {"why"}, {"within", "layers", *globs, *flags}, ())
         if "why" not in keys:
-            self.refuse("an exclude entry has no key 'why'", "say why these sites stay in float", node)
-        if len(keys) == 1:
-            self.refuse("an exclude entry names nothing", "write within, layers, sites or rules", node)
-        for key in ("sites", "rules"):
+            self.refuse(f"{where} has no key 'why'", f"say {why}", node)
+        if not keys.keys() & {"within", "layers", *globs}:
+            self.refuse(f"{where} names nothing", f"write within, layers, {', '.join(globs[:-1])} or {globs[-1]}", node)
+        for key in globs:
             if key in keys and isinstance(keys[key], yaml.SequenceNode) and not keys[key].value:
                 self.refuse(f"{key} names nothing", "write a glob such as 'add_*', or leave it out", keys[key])
-        return self.checked(
-            node,
-            lambda: Exclude(
-                why=self.string(keys["why"], "why"),
-                scope=self.scope(keys),
-                sites=self.strings(keys["sites"], "sites") if "sites" in keys else None,
-                rules=self.strings(keys["rules"], "rules") if "rules" in keys else None,
-                source=f"{self.path.name}:{node.start_mark.line + 1}",
-            ),
-        )
+        return {
+            "why": self.string(keys["why"], "why"),
+            "scope": self.scope(keys),
+            "source": f"{self.path.name}:{node.start_mark.line + 1}",
+            **{key: self.strings(keys[key], key) for key in globs if key in keys},
+            **{key: self.boolean(keys[key], key) for key in flags if key in keys},
+        }
+
+    def calibration(self, node: yaml.Node, base: CalibrationOptions) -> CalibrationOptions:
+        """Options that are left out are those of ``base``."""
+        keys = self.keys(node, "calibration", {"dropout", "recalibrate_weights"}, set(), ())
+        return replace(base, **{key: self.boolean(value, key) for key, value in keys.items()})
 
     # -- typed readers -----------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from qdq_surgery.pattern import Pattern
 __all__ = [
     "CALIBRATORS",
     "DEFAULT_SPEC",
+    "CalibrationOptions",
     "CalibratorSpec",
     "Count",
     "Exclude",
@@ -23,11 +24,13 @@ __all__ = [
     "Rule",
     "RuleSet",
     "Scope",
+    "Share",
     "is_quantizer_name",
 ]
 
-#: Calibration methods. All but ``max`` are computed from a histogram; ``histogram`` leaves the method to the caller.
-CALIBRATORS = ("max", "histogram", "percentile", "entropy", "mse")
+#: Calibration methods. All but ``max`` are computed from a histogram; ``histogram`` leaves the method to the caller,
+#: ``best`` takes, of the others, the one with the smallest quantization error.
+CALIBRATORS = ("max", "histogram", "percentile", "entropy", "mse", "best")
 
 #: The spec name that means "pytorch-quantization's default descriptor at the time of the conversion".
 DEFAULT_SPEC = "default"
@@ -90,6 +93,8 @@ class QuantSpec:
         unsigned: Grid [0, 2^b - 1] in place of the signed one.
         narrow_range: Grid [-(2^(b-1) - 1), ...], so without the lowest integer.
         calibrator: How the range is found.
+        max_amax: The most that calibration may find, in the units of the tensor (clip-gelu: 10 behind a GELU).
+        learn: Whether training moves the range on, from where calibration put it (LSQ, arXiv 1902.08153).
     """
 
     num_bits: int = 8
@@ -97,6 +102,8 @@ class QuantSpec:
     unsigned: bool = False
     narrow_range: bool = False
     calibrator: CalibratorSpec = CalibratorSpec()
+    max_amax: float | None = None
+    learn: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_bits <= 16:
@@ -105,18 +112,22 @@ class QuantSpec:
             raise RuleFileError(
                 f"axis {self.axis} is outside 0 to 3", "write 0 for a linear's output channels, or null"
             )
-        if self.axis is not None and self.calibrator.is_histogram:
+        if self.axis is not None and self.calibrator.name not in ("max", "mse"):
             raise RuleFileError(
                 f"calibrator '{self.calibrator.name}' needs one range per tensor, but axis is {self.axis}",
-                "write axis: null, or calibrator: max",
+                "write axis: null, or calibrator: max (for weights also mse)",
             )
+        if self.max_amax is not None and not 0 < self.max_amax < float("inf"):
+            raise RuleFileError(f"max_amax {self.max_amax} is no range", "write a number above 0, for example 10")
         if self.unsigned and self.narrow_range:
             raise RuleFileError("narrow_range drops the lowest signed integer, but the grid is unsigned", "remove one")
 
     def __str__(self) -> str:
         grid = f"{'u' if self.unsigned else ''}int{self.num_bits}{' narrow' if self.narrow_range else ''}"
         axis = "per-tensor" if self.axis is None else f"axis {self.axis}"
-        return f"{grid} {axis} {self.calibrator}"
+        options = [f"up to {self.max_amax:g}"] if self.max_amax is not None else []
+        options += ["learned"] if self.learn else []
+        return " ".join([grid, axis, str(self.calibrator), *options])
 
 
 @dataclass(frozen=True)
@@ -273,6 +284,50 @@ class Exclude:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Quantizers that get one range: the largest of theirs. All keys that are given must hold.
+
+    One group is made in each block: of the quantizers in it and those of its linears.
+
+    Attributes:
+        sites: Globs over the quantizer's attribute name.
+        rules: Names of the rules that put the quantizers there.
+        captures: Captures of these rules' patterns.
+        optional: Whether there may be nothing to share.
+    """
+
+    why: str
+    scope: Scope = Scope()
+    sites: tuple[str, ...] | None = None
+    rules: tuple[str, ...] | None = None
+    captures: tuple[str, ...] | None = None
+    optional: bool = False
+    source: str = ""
+
+    def holds(self, rule: str, capture: str, site: str, path: str, layer: int | None) -> bool:
+        """Whether the quantizer called ``site`` that ``rule`` put on ``capture`` at module ``path`` is meant."""
+        return (
+            self.scope.holds(path, layer)
+            and (self.sites is None or any(fnmatchcase(site, glob) for glob in self.sites))
+            and (self.rules is None or any(fnmatchcase(rule, glob) for glob in self.rules))
+            and (self.captures is None or capture in self.captures)
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How a model with these rules is calibrated and trained.
+
+    Attributes:
+        dropout: Whether dropout is active while activations are collected, as it is in training.
+        recalibrate_weights: Whether the ranges of weights are found again from the weights when training ends.
+    """
+
+    dropout: bool = False
+    recalibrate_weights: bool = False
+
+
+@dataclass(frozen=True)
 class RuleSet:
     """A rule file, read and checked.
 
@@ -282,6 +337,8 @@ class RuleSet:
         text: The file's own text, so that a converted model can carry its rules.
         files: This file and those that it extends.
         extends: Name of the rule set that this one builds on.
+        share: Which quantizers get one range.
+        calibration: How the model is calibrated.
     """
 
     name: str
@@ -293,6 +350,8 @@ class RuleSet:
     path: Path | None = None
     text: str = ""
     files: tuple[Path, ...] = ()
+    share: tuple[Share, ...] = ()
+    calibration: CalibrationOptions = CalibrationOptions()
 
     def __post_init__(self) -> None:
         if DEFAULT_SPEC in self.specs:
@@ -327,16 +386,18 @@ class RuleSet:
                         "give each its own name under 'as'",
                         line=self._line(rule),
                     )
-        for exclude in self.exclude:
-            for glob in exclude.rules or ():
+        entries: tuple[Exclude | Share, ...] = (*self.exclude, *self.share)
+        for entry in entries:
+            for glob in entry.rules or ():
                 if not any(fnmatchcase(name, glob) for name in seen):
                     raise RuleFileError(
-                        f"exclude names the rule '{glob}', which does not exist",
+                        f"{'exclude' if isinstance(entry, Exclude) else 'share'} names the rule '{glob}', which does "
+                        "not exist",
                         f"rules: {', '.join(sorted(seen)) or 'none'}",
-                        line=self._line(exclude),
+                        line=self._line(entry),
                     )
 
-    def _line(self, item: Rule | Exclude) -> int | None:
+    def _line(self, item: Rule | Exclude | Share) -> int | None:
         """The line of ``item`` in this file; ``None`` if it comes from another one."""
         name, _, line = item.source.rpartition(":")
         return int(line) if self.path is not None and name == self.path.name else None

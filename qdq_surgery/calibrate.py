@@ -1,0 +1,265 @@
+"""From statistics to ranges, all of them or none: each by its rule's method or by one for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qdq_surgery.calibrator import (
+    DEFAULT_PERCENTILE,
+    METHODS,
+    ChannelMseCalibrator,
+    HistogramCalibrator,
+    MaxCalibrator,
+    choose,
+)
+from qdq_surgery.collect import Seen, Statistics, activation_quantizers, collect, unwrapped, weight_quantizers
+from qdq_surgery.convert import plan_of
+from qdq_surgery.errors import CalibrationError
+from qdq_surgery.progress import track
+from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.ranges import relative_error
+from qdq_surgery.render import Rendered
+from qdq_surgery.spec import CalibratorSpec
+
+__all__ = ["CALIBRATION_ATTRIBUTE", "Calibration", "Range", "calibrate", "share_ranges_found", "weight_range"]
+
+#: Where a calibrated model keeps its :class:`Calibration`.
+CALIBRATION_ATTRIBUTE = "_qdq_calibration"
+
+
+@dataclass(frozen=True)
+class Range:
+    """How one quantizer got its range.
+
+    Attributes:
+        quantizer: Its qualified name.
+        method: In words: ``max``, ``99.99 %``, ``entropy``, ``mse``; what was done to it afterwards, too.
+        amax: The range, of several the largest.
+        error: Squared quantization error as a share of the squares; ``None`` where there is no histogram.
+    """
+
+    quantizer: str
+    method: str
+    amax: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration(Rendered):
+    """What a calibration did.
+
+    Attributes:
+        method: What was asked for.
+        ranges: One for each quantizer, activations first.
+        batches, rows, tokens: How much data it was; padding is no token.
+    """
+
+    method: str
+    ranges: tuple[Range, ...]
+    batches: int
+    rows: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        data = {"method": self.method, "batches": self.batches, "rows": self.rows, "tokens": self.tokens}
+        return {"schema": 1, **data, "ranges": [vars(each) for each in self.ranges]}
+
+    def __rich__(self) -> RenderableType:
+        title = Text(
+            f"{len(self.ranges)} ranges by {self.method}, from {self.tokens} tokens in {self.rows} rows "
+            f"({self.batches} batches)"
+        )
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("quantizer", overflow="fold")
+        table.add_column("method", no_wrap=True)
+        for column in ("amax", "error"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for each in self.ranges:
+            error = "" if each.error is None else f"{100 * each.error:.3f} %"
+            table.add_row(each.quantizer, each.method, f"{each.amax:.4g}", error)
+        return Group(title, table)
+
+
+def calibrate(
+    qmodel: nn.Module,
+    data: Iterable[Mapping[str, Any]] | Statistics,
+    method: str | None = None,
+    *,
+    percentile: float | None = None,
+) -> Calibration:
+    """Give every enabled quantizer of a converted model its range.
+
+    Args:
+        qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``.
+        data: Batches, dicts of the model's arguments; or what :func:`~qdq_surgery.collect.collect` made of them.
+        method: For all activations with one range per tensor: ``max``, ``percentile``, ``entropy``, ``mse``, or
+            ``best``: of max, 99.9, 99.99, 99.999 %, entropy and mse, the one with the smallest squared quantization
+            error. Left out, each by its rule; rules that leave it open mean ``max``. Weights are always found by their
+            rule, from the weights as they are now.
+        percentile: In percent, with ``method="percentile"``; 99.99 if left out.
+
+    Returns:
+        What was done, also kept in the model for its report.
+
+    Raises:
+        CalibrationError: The data cannot be used; the model is then as it was before.
+        ModelError: The model is not converted.
+        ValueError: The method or the percentile is none.
+    """
+    _check_method(method, percentile)
+    model = unwrapped(qmodel)
+    activations = activation_quantizers(model)
+    asked = None if method is None else CalibratorSpec(method, _percentile(method, percentile))
+    methods = {name: asked or _own_method(each) for name, each in activations.items()}
+    if not isinstance(data, Statistics):
+        data = collect(qmodel, data, histograms=any(each.name != "max" for each in methods.values()))
+    _check_statistics(data, activations)
+    found: dict[str, tuple[TensorQuantizer, Tensor, Range]] = {}
+    for name, quantizer in track(activations.items(), "computing ranges", len(activations)):
+        found[name] = (quantizer, *_activation_range(name, quantizer, data.seen[name], methods[name]))
+    for name, (quantizer, weight) in track(weight_quantizers(model).items(), "weights", None):
+        found[name] = (quantizer, *weight_range(name, quantizer, weight))
+    share_ranges_found(model, found)
+    for quantizer, amax, _ in found.values():  # nothing has been changed up to here
+        learned = quantizer.learns
+        quantizer.learn_amax(False)
+        quantizer._set_amax(amax)
+        quantizer.learn_amax(learned or (quantizer.spec is not None and quantizer.spec.learn))
+    words = str(asked) if asked is not None else "the rules' methods"
+    made = Calibration(words, tuple(each for *_, each in found.values()), data.batches, data.rows, data.tokens)
+    vars(model)[CALIBRATION_ATTRIBUTE] = made
+    return made
+
+
+def _check_method(method: str | None, percentile: float | None) -> None:
+    if method is not None and method not in METHODS:
+        raise ValueError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
+    if percentile is not None:
+        if method != "percentile":
+            raise ValueError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
+        if not 0 < percentile <= 100:
+            raise ValueError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
+
+
+def _percentile(method: str, percentile: float | None) -> float | None:
+    if method != "percentile":
+        return None
+    return DEFAULT_PERCENTILE if percentile is None else percentile
+
+
+def _own_method(quantizer: TensorQuantizer) -> CalibratorSpec:
+    spec = quantizer.spec
+    if spec is not None:
+        calibrator = spec.calibrator
+        if calibrator.name == "percentile" and calibrator.percentile is None:
+            return replace(calibrator, percentile=DEFAULT_PERCENTILE)
+        return CalibratorSpec("max") if calibrator.name == "histogram" else calibrator
+    # A default descriptor says at most that there is to be a histogram, and pytorch-quantization's own default with one
+    # is a percentile.
+    if isinstance(quantizer._calibrator, HistogramCalibrator):
+        return CalibratorSpec("percentile", DEFAULT_PERCENTILE)
+    return CalibratorSpec("max")
+
+
+def _check_statistics(data: Statistics, activations: Mapping[str, TensorQuantizer]) -> None:
+    missing = [name for name in activations if name not in data.seen]
+    if missing:
+        raise CalibrationError(
+            f"the statistics know nothing of {len(missing)} quantizers (first: {missing[0]}): they were collected from "
+            "another model, or while these were disabled; collect them again"
+        )
+
+
+def _activation_range(
+    name: str, quantizer: TensorQuantizer, seen: Seen, calibrator: CalibratorSpec
+) -> tuple[Tensor, Range]:
+    if not bool((seen.amax > 0).any()):
+        raise CalibrationError(
+            f"{name} saw only zeros, from which no range can be found; bring data that reaches it, or disable or "
+            "exclude it"
+        )
+    if seen.amax.numel() > 1 or (seen.histogram is None and calibrator.name == "max"):
+        if calibrator.name == "mse" and quantizer.spec is not None and quantizer.spec.calibrator.name == "mse":
+            raise CalibrationError(
+                f"{name} has one range for each channel of an activation, which mse is not for; write axis: null, or "
+                "calibrator: max"
+            )
+        amax, method, error = seen.amax, "max", None
+    elif seen.histogram is None:
+        raise CalibrationError(
+            f"the statistics have no histogram of {name}, which {calibrator} needs; collect with histograms=True"
+        )
+    else:
+        value, method = choose(
+            seen.histogram,
+            calibrator.name,
+            DEFAULT_PERCENTILE if calibrator.percentile is None else calibrator.percentile,
+            seen.num_bits,
+            seen.unsigned,
+        )
+        amax = torch.tensor(value)
+        limited = float(quantizer.limited(amax))
+        error = relative_error(*seen.histogram.table(), limited, seen.num_bits, seen.unsigned)
+    limited_amax = quantizer.limited(amax)
+    if not torch.equal(limited_amax, amax):
+        method += f", at most {quantizer.spec.max_amax:g}" if quantizer.spec is not None else ""
+    return limited_amax, Range(name, method, float(limited_amax.max()), error)
+
+
+def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor) -> tuple[Tensor, Range]:
+    """The range of a weight, by its rule's method.
+
+    Raises:
+        CalibrationError: The weight has a NaN or an infinite value.
+    """
+    method = _own_method(quantizer)
+    calibrator: Any
+    if method.name == "mse" and quantizer._axis is not None:
+        axis = quantizer._axis[0] if isinstance(quantizer._axis, (tuple, list)) else quantizer._axis
+        calibrator = ChannelMseCalibrator(quantizer._num_bits, axis, quantizer._unsigned, quantizer._narrow_range)
+    else:
+        calibrator = quantizer.fresh_calibrator(histogram=method.name != "max")
+    calibrator.collect(weight.detach())
+    if isinstance(calibrator, HistogramCalibrator):
+        percentile = DEFAULT_PERCENTILE if method.percentile is None else method.percentile
+        amax = calibrator.compute_amax(method.name, percentile=percentile)
+    else:
+        amax = calibrator.compute_amax()
+    words = "max" if isinstance(calibrator, MaxCalibrator) else str(method)
+    if amax is None or not bool(amax.isfinite().all()):
+        raise CalibrationError(f"{name}: the weight has a NaN or an infinite value")
+    amax = quantizer.limited(amax)
+    return amax, Range(name, words, float(amax.max()))
+
+
+def share_ranges_found(model: PreTrainedModel, found: dict[str, tuple[TensorQuantizer, Tensor, Range]]) -> None:
+    """Give the quantizers of each group that the plan names the largest of their ranges, in ``found``.
+
+    Raises:
+        CalibrationError: One of them has a range for each channel.
+    """
+    for group in plan_of(model).shared:
+        members = [name for name in group if name in found]
+        if len(members) < 2:
+            continue
+        wide = [name for name in members if found[name][1].numel() > 1]
+        if wide:
+            raise CalibrationError(
+                f"{wide[0]} has {found[wide[0]][1].numel()} ranges, one per channel, so it cannot share one with "
+                f"{len(members) - 1} others; write axis: null in its spec"
+            )
+        largest = torch.stack([found[name][1].reshape(()).cpu() for name in members]).max()
+        for name in members:
+            quantizer, amax, made = found[name]
+            words = f"{made.method}, shared" if float(amax) < float(largest) else made.method
+            found[name] = (quantizer, largest.clone(), replace(made, method=words, amax=float(largest), error=None))

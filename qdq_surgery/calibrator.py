@@ -1,0 +1,280 @@
+"""Calibrators behind pytorch-quantization's interface: ``collect``, ``compute_amax``, ``reset``.
+
+They are subclasses of its calibrators, so that loops that ask for ``isinstance(..., calib.MaxCalibrator)`` work. What
+they collect does not depend on the order or the grouping of the data; see :mod:`~qdq_surgery.histogram`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pytorch_quantization import calib
+from pytorch_quantization.calib.calibrator import _Calibrator
+from torch import Tensor
+
+from qdq_surgery.errors import CalibrationError
+from qdq_surgery.histogram import BINS, Histogram, largest
+from qdq_surgery.padding import Padding
+from qdq_surgery.ranges import (
+    START_BIN,
+    channel_mse_amax,
+    entropy_amax,
+    mse_amax,
+    percentile_amax,
+    relative_error,
+)
+
+__all__ = [
+    "DEFAULT_PERCENTILE",
+    "METHODS",
+    "ChannelMseCalibrator",
+    "HistogramCalibrator",
+    "MaxCalibrator",
+    "Watch",
+    "choose",
+]
+
+#: How a range can be chosen. ``best`` is the one of the others whose quantization error is smallest.
+METHODS = ("max", "percentile", "entropy", "mse", "best")
+
+DEFAULT_PERCENTILE = 99.99
+
+#: What ``best`` chooses from.
+CANDIDATES: tuple[tuple[str, float | None], ...] = (
+    ("max", None),
+    ("percentile", 99.9),
+    ("percentile", 99.99),
+    ("percentile", 99.999),
+    ("entropy", None),
+    ("mse", None),
+)
+
+
+@dataclass
+class Watch:
+    """What the calibrators of one model know of the batch that runs.
+
+    Attributes:
+        padding: Its padding.
+        seen: Tensors that were counted already: queries, keys and values start from one.
+        called: Names of the quantizers, in the order in which they first saw something.
+    """
+
+    padding: Padding
+    called: dict[str, None] = field(default_factory=dict)
+    seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, Any]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        return self
+
+
+class _Watching:
+    """A calibrator that may know of padding.
+
+    Attributes:
+        watch: Set while :func:`qdq_surgery.collect` runs.
+        quantizer: Name of the quantizer that it belongs to.
+    """
+
+    watch: Watch | None = None
+    quantizer: str = ""
+
+    def _summary(self, values: Tensor) -> Any:
+        """The summary of ``values``, made once for all calibrators that watch the same batch."""
+        if self.watch is None:
+            return self._summarise(values.detach(), None)
+        self.watch.called[self.quantizer] = None
+        invalid = self.watch.padding.invalid(self.quantizer, values.shape)
+        key = (id(values), id(invalid), self._kind())
+        known = self.watch.seen.get(key)
+        if known is not None and known[0]() is values and known[1] == values._version:
+            return known[2]
+        made = self._summarise(values.detach(), invalid)
+        self.watch.seen[key] = (weakref.ref(values), values._version, made)
+        return made
+
+    def _kind(self) -> Any:
+        raise NotImplementedError
+
+    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Any:
+        raise NotImplementedError
+
+
+class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
+    """The largest magnitude, for the whole tensor or for each channel."""
+
+    _calib_amax: Tensor | None
+
+    def collect(self, x: Tensor) -> None:
+        """Take note of a tensor."""
+        amax = self._summary(x)
+        if self._calib_amax is None:
+            self._calib_amax = amax
+        elif self._calib_amax.shape != amax.shape:
+            raise RuntimeError(f"the range had the shape {tuple(self._calib_amax.shape)}, now {tuple(amax.shape)}")
+        else:
+            self._calib_amax = torch.maximum(self._calib_amax, amax)
+        if self._track_amax:
+            self._amaxs.append(amax.cpu().numpy())
+
+    def compute_amax(self) -> Tensor | None:
+        """The range: (), or with 1 in every axis that is not kept; ``None`` before the first tensor."""
+        amax: Tensor | None = self._calib_amax
+        return amax
+
+    def _kind(self) -> Any:
+        return ("max", self._axis)
+
+    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Tensor:
+        if self._axis is None:
+            return largest(values, invalid)
+        kept = {axis % values.ndim for axis in (self._axis if isinstance(self._axis, (list, tuple)) else [self._axis])}
+        values = values.abs().float()
+        if invalid is not None:
+            values = values.masked_fill(invalid, 0.0)
+        return values.amax([axis for axis in range(values.ndim) if axis not in kept], keepdim=True)
+
+
+class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore[misc]
+    """Every magnitude in a histogram, from which each method takes its range.
+
+    Args:
+        num_bits, axis, unsigned: As pytorch-quantization has it; ``axis`` is ``None``.
+        num_bins: How many bins at least lie between 0 and the largest magnitude.
+
+    Attributes:
+        histogram: ``None`` before the first tensor.
+    """
+
+    def __init__(self, num_bits: int, axis: None, unsigned: bool, num_bins: int = BINS // 2) -> None:
+        if axis is not None:
+            raise NotImplementedError(f"a histogram is of the whole tensor, but axis is {axis}")
+        _Calibrator.__init__(self, num_bits, axis, unsigned)
+        self._bins = 2 << (num_bins - 1).bit_length()
+        self.histogram: Histogram | None = None
+
+    def collect(self, x: Tensor) -> None:
+        """Count a tensor."""
+        made = self._summary(x)
+        self.histogram = made if self.histogram is None else self.histogram + made
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.histogram = None
+
+    def compute_amax(
+        self, method: str, *, stride: int = 1, start_bin: int = START_BIN, percentile: float = DEFAULT_PERCENTILE
+    ) -> Tensor | None:
+        """The range, float32, shape (); ``None`` before the first tensor.
+
+        Args:
+            method: One of :data:`METHODS`.
+            stride, start_bin: Candidates of entropy and mse, in bins.
+
+        Raises:
+            CalibrationError: There was a NaN or an infinite value.
+        """
+        if self.histogram is None:
+            return None
+        amax, _ = choose(self.histogram, method, percentile, self._num_bits, self._unsigned, start_bin, stride)
+        return torch.tensor(amax)
+
+    @property
+    def _calib_hist(self) -> Tensor | None:
+        return None if self.histogram is None else self.histogram.table()[0]
+
+    @property
+    def _calib_bin_edges(self) -> Tensor | None:
+        return None if self.histogram is None else self.histogram.table()[1]
+
+    def _kind(self) -> Any:
+        return ("histogram", self._bins)
+
+    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Histogram:
+        return Histogram.of(values, invalid, self._bins)
+
+    def __str__(self) -> str:
+        if self.histogram is None:
+            return "HistogramCalibrator(empty)"
+        return f"HistogramCalibrator({self._bins} bins, amax {float(self.histogram.amax):.4g})"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class ChannelMseCalibrator(_Calibrator):  # type: ignore[misc]
+    """The range with the smallest squared error for each channel of a weight."""
+
+    def __init__(self, num_bits: int, axis: int, unsigned: bool, narrow_range: bool) -> None:
+        super().__init__(num_bits, axis, unsigned)
+        self._narrow_range = narrow_range
+        self._weight: Tensor | None = None
+
+    def collect(self, x: Tensor) -> None:
+        """Take the weight, the same each time.
+
+        Raises:
+            CalibrationError: It is another tensor than before, so no weight.
+        """
+        if self._weight is not None and self._weight.data_ptr() != x.data_ptr():
+            raise CalibrationError(
+                "mse with one range per channel is for weights, and this quantizer saw two different tensors; write "
+                "axis: null, or calibrator: max"
+            )
+        self._weight = x.detach()
+
+    def reset(self) -> None:
+        """Forget the weight."""
+        self._weight = None
+
+    def compute_amax(self) -> Tensor | None:
+        """The ranges, with 1 in every axis but the channels'; ``None`` before the first tensor."""
+        if self._weight is None:
+            return None
+        return channel_mse_amax(self._weight, self._axis, self._num_bits, self._unsigned, self._narrow_range)
+
+
+def choose(
+    histogram: Histogram,
+    method: str,
+    percentile: float = DEFAULT_PERCENTILE,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    start_bin: int = START_BIN,
+    stride: int = 1,
+) -> tuple[float, str]:
+    """The range by one method, and the method in words; of ``best``, the one that it took.
+
+    Raises:
+        CalibrationError: There was a NaN or an infinite value.
+        ValueError: The method is none of :data:`METHODS`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
+    top = float(histogram.amax)
+    if not math.isfinite(top):
+        raise CalibrationError(f"there was {'an infinite value' if math.isinf(top) else 'a NaN'} in the data")
+    if top == 0.0:
+        return 0.0, method
+    counts, edges = histogram.table()
+    names: Sequence[tuple[str, float | None]] = CANDIDATES if method == "best" else [(method, percentile)]
+    found: list[tuple[float, float, str]] = []
+    for name, percent in names:
+        if name == "max":
+            amax = top
+        elif name == "percentile":
+            assert percent is not None
+            amax = percentile_amax(counts, edges, percent)
+        else:
+            compute = entropy_amax if name == "entropy" else mse_amax
+            amax = compute(counts, edges, num_bits, unsigned, start_bin=start_bin, stride=stride)
+        amax = min(amax, top)
+        error = relative_error(counts, edges, amax, num_bits, unsigned) if len(names) > 1 else 0.0
+        found.append((error, amax, f"{percent:g} %" if name == "percentile" else name))
+    _, amax, words = min(found, key=lambda item: item[0])
+    return amax, words

@@ -1,0 +1,275 @@
+"""One pass over data: what every activation quantizer sees, in float, without the padding.
+
+The model is borrowed: its quantizers get calibrators of this pass, and get everything back when the pass ends, however
+it ends. What was seen is returned; nothing is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qdq_surgery.calibrator import DEFAULT_PERCENTILE, HistogramCalibrator, MaxCalibrator, Watch, choose
+from qdq_surgery.convert import plan_of, quantizers
+from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.examples import checked_examples
+from qdq_surgery.gather import agree, gather_histograms, gather_maxima, gather_sums
+from qdq_surgery.histogram import Histogram
+from qdq_surgery.linear import QuantLinear
+from qdq_surgery.padding import Padding, trimmed
+from qdq_surgery.progress import track
+from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.ranges import relative_error
+from qdq_surgery.render import Rendered
+
+__all__ = ["Seen", "Statistics", "activation_quantizers", "collect", "unwrapped", "weight_quantizers"]
+
+#: Seed of the dropout that rules may ask for.
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one quantizer saw.
+
+    Attributes:
+        histogram: Of all magnitudes; ``None`` if only the largest was kept.
+        amax: The largest magnitude, float32: (), or one for each channel with 1 in every other axis.
+    """
+
+    histogram: Histogram | None
+    amax: Tensor
+    num_bits: int
+    unsigned: bool
+
+
+@dataclass(frozen=True)
+class Statistics(Rendered):
+    """What all activation quantizers saw in one pass, enough for every method.
+
+    Attributes:
+        seen: By qualified name of the quantizer.
+        batches, rows, tokens: How much data it was; padding is no token.
+    """
+
+    seen: Mapping[str, Seen]
+    batches: int
+    rows: int
+    tokens: int
+
+    def compare(self, percentiles: Iterable[float] = (99.9, DEFAULT_PERCENTILE, 99.999)) -> dict[str, dict[str, Any]]:
+        """By quantizer and method: ``amax`` and ``error``, the squared quantization error as a share of the squares.
+
+        Quantizers with one range per channel have ``max`` only, and are left out.
+        """
+        methods = [("max", 100.0), *(("percentile", p) for p in percentiles), ("entropy", 100.0), ("mse", 100.0)]
+        found: dict[str, dict[str, Any]] = {}
+        for name, seen in self.seen.items():
+            if seen.histogram is None or seen.amax.numel() > 1:
+                continue
+            table = seen.histogram.table()
+            for method, percentile in methods:
+                amax, words = choose(seen.histogram, method, percentile, seen.num_bits, seen.unsigned)
+                error = relative_error(*table, amax, seen.num_bits, seen.unsigned)
+                found.setdefault(name, {})[words] = {"amax": amax, "error": error}
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain data."""
+        data = {"batches": self.batches, "rows": self.rows, "tokens": self.tokens}
+        return {"schema": 1, **data, "quantizers": self.compare()}
+
+    def __rich__(self) -> RenderableType:
+        title = Text(
+            f"{self.tokens} tokens in {self.rows} rows; amax by method, * where the quantization error is least"
+        )
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("quantizer", overflow="fold")
+        compared = self.compare()
+        methods = list(next(iter(compared.values()), {}))
+        for method in methods:
+            table.add_column(method, justify="right", no_wrap=True)
+        for name, by_method in compared.items():
+            best = min(by_method, key=lambda method: by_method[method]["error"])
+            table.add_row(name, *(f"{by_method[m]['amax']:.4g}{'*' if m == best else ' '}" for m in methods))
+        return Group(title, table)
+
+
+def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histograms: bool = True) -> Statistics:
+    """Run data through a converted model and keep what its activation quantizers see.
+
+    Padding, as ``attention_mask`` tells it, is not counted, and columns that are padding in a whole batch are not run.
+    Under ``torch.distributed`` each process brings its own batches, and all get the statistics of all.
+
+    Args:
+        qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``. It is not changed.
+        batches: Keyword arguments of the model's forward, such as a tokenizer gives; tensors may be on any device.
+        histograms: Whether to keep histograms, as all methods but ``max`` need them.
+
+    Raises:
+        CalibrationError: There are no batches, one cannot be used, an activation has a NaN or an infinite value, or a
+            quantizer saw nothing; names the quantizer and the batch.
+    """
+    model = unwrapped(qmodel)
+    watched = activation_quantizers(model)
+    counts = [0, 0, 0]
+    error: BaseException | None = None
+    with _collecting(model, watched, histograms) as watch:
+        try:
+            _run(model, batches, watched, watch, counts)
+        except Exception as raised:
+            error = raised
+        agree(error)  # one process that fails must not leave the others waiting
+        seen = _gathered(watched, model.device)
+    counts = gather_sums(counts, model.device)
+    unseen = [name for name in watched if name not in seen]
+    if unseen:
+        raise CalibrationError(
+            f"{len(unseen)} of {len(watched)} quantizers saw no value in {counts[0]} batches (first: {unseen[0]}); "
+            "bring batches that reach them (cross-attention needs encoder_hidden_states), or disable or exclude them"
+        )
+    return Statistics(seen, *counts)
+
+
+def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
+    """The converted model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    model = qmodel
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    plan_of(model)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, Tensor]]:
+    """The quantizers of linears' weights that are enabled, each with its weight."""
+    return {
+        f"{name}._weight_quantizer": (module._weight_quantizer, module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module._weight_quantizer is not None
+        if not module._weight_quantizer._disabled
+    }
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """The quantizers that are enabled and see what the model computes."""
+    weights = weight_quantizers(model)
+    return {name: each for name, each in quantizers(model).items() if name not in weights and not each._disabled}
+
+
+@contextmanager
+def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], histograms: bool) -> Iterator[Watch]:
+    """The model with fresh calibrators in ``watched``, in float, in eval mode; afterwards it is as it was."""
+    every = quantizers(model).values()
+    before = [(each, each._calibrator, each._if_calib, each._if_quant) for each in every]
+    training = [(module, module.training) for module in model.modules()]
+    dropout = plan_of(model).rules.calibration.dropout
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    watch = Watch(Padding(model, watched))
+    try:
+        for each in every:
+            each._if_calib = each._if_quant = False
+        for name, quantizer in watched.items():
+            calibrator = quantizer.fresh_calibrator(histograms)
+            calibrator.watch, calibrator.quantizer = watch, name
+            quantizer._calibrator, quantizer._if_calib = calibrator, True
+        model.train(dropout)
+        with torch.no_grad(), torch.random.fork_rng(devices, enabled=dropout):
+            if dropout:
+                torch.manual_seed(_SEED)
+            yield watch
+    finally:
+        for each, calibrator, calibrating, quantizing in before:
+            each._calibrator, each._if_calib, each._if_quant = calibrator, calibrating, quantizing
+        for module, mode in training:
+            module.training = mode
+
+
+def _run(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    watched: Mapping[str, TensorQuantizer],
+    watch: Watch,
+    counts: list[int],
+) -> None:
+    total = len(batches) if isinstance(batches, Sized) else None
+    for index, batch in enumerate(track(batches, "calibrating", total)):
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"batch {index} is a {type(batch).__name__}, wanted a dict of the model's arguments, such as "
+                "tokenizer(texts, padding=True, return_tensors='pt')"
+            )
+        try:
+            inputs = trimmed(checked_examples(model, batch))
+            watch.padding.begin(inputs)
+        except (ModelError, CalibrationError) as error:
+            raise CalibrationError(f"batch {index}: {str(error).replace('example_inputs', 'it')}") from None
+        watch.seen.clear()
+        try:
+            model(**inputs)
+        except CalibrationError as error:
+            raise CalibrationError(f"batch {index}: {error}") from None
+        _check_finite(watched, watch.called, index)
+        mask = inputs.get("attention_mask")
+        ids = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim >= 2), None)
+        size = ids.shape if mask is None and ids is not None else mask.shape if mask is not None else (0, 0)
+        counts[0] += 1
+        counts[1] += int(torch.Size(size[: 1 if mask is None else -1]).numel())
+        counts[2] += int((mask != 0).sum()) if mask is not None else int(torch.Size(size[:2]).numel())
+    watch.seen.clear()
+    if counts[0] == 0:
+        raise CalibrationError("there are no batches; give an iterable of dicts of tensors, and not one used up before")
+
+
+def _check_finite(watched: Mapping[str, TensorQuantizer], called: Iterable[str], index: int) -> None:
+    """One question to the device for a whole batch. ``called`` is in the order in which data came by."""
+    found = [(name, amax) for name in called if (amax := _amax_of(watched[name]._calibrator)) is not None]
+    if not found:
+        return
+    tops = torch.stack([amax.max() for _, amax in found]).cpu()
+    if bool(tops.isfinite().all()):
+        return
+    name, top = next((name, float(top)) for (name, _), top in zip(found, tops, strict=True) if not top.isfinite())
+    what = "a NaN" if top != top else "an infinite value"
+    raise CalibrationError(f"batch {index} gives {what} at {name}; look for it in that batch or in the weights before")
+
+
+def _amax_of(calibrator: Any) -> Tensor | None:
+    if isinstance(calibrator, HistogramCalibrator):
+        return None if calibrator.histogram is None else calibrator.histogram.amax
+    assert isinstance(calibrator, MaxCalibrator)
+    return calibrator.compute_amax()
+
+
+def _gathered(watched: Mapping[str, TensorQuantizer], device: torch.device) -> dict[str, Seen]:
+    found: dict[str, Histogram | None] = {}
+    maxima: dict[str, Tensor | None] = {}
+    for name, quantizer in watched.items():
+        calibrator = quantizer._calibrator
+        if isinstance(calibrator, HistogramCalibrator):
+            found[name] = calibrator.histogram
+        else:
+            maxima[name] = calibrator.compute_amax()
+    both: dict[str, tuple[Histogram | None, Tensor]] = {
+        name: (histogram, histogram.amax) for name, histogram in gather_histograms(found, device).items()
+    }
+    both.update({name: (None, amax) for name, amax in gather_maxima(maxima, device).items()})
+    return {
+        name: Seen(*both[name], quantizer._num_bits, quantizer._unsigned)
+        for name, quantizer in watched.items()
+        if name in both and (both[name][0] is None or both[name][0].total > 0)  # type: ignore[union-attr]
+    }

@@ -1,0 +1,136 @@
+"""Hugging Face's Trainer for quantization-aware training: distillation, learned ranges, ranges found again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, Trainer
+
+from qdq_surgery.collect import unwrapped
+from qdq_surgery.convert import plan_of, quantizers
+from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.training import recalibrate_weights
+
+__all__ = ["QATTrainer", "distillation_loss"]
+
+#: Outputs that are scores, which distillation compares. Each is softmaxed over its last axis.
+_SCORES = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
+
+_IGNORED_LABEL = -100
+
+
+def distillation_loss(
+    student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float = 2.0, counted: Tensor | None = None
+) -> Tensor:
+    """How far the student's scores are from the teacher's (Hinton et al., arXiv 1503.02531).
+
+    The cross entropy of both softmaxes at ``temperature``, less the teacher's own, times its square; the mean over
+    rows (and tokens) and over all outputs that are scores.
+
+    Args:
+        student, teacher: What the models return.
+        counted: (rows,) or (rows, tokens), where scores of that shape count; all if left out.
+
+    Raises:
+        ModelError: They have no scores in common.
+    """
+    losses = []
+    for name in _SCORES:
+        mine, theirs = student.get(name), teacher.get(name)
+        if mine is None or theirs is None:
+            continue
+        divergence = functional.kl_div(
+            (mine.float() / temperature).log_softmax(-1),
+            (theirs.float() / temperature).log_softmax(-1),
+            reduction="none",
+            log_target=True,
+        ).sum(-1)
+        if counted is not None and counted.shape == divergence.shape:
+            divergence = divergence[counted]
+        losses.append(divergence.mean())
+    if not losses:
+        raise ModelError(f"student and teacher have no scores in common; known: {', '.join(_SCORES)}")
+    return torch.stack(losses).mean() * temperature**2
+
+
+class QATTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that knows about quantizers; everything else is as in transformers.
+
+    A converted model must be calibrated: its ranges stay fixed while it is trained, or are learned without weight decay
+    where :func:`~qdq_surgery.learn_ranges` or a rule's ``learn: true`` says so.
+
+    Args:
+        *args, **kwargs: As for ``transformers.Trainer``.
+        teacher: A float model with the same head; the loss is then mixed with :func:`distillation_loss`.
+        temperature: Of the distillation.
+        distill_weight: The distillation's share of the loss, 0 to 1.
+
+    Raises:
+        CalibrationError: A quantizer has no range.
+        ValueError: The temperature or the weight is out of range.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None = None,
+        temperature: float = 2.0,
+        distill_weight: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        if temperature <= 0 or not 0 <= distill_weight <= 1:
+            raise ValueError(
+                f"temperature {temperature} must be above 0, and distill_weight {distill_weight} within 0 and 1"
+            )
+        super().__init__(*args, **kwargs)
+        self._teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        self._temperature, self._distill_weight = temperature, distill_weight
+        for name, quantizer in quantizers(self.model).items():
+            if quantizer.amax is None and not quantizer._disabled:
+                raise CalibrationError(
+                    f"{name} has no range, so every batch would be quantized on a grid of its own: calibrate the model "
+                    "before it is trained"
+                )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of the labels, mixed with that of the teacher."""
+        if self._teacher is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        with torch.no_grad():
+            wanted = self._teacher(**{name: value for name, value in inputs.items() if "label" not in name})
+        distilled = distillation_loss(outputs, wanted, self._temperature, _counted(inputs))
+        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
+            # The loss of the labels is then a share of the sum over all accumulated batches; so is this.
+            distilled = distilled / self.current_gradient_accumulation_steps
+        mixed = (1.0 - self._distill_weight) * loss + self._distill_weight * distilled
+        return (mixed, outputs) if return_outputs else mixed
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters with weight decay: those of transformers, but no range."""
+        names = cast("list[str]", super().get_decay_parameter_names(model))
+        return [name for name in names if not name.endswith("_quantizer._amax")]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; afterwards find the weights' ranges again where the rules say so."""
+        result = super().train(*args, **kwargs)
+        if quantizers(self.model):
+            model = unwrapped(self.model)
+            if plan_of(model).rules.calibration.recalibrate_weights:
+                recalibrate_weights(model)
+        return result
+
+
+def _counted(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Where tokens have a label, or at least are no padding; ``None`` where scores are for whole rows."""
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+        return labels != _IGNORED_LABEL
+    mask = inputs.get("attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) else None

@@ -1,0 +1,68 @@
+"""Ranges in training: fixed, learned, or found again from the weights when it ends."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qdq_surgery.calibrate import share_ranges_found, weight_range
+from qdq_surgery.collect import unwrapped, weight_quantizers
+from qdq_surgery.convert import quantizers
+from qdq_surgery.errors import CalibrationError
+
+__all__ = ["fix_ranges", "learn_ranges", "recalibrate_weights"]
+
+
+def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Parameter]:
+    """Let training move the ranges on from where calibration put them (LSQ, arXiv 1902.08153).
+
+    Args:
+        qmodel: A calibrated model. An optimizer that exists already does not know the new parameters.
+        weights: Whether weights' ranges are learned too.
+
+    Returns:
+        The ranges as parameters, for an optimizer group without weight decay.
+
+    Raises:
+        CalibrationError: A quantizer has no range; none is changed then.
+        ModelError: The model is not converted.
+    """
+    model = unwrapped(qmodel)
+    kept = set() if weights else set(weight_quantizers(model))
+    chosen = {name: each for name, each in quantizers(model).items() if name not in kept and not each._disabled}
+    for name, each in chosen.items():
+        if each.amax is None:
+            raise CalibrationError(f"{name} has no range to learn from: calibrate the model first")
+    for each in chosen.values():
+        each.learn_amax()
+    return [each.amax for each in chosen.values() if isinstance(each.amax, nn.Parameter)]
+
+
+def fix_ranges(qmodel: nn.Module) -> None:
+    """Learned ranges stay where they are from now on.
+
+    Raises:
+        ModelError: The model is not converted.
+    """
+    for each in quantizers(unwrapped(qmodel)).values():
+        each.learn_amax(False)
+
+
+def recalibrate_weights(qmodel: nn.Module) -> None:
+    """Find the ranges of all linears' weights again, from the weights as they are now: training has moved them.
+
+    Ranges that are learned stay. Rules with ``calibration: {recalibrate_weights: true}`` have it done when a
+    :class:`~qdq_surgery.trainer.QATTrainer` ends.
+
+    Raises:
+        CalibrationError: A weight has a NaN or an infinite value; no range is changed then.
+        ModelError: The model is not converted.
+    """
+    model = unwrapped(qmodel)
+    found = {
+        name: (quantizer, *weight_range(name, quantizer, weight))
+        for name, (quantizer, weight) in weight_quantizers(model).items()
+        if not quantizer.learns
+    }
+    share_ranges_found(model, found)
+    for quantizer, amax, _ in found.values():
+        quantizer._set_amax(amax)
