@@ -13,14 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from qdq_surgery.convert import convert, plan, plan_of
+from qdq_surgery.calibrate import calibrate
+from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
+from qdq_surgery.convert import convert, plan, plan_of, quantizers
 from qdq_surgery.demo import DEMO_TEXTS, run_demo
 from qdq_surgery.diff import diff
-from qdq_surgery.errors import QdqSurgeryError
+from qdq_surgery.errors import CalibrationError, QdqSurgeryError
 from qdq_surgery.folder import load_model, save_model
 from qdq_surgery.progress import steps
 from qdq_surgery.render import Rendered
 from qdq_surgery.rule_file import load_rules, shipped_rules
+from qdq_surgery.texts import read_texts, text_batches
 
 __all__ = ["main"]
 
@@ -58,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
     _rules_option(command)
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
+    command.add_argument("model", metavar="MODEL_DIR", help=f"{_FOLDER_HELP}, with its tokenizer; converted or not")
+    command.add_argument("texts", metavar="TEXTS", help="a UTF-8 file with one text in each line")
+    command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
+    _rules_option(command)
+    command.add_argument("--method", choices=METHODS, help="for all activations (default: each by its rule)")
+    command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
+    command.add_argument("--batch", type=int, default=16, help="texts in a batch (default: %(default)s)")
+    command.add_argument("--length", type=int, default=128, help="most tokens of a text (default: %(default)s)")
+    command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("diff", help="show each block's graph before and after")
     command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
@@ -109,6 +123,23 @@ def _convert(arguments: argparse.Namespace) -> None:
         save_model(qmodel, arguments.output, source=arguments.model)
     print(plan_of(qmodel))
     print(f"\nwritten to {arguments.output}; its ranges are not calibrated yet")
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    texts = read_texts(arguments.texts)
+    with steps(2) as bar:
+        bar.next("loading")
+        model = load_model(arguments.model)
+        batches = text_batches(arguments.model, texts, arguments.batch, arguments.length)
+        bar.next("converting")
+        qmodel = model if quantizers(model) else convert(model, arguments.rules, inplace=True)
+    try:
+        made = calibrate(qmodel, batches, arguments.method, percentile=arguments.percentile)
+    except ValueError as error:
+        raise CalibrationError(str(error)) from None
+    save_model(qmodel, arguments.output, source=arguments.model)
+    print(made)
+    print(f"\nwritten to {arguments.output}")
 
 
 def _diff(arguments: argparse.Namespace) -> None:

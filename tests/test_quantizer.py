@@ -17,6 +17,7 @@ from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
+from qdq_surgery.calibrator import ChannelMseCalibrator, HistogramCalibrator, MaxCalibrator
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics import fake_quant, native_fake_quant
 from qdq_surgery.quantizer import Provenance, TensorQuantizer, make_quantizer
@@ -470,33 +471,62 @@ def test_step_size(descriptor: dict[str, Any], wanted: Any) -> None:
 
 # -- calibration ---------------------------------------------------------------------------------------------------
 
+# Percentiles that fall on no value: there, its sums of rounded shares miss by a value now and then.
 METHODS: dict[str, tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]] = {
     "max": ({}, (), {}),
     "max-axis-0": ({"axis": (0,)}, (), {}),
     "max-axis-1": ({"axis": (1,)}, (), {}),
     "max-unsigned": ({"unsigned": True}, (), {}),
     "percentile": ({"calib_method": "histogram"}, ("percentile",), {}),
-    "percentile-50": ({"calib_method": "histogram"}, ("percentile",), {"percentile": 50.0}),
-    "percentile-keyword": ({"calib_method": "histogram"}, (), {"method": "percentile", "percentile": 99.0}),
+    "percentile-50": ({"calib_method": "histogram"}, ("percentile",), {"percentile": 50.03}),
+    "percentile-keyword": ({"calib_method": "histogram"}, (), {"method": "percentile", "percentile": 98.97}),
     "entropy": ({"calib_method": "histogram"}, ("entropy",), {"stride": 256}),
     "entropy-uint4": ({"calib_method": "histogram", "num_bits": 4, "unsigned": True}, ("entropy",), {"stride": 256}),
+    "mse": ({"calib_method": "histogram"}, ("mse",), {"stride": 16}),
+    "mse-int4": ({"calib_method": "histogram", "num_bits": 4}, ("mse",), {"stride": 16}),
 }
 
 
 @pytest.mark.parametrize(("descriptor", "args", "kwargs"), METHODS.values(), ids=METHODS.keys())
 def test_calibrated_range_is_that_of_pytorch_quantization(
-    descriptor: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    descriptor: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The later batches are wider, so that the histogram grows.
-    batches = [data(6, 100) * 0.5, data(6, 100, seed=1), data(6, 100, seed=2) * 2]
+    # Its mse asks for a GPU by name. Nothing in the formula needs one.
+    monkeypatch.setattr(Tensor, "cuda", lambda tensor: tensor)
+    # The later batches are wider, so that the histogram grows; the largest of the first is 1, so that the 2048 bins
+    # that pytorch-quantization starts with are as wide as ours, 2^-11.
+    batches = [data(6, 100) * 0.3, data(6, 100, seed=1) * 0.4, data(6, 100, seed=2) * 0.5]
+    batches = [batch.clamp(-1.0, 1.0) if index == 0 else batch for index, batch in enumerate(batches)]
+    batches[0][0, 0] = 1.0
+    assert 1.0 < float(torch.stack(batches).abs().max()) < 2.0
     batches = [batch.abs() for batch in batches] if descriptor.get("unsigned") else batches
     ours, theirs = quantizer(**descriptor), real(**descriptor)
     for target in (ours, theirs):
         calibrate(target, batches)
         target.load_calib_amax(*args, **kwargs)
     assert amax_of(ours).shape == theirs.amax.shape
-    assert torch.equal(amax_of(ours), theirs.amax)  # tolerance 0.0
     assert bool((amax_of(ours) > 0.1).all())
+    if "calib_method" not in descriptor:
+        assert torch.equal(amax_of(ours), theirs.amax)  # tolerance 0.0
+    else:
+        # One bin, and float32's own error: a value on an edge belongs to the bin above, the last edge to the one below.
+        torch.testing.assert_close(amax_of(ours), theirs.amax, rtol=1e-6, atol=2.0**-11)
+
+
+@pytest.mark.parametrize("percentile", [50.003, 90.003, 99.003, 99.903])
+def test_a_percentile_is_within_a_bin_of_that_of_pytorch_quantization_whatever_the_grid(percentile: float) -> None:
+    batches = [data(6, 1000) * 0.7, data(6, 1000, seed=1), data(6, 1000, seed=2) * 1.7]
+    ours, theirs = quantizer(calib_method="histogram"), real(calib_method="histogram")
+    for target in (ours, theirs):
+        calibrate(target, batches)
+        target.load_calib_amax("percentile", percentile=percentile)
+    edges = [target._calibrator._calib_bin_edges for target in (ours, theirs)]
+    widths = [float(edge[1] - edge[0]) for edge in edges]
+    assert widths[0] != widths[1]
+    # Each is the lower edge of the bin that holds the percentile, so they differ by less than the wider bin.
+    assert abs(float(amax_of(ours)) - float(theirs.amax)) <= max(widths)
+    exact = float(torch.cat(batches).abs().flatten().sort().values[math.ceil(18000 * percentile / 100) - 1])
+    assert exact - widths[0] <= float(amax_of(ours)) <= exact
 
 
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=6, max_size=6), min_size=1, max_size=4))
@@ -554,18 +584,25 @@ def test_method_left_to_the_caller_must_be_given() -> None:
     with pytest.raises(TypeError, match="method"):
         target.load_calib_amax()
     target.load_calib_amax("percentile", percentile=100.0)
-    # The upper edge of the highest bin is the largest value; its lower edge is one of 2048 bins below.
-    assert float(amax_of(target)) == pytest.approx(float(data(50, 100).abs().max()), rel=1 / 2048)
+    # The upper edge of the highest bin, but nothing is larger than the largest value: tolerance 0.0.
+    assert torch.equal(amax_of(target), data(50, 100).abs().max())
 
 
-@pytest.mark.parametrize("num_bins", [None, 128, 1000])
-def test_num_bins_is_honoured(num_bins: int | None) -> None:
+@pytest.mark.parametrize("num_bins", [None, 128, 129, 1000, 4096])
+@pytest.mark.parametrize("top", [1.0, 1.999, 0.51, 1000.0])
+def test_num_bins_is_honoured(num_bins: int | None, top: float) -> None:
     spec = QuantSpec(num_bits=6, unsigned=True, calibrator=CalibratorSpec("percentile", num_bins=num_bins))
     target = from_spec(spec)
-    calibrate(target, [data(500).abs()])
+    values = data(500).abs()
+    calibrate(target, [values / values.max() * top])
     calibrator = target._calibrator
-    assert isinstance(calibrator, calib.HistogramCalibrator)
-    assert calibrator._calib_hist.numel() == (num_bins or 2048)
+    assert isinstance(calibrator, HistogramCalibrator)
+    # At least so many between 0 and the largest magnitude; at most twice to get a power of two, and twice for the
+    # upper half of the grid that the largest magnitude lies in.
+    wanted = num_bins or 2048
+    assert wanted <= calibrator._calib_hist.numel() <= 4 * wanted
+    assert int(calibrator._calib_hist.sum()) == 500
+    assert float(calibrator._calib_bin_edges[-2]) <= top <= float(calibrator._calib_bin_edges[-1])
     assert (calibrator._num_bits, calibrator._unsigned, calibrator._axis) == (6, True, None)
 
 
@@ -707,15 +744,19 @@ def test_pytorch_quantization_is_heard_by_that_test(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize(
     ("spec", "calibrator"),
     [
-        (QuantSpec(), calib.MaxCalibrator),
-        (QuantSpec(num_bits=4), calib.MaxCalibrator),
-        (QuantSpec(axis=0), calib.MaxCalibrator),
-        (QuantSpec(axis=1, narrow_range=True), calib.MaxCalibrator),
-        (QuantSpec(unsigned=True, num_bits=7), calib.MaxCalibrator),
-        (QuantSpec(calibrator=CalibratorSpec("histogram")), calib.HistogramCalibrator),
-        (QuantSpec(calibrator=CalibratorSpec("percentile", percentile=99.0)), calib.HistogramCalibrator),
-        (QuantSpec(calibrator=CalibratorSpec("entropy", num_bins=256)), calib.HistogramCalibrator),
-        (QuantSpec(calibrator=CalibratorSpec("mse"), unsigned=True, num_bits=5), calib.HistogramCalibrator),
+        (QuantSpec(), MaxCalibrator),
+        (QuantSpec(num_bits=4), MaxCalibrator),
+        (QuantSpec(axis=0), MaxCalibrator),
+        (QuantSpec(axis=1, narrow_range=True), MaxCalibrator),
+        (QuantSpec(unsigned=True, num_bits=7), MaxCalibrator),
+        (QuantSpec(max_amax=3.0, learn=True), MaxCalibrator),
+        (QuantSpec(calibrator=CalibratorSpec("histogram")), HistogramCalibrator),
+        (QuantSpec(calibrator=CalibratorSpec("percentile", percentile=99.0)), HistogramCalibrator),
+        (QuantSpec(calibrator=CalibratorSpec("entropy", num_bins=256)), HistogramCalibrator),
+        (QuantSpec(calibrator=CalibratorSpec("mse"), unsigned=True, num_bits=5), HistogramCalibrator),
+        (QuantSpec(calibrator=CalibratorSpec("best")), HistogramCalibrator),
+        (QuantSpec(axis=0, calibrator=CalibratorSpec("mse")), ChannelMseCalibrator),
+        (QuantSpec(axis=1, narrow_range=True, calibrator=CalibratorSpec("mse")), ChannelMseCalibrator),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
@@ -735,7 +776,20 @@ def test_every_field_of_the_spec_arrives(spec: QuantSpec, calibrator: type) -> N
     assert type(target._calibrator) is calibrator
     assert target._calibrator._num_bits == spec.num_bits
     assert target._calibrator._unsigned == spec.unsigned
-    assert target._calibrator._axis == axis
+    # What finds ranges on a weight itself knows one axis, not several.
+    assert target._calibrator._axis == (spec.axis if calibrator is ChannelMseCalibrator else axis)
+    if calibrator is ChannelMseCalibrator:
+        assert target._calibrator._narrow_range == spec.narrow_range
+    else:
+        wanted = calib.MaxCalibrator if calibrator is MaxCalibrator else calib.HistogramCalibrator
+        assert isinstance(target._calibrator, wanted)
+
+
+@pytest.mark.parametrize("descriptor", [{}, {"calib_method": "histogram"}], ids=["max", "histogram"])
+def test_calibrators_are_pytorch_quantizations_too(descriptor: dict[str, Any]) -> None:
+    ours, theirs = quantizer(**descriptor)._calibrator, real(**descriptor)._calibrator
+    assert isinstance(ours, type(theirs))
+    assert type(ours).__module__ == "qdq_surgery.calibrator"
 
 
 def test_default_descriptor_is_used_without_a_spec() -> None:
@@ -858,11 +912,238 @@ def test_a_range_found_in_inference_mode_can_be_trained_with() -> None:
     assert torch.equal(x.grad, torch.ones(3))
 
 
-def test_mse_without_a_gpu_is_a_clear_error() -> None:
-    if torch.cuda.is_available():
-        return
-    quantizer = TensorQuantizer(QuantDescriptor(calib_method="histogram"))
-    quantizer.enable_calib()
-    quantizer(torch.randn(64))
-    with pytest.raises(CalibrationError, match=r"mse on a CUDA device only.*use max, percentile or entropy"):
-        quantizer.load_calib_amax("mse")
+@pytest.mark.parametrize(("num_bits", "share"), [(4, 0.8), (8, 0.98)])
+def test_mse_needs_no_gpu(num_bits: int, share: float) -> None:
+    target, values = quantizer(calib_method="histogram", num_bits=num_bits), data(4000) ** 3
+    calibrate(target, [values])
+    errors = {}
+    for method in ("mse", "max"):
+        target.load_calib_amax(method)
+        errors[method] = float((target(values) - values).square().mean())
+    # A cube of a normal distribution has few large values: to clip them is better, the more so with few steps.
+    assert errors["mse"] < share * errors["max"]
+    own = from_spec(QuantSpec(num_bits=num_bits, calibrator=CalibratorSpec("mse")))
+    calibrate(own, [values])
+    own.load_calib_amax()
+    target.load_calib_amax("mse")
+    assert torch.equal(amax_of(own), amax_of(target))  # tolerance 0.0
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy", "mse", "max", "best"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_histogram_of_what_is_no_number_is_refused(method: str, bad: float) -> None:
+    target = quantizer(calib_method="histogram", amax=1.5)
+    calibrate(target, [data(300), torch.tensor([1.0, bad]), data(300, seed=1)])
+    with pytest.raises(CalibrationError, match="a NaN" if math.isnan(bad) else "an infinite value"):
+        target.load_calib_amax(method)
+    assert float(amax_of(target)) == 1.5
+
+
+# -- ranges with a limit -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        (QuantSpec(max_amax=1.0), 1.0),
+        (QuantSpec(max_amax=9.0), 4.0),
+        (QuantSpec(max_amax=1.0, calibrator=CalibratorSpec("percentile", percentile=100.0)), 1.0),
+        (QuantSpec(max_amax=9.0, calibrator=CalibratorSpec("percentile", percentile=100.0)), 4.0),
+        (QuantSpec(max_amax=2.0, axis=0), [[2.0], [0.5]]),
+        (QuantSpec(max_amax=0.25, axis=0, calibrator=CalibratorSpec("mse")), [[0.25], [0.25]]),
+    ],
+    ids=["less", "more", "percentile-less", "percentile-more", "channels", "channels-by-mse"],
+)
+def test_max_amax_limits_what_calibration_finds(spec: QuantSpec, wanted: Any) -> None:
+    target = from_spec(spec)
+    calibrate(target, [torch.tensor([[0.1, -4.0, 1.0], [0.5, 0.1, -0.5]])])
+    target.load_calib_amax()
+    assert torch.equal(amax_of(target), torch.tensor(wanted))  # tolerance 0.0
+
+
+def test_max_amax_limits_a_method_that_is_asked_for() -> None:
+    target = from_spec(QuantSpec(max_amax=0.5, calibrator=CalibratorSpec("histogram")))
+    calibrate(target, [data(500)])
+    for args in (("max",), ("entropy",), ("mse",), ("percentile",)):
+        target.reset_amax()
+        target.load_calib_amax(*args)
+        assert float(amax_of(target)) == 0.5
+
+
+def test_max_amax_limits_calibration_only() -> None:
+    # What somebody sets by hand or loads from a checkpoint is what they want.
+    target = from_spec(QuantSpec(max_amax=0.5))
+    target.amax = 3.0
+    assert float(amax_of(target)) == 3.0
+    target.load_state_dict({"_amax": torch.tensor(4.0)})
+    assert float(amax_of(target)) == 4.0
+    assert float(target.limited(torch.tensor(7.0))) == 0.5
+    assert float(quantizer().limited(torch.tensor(7.0))) == 7.0
+
+
+def test_max_amax_without_data_is_no_range() -> None:
+    target = from_spec(QuantSpec(max_amax=0.5))
+    target.load_calib_amax(strict=False)
+    assert math.isnan(float(amax_of(target)))
+
+
+# -- ranges that are learned ---------------------------------------------------------------------------------------
+
+LEARNED: dict[str, Any] = {"per-tensor": 1.5, "channels": [[0.5], [1.5], [2.5]]}
+
+
+@pytest.mark.parametrize("amax", LEARNED.values(), ids=LEARNED.keys())
+def test_learning_keeps_the_key_and_the_value(amax: Any) -> None:
+    target = quantizer(amax=amax)
+    before, inputs = target.state_dict(), data(3, 20)
+    outputs = target(inputs)
+    assert not target.learns
+    assert not list(target.parameters())
+    target.learn_amax()
+    assert target.learns
+    assert [name for name, _ in target.named_parameters()] == ["_amax"]
+    assert "_amax" not in dict(target.named_buffers())
+    assert list(target.state_dict()) == list(before) == ["_amax"]
+    assert torch.equal(target.state_dict()["_amax"], before["_amax"])  # tolerance 0.0
+    assert torch.equal(target(inputs), outputs)  # tolerance 0.0
+    parameter = amax_of(target)
+    target.learn_amax()
+    assert amax_of(target) is parameter  # an optimizer that holds it goes on with it
+    target.learn_amax(False)
+    assert not target.learns
+    assert not list(target.parameters())
+    assert "_amax" in dict(target.named_buffers())
+    assert torch.equal(target.state_dict()["_amax"], before["_amax"])  # tolerance 0.0
+    assert not amax_of(target).requires_grad
+    target.learn_amax(False)
+    assert torch.equal(target(inputs), outputs)  # tolerance 0.0
+
+
+@pytest.mark.parametrize("amax", LEARNED.values(), ids=LEARNED.keys())
+def test_an_optimizer_moves_a_learned_range(amax: Any) -> None:
+    target, inputs = quantizer(amax=amax), data(3, 200) * 3
+    target.learn_amax()
+    optimizer = torch.optim.SGD(target.parameters(), lr=1.0)
+    errors = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        error = (target(inputs) - inputs).square().sum()
+        error.backward()
+        optimizer.step()
+        errors.append(float(error.detach()))
+    # Ranges far too small for values of up to 9 were widened.
+    assert bool((amax_of(target) > torch.tensor(amax)).all())
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_a_learned_range_stays_above_0() -> None:
+    target = quantizer(amax=1.0)
+    target.learn_amax()
+    with torch.no_grad():
+        amax_of(target).fill_(-0.5)  # what too large a step of an optimizer leaves
+    outputs = target(torch.tensor([-1.0, 0.0, 1.0]))
+    assert 0.0 < float(amax_of(target).detach()) <= 1e-6
+    outputs.sum().backward()
+    assert bool(outputs.isfinite().all())
+    assert amax_of(target).grad is not None
+    assert bool(amax_of(target).grad.isfinite().all())
+
+
+def test_a_learned_range_is_not_moved_without_gradients() -> None:
+    target, inputs = quantizer(amax=1.5), data(50)
+    fixed = target(inputs)
+    target.learn_amax()
+    with torch.no_grad():
+        outputs = target(inputs)
+    assert torch.equal(outputs, fixed)  # tolerance 0.0
+    assert not outputs.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(target(inputs), fixed)  # tolerance 0.0
+
+
+@pytest.mark.parametrize("provenance", [None, PROVENANCE], ids=["nameless", "named"])
+def test_there_is_nothing_to_learn_without_a_range(provenance: Provenance | None) -> None:
+    target = TensorQuantizer(QuantDescriptor(), provenance=provenance)
+    name = "a quantizer" if provenance is None else provenance.quantizer
+    with pytest.raises(CalibrationError, match=f"^{name} has no range to learn from: calibrate the model first$"):
+        target.learn_amax()
+    assert not target.learns
+    target.learn_amax(False)
+    assert target.amax is None
+
+
+@pytest.mark.parametrize("amax", LEARNED.values(), ids=LEARNED.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=["float64", *HALF_IDS])
+def test_casting_keeps_a_learned_range_in_float32(amax: Any, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), quantizer(amax=(torch.tensor(amax) * 0.1).numpy()))
+    target = model[1]
+    assert isinstance(target, TensorQuantizer)
+    target.learn_amax()
+    parameter = amax_of(target)
+    model.to(dtype)
+    assert next(model.parameters()).dtype == dtype
+    assert target.learns
+    assert amax_of(target) is parameter
+    assert torch.equal(parameter, torch.tensor(amax) * 0.1)  # not rounded; float32 is part of that; tolerance 0.0
+    target(data(3, 2).to(dtype)).sum().backward()
+    assert parameter.grad is not None
+    assert parameter.grad.dtype == torch.float32
+
+
+def test_casting_a_learned_range_casts_its_gradient_neither() -> None:
+    target = quantizer(amax=0.1)
+    target.learn_amax()
+    target(data(50)).sum().backward()
+    before = amax_of(target).grad
+    assert before is not None
+    before = before.clone()
+    target.to(torch.bfloat16)
+    after = amax_of(target).grad
+    assert after is not None
+    assert torch.equal(after, before)  # float32 is part of that; tolerance 0.0
+
+
+@pytest.mark.parametrize("amax", LEARNED.values(), ids=LEARNED.keys())
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_a_learned_range_loads_into_a_fixed_one_and_back(amax: Any, assign: bool) -> None:
+    learned, fixed = quantizer(amax=amax), quantizer(amax=(torch.tensor(amax) * 3).numpy())
+    learned.learn_amax()
+    fixed.load_state_dict(learned.state_dict(), assign=assign)
+    assert not fixed.learns
+    assert torch.equal(amax_of(fixed), torch.tensor(amax))  # tolerance 0.0
+    fixed.amax = torch.tensor(amax) * 5
+    learned.load_state_dict(fixed.state_dict(), assign=assign)
+    assert learned.learns
+    assert torch.equal(amax_of(learned).detach(), torch.tensor(amax) * 5)  # tolerance 0.0
+    assert amax_of(learned).dtype == torch.float32
+
+
+def test_a_learned_range_loads_into_a_quantizer_without_one() -> None:
+    learned, fresh = quantizer(amax=1.5), quantizer()
+    learned.learn_amax()
+    fresh.load_state_dict(learned.state_dict())
+    assert not fresh.learns
+    assert torch.equal(amax_of(fresh), torch.tensor(1.5))
+
+
+def test_calibration_gives_a_learned_range_another_start() -> None:
+    target = quantizer(amax=9.0)
+    target.learn_amax()
+    parameter = amax_of(target)
+    calibrate(target, [torch.tensor([1.0, -2.5])])
+    target.load_calib_amax()
+    assert target.learns
+    assert amax_of(target) is parameter
+    assert float(parameter.detach()) == 2.5
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda target: pickle.loads(pickle.dumps(target))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_a_learned_range_is_learned(clone: Callable[[TensorQuantizer], TensorQuantizer]) -> None:
+    target = quantizer(amax=1.5)
+    target.learn_amax()
+    twin = clone(target)
+    assert twin.learns
+    twin.amax = 3.0
+    assert float(amax_of(target).detach()) == 1.5

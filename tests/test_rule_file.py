@@ -14,7 +14,19 @@ import pytest
 from qdq_surgery.errors import QdqSurgeryError, RuleFileError
 from qdq_surgery.pattern import parse_pattern
 from qdq_surgery.rule_file import SCHEMA, load_rules, shipped_rules
-from qdq_surgery.spec import CalibratorSpec, Count, Exclude, Expect, Place, QuantSpec, Rule, RuleSet, Scope
+from qdq_surgery.spec import (
+    CalibrationOptions,
+    CalibratorSpec,
+    Count,
+    Exclude,
+    Expect,
+    Place,
+    QuantSpec,
+    Rule,
+    RuleSet,
+    Scope,
+    Share,
+)
 
 HEAD = "schema: 1\nname: mine\n"
 
@@ -101,6 +113,14 @@ def with_exclude(text: str) -> str:
     return f"{GOOD}exclude:\n  - {text}\n"
 
 
+def with_share(text: str) -> str:
+    return f"{GOOD}share:\n  - {text}\n"
+
+
+def with_calibration(text: str) -> str:
+    return f"{GOOD}calibration: {text}\n"
+
+
 RULES_WITH = HEAD + "rules:\n  - name: first\n    why: it pays\n    match: {match}\n    quantize: {quantize}\n"
 
 # -- one bad thing in one file ---------------------------------------------------------------------------------------
@@ -169,6 +189,19 @@ MISSING: Cases = {
     "exclude-why": (with_exclude("^sites: '*'"), "exclude entry has no key 'why'", "say why"),
     "exclude-everything": (with_exclude("^{}"), "exclude entry has no key 'why'", "say why"),
     "exclude-what": (with_exclude("^why: because"), "exclude entry names nothing", "within, layers, sites or rules"),
+    "share-why": (with_share("^sites: '*'"), "share entry has no key 'why'", "say why these have one range"),
+    "share-everything": (with_share("^{}"), "share entry has no key 'why'", "say why"),
+    "share-what": (
+        with_share("^why: because"),
+        "share entry names nothing",
+        "write within, layers, sites, rules or captures$",
+    ),
+    # Optional says how much is found, not what is meant.
+    "share-what-optional": (
+        with_share("^{why: because, optional: true}"),
+        "share entry names nothing",
+        "write within, layers, sites, rules or captures$",
+    ),
     "count-range": (with_count("^{}"), "per_layer says nothing", "min, max or both"),
     "count-list": (with_count("^[]"), "per_layer allows no number", r"6, \[6, 10\] or \{min: 1\}"),
     "quantize-captures": (
@@ -182,10 +215,11 @@ UNKNOWN_KEY: Cases = {
     "file": (
         f"{HEAD}^rule: []\n{RULES}",
         "unknown key 'rule' in the file",
-        "known: exclude, extends, name, rules, sch",
+        "known: calibration, exclude, extends, name, rules, schema, share, specs, why$",
     ),
     "file-capital": (f"{HEAD}^Why: x\n{RULES}", "unknown key 'Why' in the file", "known: .*why"),
     "spec": (with_spec("{^bits: 8}"), r"unknown key 'bits' in specs\.s", "known: axis, calibrator, .*num_bits"),
+    "spec-amax": (with_spec("{^amax: 1}"), r"unknown key 'amax' in specs\.s", "known: .*learn, max_amax, "),
     "calibrator": (with_calibrator("{name: mse, ^bins: 256}"), "unknown key 'bins' in calibrator", "known: .*num_bins"),
     "rule": (with_key("^expects: {}"), "unknown key 'expects' in a rule", "known: expect, match, name"),
     "match": (
@@ -210,6 +244,27 @@ UNKNOWN_KEY: Cases = {
         with_exclude("{why: w, ^rule: first}"),
         "unknown key 'rule' in an exclude entry",
         "known: layers, rules",
+    ),
+    "share": (
+        with_share("{why: w, ^site: a}"),
+        "unknown key 'site' in a share entry",
+        "known: captures, layers, optional, rules, sites, why, within$",
+    ),
+    # An exclude entry has neither: it is about single sites, and what it does not find is no mistake.
+    "exclude-captures": (
+        with_exclude("{why: w, ^captures: x}"),
+        "unknown key 'captures' in an exclude entry",
+        "known: layers, rules, sites, why, within$",
+    ),
+    "exclude-optional": (
+        with_exclude("{why: w, sites: a, ^optional: true}"),
+        "unknown key 'optional' in an exclude entry",
+        "known: layers, rules, sites, why, within$",
+    ),
+    "calibration": (
+        with_calibration("{^batches: 8}"),
+        "unknown key 'batches' in calibration",
+        "known: dropout, recalibrate_weights$",
     ),
     "key-is-a-list": (with_spec("{^[num_bits]: 8}"), "a key is a list", "a plain word"),
     "key-is-a-mapping": (with_spec("{? ^{a: b} : 8}"), "a key is a mapping", "a plain word"),
@@ -239,6 +294,9 @@ REPEATED_KEY: Cases = {
     "model-type": (with_key("expect: {model_types: {bert: 6, ^bert: 6}}"), "'bert' stands twice", "remove one"),
     "count": (with_count("{min: 1, ^min: 1}"), r"the key 'min' stands twice", "remove one"),
     "exclude": (with_exclude("{why: w, sites: a, ^why: w}"), "the key 'why' stands twice", "remove one"),
+    "share": (with_share("{why: w, sites: a, ^sites: b}"), "the key 'sites' stands twice", "remove one"),
+    "calibration": (with_calibration("{dropout: true, ^dropout: true}"), "the key 'dropout' stands twice", "remove"),
+    "share-section": (f"{with_share('{why: w, sites: a}')}^share: []\n", "the key 'share' stands twice", "remove one"),
 }
 
 
@@ -277,6 +335,9 @@ NOT_A_TEXT: Cases = {
         exclude_why=lambda value: with_exclude(f"{{why: {value}, sites: a}}"),
         sites_item=lambda value: with_exclude(f"{{why: w, sites: [a, {value}]}}"),
         rules_item=lambda value: with_exclude(f"{{why: w, rules: [first, {value}]}}"),
+        share_why=lambda value: with_share(f"{{why: {value}, sites: a}}"),
+        share_sites_item=lambda value: with_share(f"{{why: w, sites: [a, {value}]}}"),
+        share_captures_item=lambda value: with_share(f"{{why: w, captures: [x, {value}]}}"),
     ),
     **each(
         "text",
@@ -288,6 +349,7 @@ NOT_A_TEXT: Cases = {
         within=lambda value: with_match(f'{{pattern: "linear(x)", within: {value}}}'),
         sites=lambda value: with_exclude(f"{{why: w, sites: {value}}}"),
         rules=lambda value: with_exclude(f"{{why: w, rules: {value}}}"),
+        captures=lambda value: with_share(f"{{why: w, captures: {value}}}"),
     ),
 }
 
@@ -345,6 +407,7 @@ NOT_WHOLE: Cases = {
         layers=lambda value: with_match(f'{{pattern: "linear(x)", layers: {value}}}'),
         layers_item=lambda value: with_match(f'{{pattern: "linear(x)", layers: [0, {value}]}}'),
         exclude_layers=lambda value: with_exclude(f"{{why: w, layers: {value}}}"),
+        share_layers=lambda value: with_share(f"{{why: w, layers: {value}}}"),
         per_layer=with_count,
         per_layer_item=lambda value: with_count(f"[6, {value}]"),
         min=lambda value: with_count(f"{{min: {value}}}"),
@@ -373,19 +436,24 @@ NOT_WHOLE: Cases = {
 NOT_A_NUMBER: Cases = each(
     "number",
     "'99'|all|yes|null|.inf|-.inf|.nan|0x63|1e1|1:30.5|[99]|{a: 99}",
-    "percentile is .*, not a (decimal )?number",
+    "(percentile|max_amax) is .*, not a (decimal )?number",
     "for example 99.99",
     percentile=lambda value: with_calibrator(f"{{name: percentile, percentile: {value}}}"),
+    max_amax=lambda value: with_spec(f"{{max_amax: {value}}}"),
 )
 
 NOT_A_BOOLEAN: Cases = each(
     "bool",
     "yes|no|on|off|True|FALSE|y|1|0|null|~|'true'|\"false\"|[true]|{true: 1}",
-    r"(unsigned|narrow_range|optional) is ",
+    r"(unsigned|narrow_range|optional|learn|dropout|recalibrate_weights) is ",
     "write true or false",
     unsigned=lambda value: with_spec(f"{{unsigned: {value}}}"),
     narrow_range=lambda value: with_spec(f"{{narrow_range: {value}}}"),
     optional=lambda value: with_key(f"optional: {value}"),
+    learn=lambda value: with_spec(f"{{learn: {value}}}"),
+    share_optional=lambda value: with_share(f"{{why: w, sites: a, optional: {value}}}"),
+    dropout=lambda value: with_calibration(f"{{dropout: {value}}}"),
+    recalibrate_weights=lambda value: with_calibration(f"{{recalibrate_weights: {value}}}"),
 )
 
 NOT_A_LIST: Cases = {
@@ -396,6 +464,7 @@ NOT_A_LIST: Cases = {
         "write a list",
         rules=lambda value: f"{HEAD}rules: {value}\n",
         exclude=lambda value: f"{GOOD}exclude: {value}\n",
+        share=lambda value: f"{GOOD}share: {value}\n",
     ),
     **each(
         "list",
@@ -406,6 +475,7 @@ NOT_A_LIST: Cases = {
         layers=lambda value: with_match(f'{{pattern: "linear(x)", layers: {value}}}'),
         sites=lambda value: with_exclude(f"{{why: w, sites: {value}}}"),
         rule_globs=lambda value: with_exclude(f"{{why: w, rules: {value}}}"),
+        captures=lambda value: with_share(f"{{why: w, captures: {value}}}"),
     ),
 }
 
@@ -423,6 +493,8 @@ NOT_A_MAPPING: Cases = {
         expect=lambda value: with_key(f"expect: {value}"),
         model_types=lambda value: with_key(f"expect: {{model_types: {value}}}"),
         exclude=with_exclude,
+        share=with_share,
+        calibration=with_calibration,
     ),
     # One word is a short form here, so only a list cannot be meant.
     **each(
@@ -562,7 +634,7 @@ MEANING: Cases = {
             f"calibrator '{name}' takes no percentile",
             "name: percentile",
         )
-        for name in ("max", "histogram", "entropy", "mse")
+        for name in ("max", "histogram", "entropy", "mse", "best")
     },
     **{
         f"percentile-{value}": (
@@ -593,10 +665,30 @@ MEANING: Cases = {
         f"axis-with-{name}": (
             with_spec(f"^{{axis: 0, calibrator: {name}}}"),
             f"calibrator '{name}' needs one range per tensor, but axis is 0",
-            "axis: null, or calibrator: max",
+            r"axis: null, or calibrator: max \(for weights also mse\)$",
         )
-        for name in ("histogram", "percentile", "entropy", "mse")
+        for name in ("histogram", "percentile", "entropy", "best")
     },
+    **{
+        f"max-amax-{value}": (
+            with_spec(f"^{{max_amax: {value}}}"),
+            "^max_amax .* is no range$",
+            "^write a number above 0, for example 10$",
+        )
+        for value in ("0", "0.0", "-1", "-0.5")
+    },
+    # A list that names nothing has a place of its own.
+    **{
+        f"share-{key}-nothing": (
+            with_share(f"{{why: w, {key}: ^[]}}"),
+            f"^{key} names nothing$",
+            r"^write a glob such as 'add_\*', or leave it out$",
+        )
+        for key in ("sites", "rules", "captures")
+    },
+    "share-layers-nothing": (with_share("^{why: w, layers: []}"), "layers names no layer", r"all, 0 or \[0, 1\]"),
+    "share-layers-negative": (with_share("^{why: w, layers: -1}"), "^layer -1 does not exist$", "count from 0"),
+    "share-within-nothing": (with_share("^{why: w, within: []}"), "within names no module", "glob such as"),
     "unsigned-and-narrow": (
         with_spec("^{unsigned: true, narrow_range: true}"),
         "narrow_range .* the grid is unsigned",
@@ -716,6 +808,26 @@ WHOLE: Cases = {
         r"exclude names the rule '\*', which does not exist",
         "^rules: none$",
     ),
+    "share-unknown-rule": (
+        with_share("^{why: w, rules: second}"),
+        "^share names the rule 'second', which does not exist$",
+        "^rules: first$",
+    ),
+    "share-unknown-glob-optional": (
+        with_share("^{why: w, rules: [first, 'sec*'], optional: true}"),
+        r"^share names the rule 'sec\*', which does not exist$",
+        "^rules: first$",
+    ),
+    "share-unknown-rule-in-the-second-entry": (
+        with_share("{why: w, rules: first}\n  - why: w\n    layers: 0\n    rules: third").replace("- why", "- ^why"),
+        "^share names the rule 'third', which does not exist$",
+        "^rules: first$",
+    ),
+    "share-behind-an-exclude": (
+        with_exclude("{why: w, rules: first}") + "share:\n  - ^{why: w, rules: second}\n",
+        "^share names the rule 'second', which does not exist$",
+        "^rules: first$",
+    ),
 }
 
 BAD: dict[str, Cases] = {
@@ -750,6 +862,8 @@ def test_the_file_that_the_bad_ones_are_made_from_is_good(tmp_path: Path) -> Non
     assert [rule.name for rule in load_rules(write(tmp_path / "a.yaml", GOOD)).rules] == ["first"]
     assert load_rules(write(tmp_path / "b.yaml", with_spec("{num_bits: 4}"))).spec("s") == QuantSpec(4)
     assert load_rules(write(tmp_path / "c.yaml", with_exclude("{why: w, rules: first}"))).exclude[0].why == "w"
+    assert load_rules(write(tmp_path / "d.yaml", with_share("{why: w, rules: first}"))).share[0].why == "w"
+    assert load_rules(write(tmp_path / "e.yaml", with_calibration("{dropout: true}"))).calibration.dropout
 
 
 @pytest.mark.parametrize("end", [pytest.param("\r\n", id="crlf"), pytest.param("\r", id="cr")])
@@ -1099,6 +1213,9 @@ def test_a_base_that_is_wrong_as_a_whole_is_refused_at_its_own_place(tmp_path: P
             "exclude:\n  - ^{why: w, rules: third}\n", "exclude names the rule 'third'", "^rules: first$", id="exclude"
         ),
         pytest.param(
+            "share:\n  - ^{why: w, rules: third}\n", "share names the rule 'third'", "^rules: first$", id="share"
+        ),
+        pytest.param(
             "specs: {s: default}\nrules:\n  # first's spec is known here\n^"
             + SECOND.replace("second", "first").replace("as: x_quantizer", "spec: t"),
             "'first' uses .* 't'",
@@ -1126,6 +1243,7 @@ specs:
   positive: {num_bits: 8, unsigned: true, narrow_range: false, axis: null, calibrator: entropy}
   tail:
     calibrator: {name: percentile, percentile: 99.99, num_bins: 2048}
+  gelu: {calibrator: best, max_amax: 10, learn: true}
 rules:
   - name: product
     why: |
@@ -1150,6 +1268,11 @@ exclude:
   - {why: too sensitive, within: ['*.0.*', '*.1.*'], layers: 0, sites: x_quantizer, rules: [product, 'lin*']}
   - why: not yet
     layers: [1, 2]
+share:
+  - {why: one GEMM, within: '*.self', layers: all, sites: [q_*, k_*], rules: product, captures: [q, k], optional: true}
+  - why: one input
+    captures: x
+calibration: {dropout: true, recalibrate_weights: true}
 """
 
 
@@ -1164,6 +1287,7 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
             "four": QuantSpec(4, 0, narrow_range=True),
             "positive": QuantSpec(8, None, unsigned=True, calibrator=CalibratorSpec("entropy")),
             "tail": QuantSpec(calibrator=CalibratorSpec("percentile", 99.99, 2048)),
+            "gelu": QuantSpec(calibrator=CalibratorSpec("best"), max_amax=10.0, learn=True),
         },
         rules=(
             Rule(
@@ -1178,7 +1302,7 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
                     model_types={"bert": Count((6, 10)), "deberta-v2": Count(maximum=3)},
                 ),
                 optional=True,
-                source="everything.yaml:12",
+                source="everything.yaml:13",
             ),
             Rule(
                 name="linear",
@@ -1186,7 +1310,7 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
                 pattern=parse_pattern("linear(x, w)"),
                 quantize={"x": Place("default", "x_quantizer"), "w": Place("four")},
                 scope=Scope(within=("a", "b"), layers="all"),
-                source="everything.yaml:25",
+                source="everything.yaml:26",
             ),
         ),
         exclude=(
@@ -1195,14 +1319,27 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
                 Scope(("*.0.*", "*.1.*"), (0,)),
                 sites=("x_quantizer",),
                 rules=("product", "lin*"),
-                source="everything.yaml:32",
+                source="everything.yaml:33",
             ),
-            Exclude("not yet", Scope(layers=(1, 2)), source="everything.yaml:33"),
+            Exclude("not yet", Scope(layers=(1, 2)), source="everything.yaml:34"),
         ),
         extends=None,
         path=path.resolve(),
         text=FULL,
         files=(path.resolve(),),
+        share=(
+            Share(
+                "one GEMM",
+                Scope(("*.self",), "all"),
+                sites=("q_*", "k_*"),
+                rules=("product",),
+                captures=("q", "k"),
+                optional=True,
+                source="everything.yaml:37",
+            ),
+            Share("one input", captures=("x",), source="everything.yaml:38"),
+        ),
+        calibration=CalibrationOptions(dropout=True, recalibrate_weights=True),
     )
 
 
@@ -1251,6 +1388,14 @@ def test_counts(key: str, text: str, count: Count, words: str, tmp_path: Path) -
             QuantSpec(calibrator=CalibratorSpec("percentile", 99.0)),
             id="whole-percentile",
         ),
+        pytest.param("{calibrator: best}", QuantSpec(calibrator=CalibratorSpec("best")), id="best"),
+        pytest.param(
+            "{axis: 0, calibrator: mse}", QuantSpec(axis=0, calibrator=CalibratorSpec("mse")), id="channels-by-mse"
+        ),
+        pytest.param("{max_amax: 10}", QuantSpec(max_amax=10.0), id="whole-limit"),
+        pytest.param("{max_amax: 0.5}", QuantSpec(max_amax=0.5), id="limit"),
+        pytest.param("{learn: true}", QuantSpec(learn=True), id="learned"),
+        pytest.param("{learn: false}", QuantSpec(), id="not-learned"),
     ],
 )
 def test_specs(text: str, spec: QuantSpec | None, tmp_path: Path) -> None:
@@ -1292,8 +1437,12 @@ def test_a_shipped_name_goes_before_a_file_of_that_name(tmp_path: Path, monkeypa
     assert load_rules(Path("qdqbert")).name == "mine"
 
 
-def test_two_rule_files_are_shipped() -> None:
-    assert set(shipped_rules()) == {"linear-only", "qdqbert"}
+#: The shipped rule files, each with the one that it extends.
+SHIPPED = {"fuse-qkv": "qdqbert", "linear-only": None, "qdqbert": None}
+
+
+def test_three_rule_files_are_shipped() -> None:
+    assert set(shipped_rules()) == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", sorted(shipped_rules()))
@@ -1302,10 +1451,16 @@ def test_a_shipped_file_loads(name: str) -> None:
     rules = load_rules(name)
     assert rules == load_rules(path)
     assert rules.name == name == path.stem
-    assert (rules.path, rules.files, rules.extends) == (path.resolve(), (path.resolve(),), None)
+    base = SHIPPED[name]
+    files = (path.resolve(), *(() if base is None else (shipped_rules()[base].resolve(),)))
+    assert (rules.path, rules.files, rules.extends) == (path.resolve(), files, base)
     assert rules.text == path.read_text(encoding="utf-8")
     assert rules.why
-    assert all(rule.why and rule.source.startswith(f"{path.name}:") for rule in rules.rules)
+    inherited = () if base is None else load_rules(base).rules
+    assert all(rule in rules.rules for rule in inherited)
+    own = [rule for rule in rules.rules if rule not in inherited]
+    assert len(own) == len(rules.rules) - len(inherited) > 0
+    assert all(rule.why and rule.source.startswith(f"{path.name}:") for rule in own)
 
 
 def test_what_the_shipped_files_hold() -> None:
@@ -1318,8 +1473,27 @@ def test_what_the_shipped_files_hold() -> None:
         "attention-scores",
         "residual-add",
     ]
-    for name in shipped_rules():
-        assert load_rules(name).specs == {"activation": None, "weight": None}
+    for name in ("linear-only", "qdqbert"):
+        rules = load_rules(name)
+        assert rules.specs == {"activation": None, "weight": None}
+        assert (rules.share, rules.calibration) == ((), CalibrationOptions())
+
+
+def test_fuse_qkv_is_qdqbert_with_two_shared_ranges() -> None:
+    base, rules = load_rules("qdqbert"), load_rules("fuse-qkv")
+    assert rules.specs == {**base.specs, "fused-weight": QuantSpec()}
+    # The weights' rules come first: for each operand the first match wins, and encoder-linear would match too.
+    assert [rule.name for rule in rules.rules] == [
+        "query-key-weights",
+        "value-weights",
+        *(rule.name for rule in base.rules),
+    ]
+    outputs, weights = rules.share
+    assert outputs.sites == ("matmul_q_input_quantizer", "matmul_k_input_quantizer", "matmul_v_input_quantizer")
+    assert weights.rules == ("query-key-weights", "value-weights")
+    # A model with one fused projection has one weight, but every attention has these three outputs.
+    assert (outputs.optional, weights.optional) == (False, True)
+    assert (rules.exclude, rules.calibration) == ((), CalibrationOptions())
 
 
 # -- extends: what is merged -----------------------------------------------------------------------------------------
@@ -1334,6 +1508,8 @@ rules:
   - {name: two, why: w, match: {pattern: "gelu(x)"}, quantize: {x: activation}}
   - {name: three, why: w, match: {pattern: "relu(x)"}, quantize: {x: activation}}
 exclude: [{why: base, layers: 0}]
+share: [{why: base, rules: [one, two], optional: true}]
+calibration: {dropout: true}
 """
 
 OWN = """\
@@ -1346,6 +1522,8 @@ rules:
   - {name: two, why: mine, match: {pattern: "tanh(x)"}, quantize: {x: extra}}
   - {name: newer, why: w, match: {pattern: "silu(x)"}, quantize: {x: activation}}
 exclude: [{why: own, rules: [one, new]}]
+share: [{why: own, captures: x}]
+calibration: {recalibrate_weights: true}
 """
 
 
@@ -1366,6 +1544,12 @@ def test_extends_merges(tmp_path: Path) -> None:
         ("base", "base.yaml:9"),
         ("own", "own.yaml:9"),
     ]
+    assert [(share.why, share.optional, share.source) for share in own.share] == [
+        ("base", True, "base.yaml:10"),
+        ("own", False, "own.yaml:10"),
+    ]
+    assert base.calibration == CalibrationOptions(dropout=True)
+    assert own.calibration == CalibrationOptions(dropout=True, recalibrate_weights=True)
     assert (own.name, own.extends, own.text) == ("own", "base", OWN)
     assert own.why == ""  # a reason is for one file, so it is not inherited
     assert own.files == ((tmp_path / "own.yaml").resolve(), (tmp_path / "base.yaml").resolve())
@@ -1377,6 +1561,43 @@ def test_extends_alone_changes_nothing(tmp_path: Path) -> None:
     base = load_rules(write(tmp_path / "base.yaml", BASE))
     own = load_rules(write(tmp_path / "own.yaml", f"{HEAD}extends: base.yaml\n"))
     assert (own.specs, own.rules, own.exclude) == (base.specs, base.rules, base.exclude)
+    assert (own.share, own.calibration) == (base.share, base.calibration)
+    assert len(own.share) == 1
+
+
+@pytest.mark.parametrize("base", ["{dropout: true}", "{dropout: true, recalibrate_weights: true}", "{}", None])
+@pytest.mark.parametrize(
+    "own", [None, "{}", "{dropout: false}", "{dropout: true}", "{recalibrate_weights: false}"], ids=str
+)
+def test_calibration_options_that_are_left_out_are_those_of_the_base(
+    base: str | None, own: str | None, tmp_path: Path
+) -> None:
+    write(tmp_path / "base.yaml", GOOD if base is None else with_calibration(base))
+    more = "" if own is None else f"calibration: {own}\n"
+    rules = load_rules(write(tmp_path / "own.yaml", f"{HEAD}extends: base.yaml\n{more}"))
+    wanted = {"dropout": False, "recalibrate_weights": False}
+    for text in (base, own):
+        wanted.update(
+            {key: value == "true" for key, value in re.findall(r"(\w+): (true|false)", text or "")},
+        )
+    assert vars(rules.calibration) == wanted
+
+
+def test_a_spec_of_the_bases_name_replaces_all_of_it(tmp_path: Path) -> None:
+    # A spec is one thing: what the own one leaves out has its default, not the base's value.
+    write(tmp_path / "base.yaml", with_spec("{num_bits: 4, max_amax: 10, learn: true}"))
+    same = load_rules(write(tmp_path / "same.yaml", f"{HEAD}extends: base.yaml\n"))
+    assert same.spec("s") == QuantSpec(4, max_amax=10.0, learn=True)
+    own = load_rules(write(tmp_path / "own.yaml", f"{HEAD}extends: base.yaml\nspecs: {{s: {{num_bits: 4}}}}\n"))
+    assert own.spec("s") == QuantSpec(4, max_amax=None, learn=False)
+    assert str(own.spec("s")) == "int4 per-tensor max"
+
+
+def test_a_share_entry_may_name_the_bases_rules(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", GOOD)
+    text = f"{HEAD}extends: base.yaml\nshare: [{{why: w, rules: fir*, optional: true}}]\n"
+    rules = load_rules(write(tmp_path / "own.yaml", text))
+    assert rules.share == (Share("w", rules=("fir*",), optional=True, source="own.yaml:4"),)
 
 
 def test_extends_over_three_files(tmp_path: Path) -> None:
@@ -1389,6 +1610,8 @@ def test_extends_over_three_files(tmp_path: Path) -> None:
     assert str(top.rule("new").pattern) == "gelu(x)"
     assert [file.name for file in top.files] == ["top.yaml", "own.yaml", "base.yaml"]
     assert [exclude.why for exclude in top.exclude] == ["base", "own"]
+    assert [share.why for share in top.share] == ["base", "own"]
+    assert top.calibration == CalibrationOptions(dropout=True, recalibrate_weights=True)
 
 
 def test_extends_over_sixteen_files(tmp_path: Path) -> None:
@@ -1420,8 +1643,10 @@ def test_extends_an_absolute_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(shipped_rules()))
 def test_extends_a_shipped_file_by_name(name: str, tmp_path: Path) -> None:
     rules = load_rules(write(tmp_path / "mine.yaml", f"{HEAD}extends: {name}\n"))
-    assert (rules.extends, rules.rules) == (name, load_rules(name).rules)
-    assert rules.files == ((tmp_path / "mine.yaml").resolve(), shipped_rules()[name].resolve())
+    base = load_rules(name)
+    assert (rules.extends, rules.rules) == (name, base.rules)
+    assert (rules.share, rules.calibration) == (base.share, base.calibration)
+    assert rules.files == ((tmp_path / "mine.yaml").resolve(), *base.files)
 
 
 USER = """\

@@ -15,6 +15,7 @@ from qdq_surgery.pattern import parse_pattern
 from qdq_surgery.spec import (
     CALIBRATORS,
     DEFAULT_SPEC,
+    CalibrationOptions,
     CalibratorSpec,
     Count,
     Exclude,
@@ -24,6 +25,7 @@ from qdq_surgery.spec import (
     Rule,
     RuleSet,
     Scope,
+    Share,
     is_quantizer_name,
 )
 
@@ -91,11 +93,20 @@ REFUSED: list[Any] = [
         pytest.param(
             lambda name=name: QuantSpec(axis=0, calibrator=CalibratorSpec(name)),
             f"calibrator '{name}' needs one range per tensor, but axis is 0",
-            "axis: null, or calibrator: max",
+            r"axis: null, or calibrator: max \(for weights also mse\)$",
             id=f"axis-with-{name}",
         )
         for name in CALIBRATORS
-        if name != "max"
+        if name not in ("max", "mse")
+    ),
+    *(
+        pytest.param(
+            lambda value=value: QuantSpec(max_amax=value),
+            f"^max_amax {value} is no range$",
+            "^write a number above 0, for example 10$",
+            id=f"max-amax-{value}",
+        )
+        for value in (0, 0.0, -0.0, -1.5, float("inf"), float("-inf"), float("nan"))
     ),
     pytest.param(
         lambda: QuantSpec(unsigned=True, narrow_range=True), "the grid is unsigned", "remove one", id="unsigned-narrow"
@@ -207,6 +218,25 @@ REFUSED: list[Any] = [
         "^rules: none$",
         id="exclude-from-no-rules",
     ),
+    pytest.param(
+        lambda: a_rule_set(a_rule("b"), a_rule("a"), share=(Share("why", rules=("a*", "c")),)),
+        "^share names the rule 'c', which does not exist$",
+        "^rules: a, b$",
+        id="share-unknown-rule",
+    ),
+    pytest.param(
+        # Optional is what it finds, not what it names.
+        lambda: a_rule_set(a_rule("a"), share=(Share("why", rules=("b*",), optional=True),)),
+        r"^share names the rule 'b\*', which does not exist$",
+        "^rules: a$",
+        id="share-unknown-rule-optional",
+    ),
+    pytest.param(
+        lambda: a_rule_set(share=(Share("why", rules=("*",)),)),
+        r"^share names the rule '\*', which does not exist$",
+        "^rules: none$",
+        id="share-from-no-rules",
+    ),
 ]
 
 
@@ -250,8 +280,24 @@ def test_all_but_max_need_a_histogram(name: str, is_histogram: bool) -> None:
     assert CalibratorSpec(name).is_histogram is is_histogram
 
 
+@pytest.mark.parametrize("name", ["max", "mse"])
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_one_range_per_channel_by_max_or_mse(name: str, axis: int) -> None:
+    spec = QuantSpec(axis=axis, calibrator=CalibratorSpec(name))
+    assert (spec.axis, spec.calibrator.name) == (axis, name)
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-3, 10, 3.5e38])
+def test_limits_of_ranges_within_the_limits(value: float) -> None:
+    assert QuantSpec(max_amax=value).max_amax == value
+
+
 def test_the_default_is_eight_signed_bits_per_tensor_by_max() -> None:
-    assert QuantSpec() == QuantSpec(8, None, False, False, CalibratorSpec("max", None, None))
+    assert QuantSpec() == QuantSpec(8, None, False, False, CalibratorSpec("max", None, None), None, False)
+
+
+def test_the_default_calibration_has_no_dropout_and_keeps_weights() -> None:
+    assert CalibrationOptions() == CalibrationOptions(dropout=False, recalibrate_weights=False)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +346,16 @@ def test_counts_within_the_limits(keys: dict[str, Any]) -> None:
         pytest.param(QuantSpec(4, 1, unsigned=True), "uint4 axis 1 max", id="unsigned"),
         pytest.param(QuantSpec(8, None, narrow_range=True), "int8 narrow per-tensor max", id="narrow"),
         pytest.param(QuantSpec(calibrator=CalibratorSpec("mse")), "int8 per-tensor mse", id="calibrated"),
+        pytest.param(QuantSpec(calibrator=CalibratorSpec("best")), "int8 per-tensor best", id="best"),
+        pytest.param(QuantSpec(4, 0, calibrator=CalibratorSpec("mse")), "int4 axis 0 mse", id="channels-by-mse"),
+        pytest.param(QuantSpec(max_amax=10), "int8 per-tensor max up to 10", id="limited"),
+        pytest.param(QuantSpec(max_amax=0.125), "int8 per-tensor max up to 0.125", id="limited-by-a-fraction"),
+        pytest.param(QuantSpec(learn=True), "int8 per-tensor max learned", id="learned"),
+        pytest.param(
+            QuantSpec(4, calibrator=CalibratorSpec("mse"), max_amax=10.0, learn=True),
+            "int4 per-tensor mse up to 10 learned",
+            id="limited-and-learned",
+        ),
         pytest.param(Scope(), "everywhere", id="scope"),
         pytest.param(Scope(within=("bert.*", "*.mlp")), "within bert.*, *.mlp", id="within"),
         pytest.param(Scope(layers="all"), "layers all", id="all-layers"),
@@ -383,6 +439,32 @@ def test_exclude(exclude: Exclude, holds: bool) -> None:
     assert exclude.holds(*SITE) is holds
 
 
+@pytest.mark.parametrize(
+    ("share", "holds"),
+    [
+        pytest.param(Share("w", Scope(layers=(3,))), True, id="layer"),
+        pytest.param(Share("w", Scope(layers=(2,))), False, id="other-layer"),
+        pytest.param(Share("w", Scope(("*.key",))), False, id="other-module"),
+        pytest.param(Share("w", sites=("input_*",)), True, id="site"),
+        pytest.param(Share("w", sites=("weight_*",)), False, id="other-site"),
+        pytest.param(Share("w", rules=("encoder-*",)), True, id="rule"),
+        pytest.param(Share("w", rules=("encoder",)), False, id="rule-is-a-whole-name"),
+        pytest.param(Share("w", captures=("x",)), True, id="capture"),
+        pytest.param(Share("w", captures=("y", "x")), True, id="one-capture-is-enough"),
+        pytest.param(Share("w", captures=("y",)), False, id="other-capture"),
+        pytest.param(Share("w", captures=("?",)), False, id="capture-is-no-glob"),
+        pytest.param(Share("w", Scope(("*.query",), (3,)), ("i*",), ("*linear",), ("x",)), True, id="all-keys-hold"),
+        pytest.param(Share("w", Scope(("*.key",), (3,)), ("i*",), ("*linear",), ("x",)), False, id="path-fails"),
+        pytest.param(Share("w", Scope(("*.query",), (3,)), ("w*",), ("*linear",), ("x",)), False, id="site-fails"),
+        pytest.param(Share("w", Scope(("*.query",), (3,)), ("i*",), ("add",), ("x",)), False, id="rule-fails"),
+        pytest.param(Share("w", Scope(("*.query",), (3,)), ("i*",), ("*linear",), ("w",)), False, id="capture-fails"),
+    ],
+)
+def test_share(share: Share, holds: bool) -> None:
+    rule, site, path, layer = SITE
+    assert share.holds(rule, "x", site, path, layer) is holds
+
+
 def test_a_named_architecture_has_its_own_count() -> None:
     expect = Expect(per_layer=Count(minimum=4), model_types={"bert": Count((6, 10))})
     assert expect.layer_count("bert") == Count((6, 10))
@@ -430,6 +512,8 @@ def test_rules_without_names_may_share_a_spec() -> None:
         pytest.param(Expect(), "total", id="Expect"),
         pytest.param(a_rule(), "name", id="Rule"),
         pytest.param(Exclude("w", rules=("a",)), "why", id="Exclude"),
+        pytest.param(Share("w", rules=("a",)), "optional", id="Share"),
+        pytest.param(CalibrationOptions(), "dropout", id="CalibrationOptions"),
         pytest.param(a_rule_set(), "rules", id="RuleSet"),
     ],
 )

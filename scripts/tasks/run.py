@@ -1,0 +1,243 @@
+"""One run of a script, whatever the task: load, convert, calibrate, train, evaluate, save, export."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from absl import logging as absl_logging
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, set_seed
+
+import qdq_surgery as qs
+from qdq_surgery.folder import RULES_NAME
+from tasks.errors import OptionError
+from tasks.features import Collator, Feature, calibration_batches
+from tasks.models import Head, load, load_teacher, load_tokenizer, save
+from tasks.onnx_file import OPSET, export
+from tasks.options import Options
+from tasks.prediction import predict
+from tasks.task import Task
+from tasks.training import train
+
+__all__ = ["RESULTS_NAME", "run", "run_or_exit"]
+
+RESULTS_NAME = "eval_results.json"
+
+Example = TypeVar("Example")
+
+
+@dataclass(frozen=True)
+class _Part(Generic[Example]):
+    """A file, read and tokenized."""
+
+    examples: Sequence[Example]
+    features: Sequence[Feature]
+
+
+def run_or_exit(task: Task[Any], options: Options) -> None:
+    """``run``; what a user can mend ends the program with a message and status 1."""
+    absl_logging.set_verbosity(absl_logging.ERROR)  # pytorch-quantization reports every quantizer
+    try:
+        run(task, options)
+    except qs.QdqSurgeryError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(task: Task[Example], options: Options) -> dict[str, float]:
+    """Do what the options say.
+
+    Returns:
+        The metrics in percent; none without ``--do_eval``.
+
+    Raises:
+        QdqSurgeryError: A file, a folder or an option is not as it has to be.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    set_seed(options.seed)
+    train_examples = _read(task, options.train_file, options.do_calib or options.do_train or options.save_onnx)
+    held_out = _read(task, options.validation_file, options.do_eval or options.save_onnx)
+    head = Head(task.head, tuple(sorted(task.labels([*train_examples, *held_out]))))
+    model = _load(options, head, console)
+    tokenizer = load_tokenizer(options.tokenizer_name, words=task.words)
+    _check_length(model, options)
+    labels = model.config.label2id
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = _teacher(options, head, model) if options.do_train else None
+    collator = Collator(tokenizer)
+    training = _Part(train_examples, task.features(train_examples, tokenizer, options, labels))
+    validation = _Part(held_out, task.features(held_out, tokenizer, options, labels))
+
+    quantized = _prepare(model, training.features, collator, options, console)
+    if options.do_train:
+        _train(model, training.features, collator, options, teacher, console)
+    scores = _evaluate(task, model, validation, collator, options, console) if options.do_eval else {}
+    if options.do_calib or options.do_train:
+        save(model, tokenizer, options.tokenizer_name, options.output_dir, quantized=quantized)
+        console.print(f"model and tokenizer: {options.output_dir}")
+    if options.save_onnx:
+        _export(task, model, [*validation.features, *training.features], collator, options, console)
+    return scores
+
+
+def _read(task: Task[Example], path: Path | None, needed: bool) -> list[Example]:
+    return task.read(path) if needed and path is not None else []
+
+
+def _load(options: Options, head: Head, console: Console) -> PreTrainedModel:
+    folder = options.model_name_or_path
+    if options.fp32 and (folder / RULES_NAME).is_file():
+        raise OptionError(f"{folder} holds a quantized model; give the float model, or leave --fp32 out")
+    model, new = load(folder, head)
+    if new:
+        console.print(f"{folder} has no {head.ending} head: it gets a new, untrained one")
+    return model
+
+
+def _teacher(options: Options, head: Head, student: PreTrainedModel) -> PreTrainedModel | None:
+    if options.teacher is None:
+        return None
+    teacher = load_teacher(options.teacher, head, student)
+    teacher.to(student.device)
+    return teacher
+
+
+def _check_length(model: PreTrainedModel, options: Options) -> None:
+    config = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "mpnet"):
+        limit -= config.pad_token_id + 1  # their positions begin after that of padding
+    if options.max_seq_length > limit > 0:
+        raise OptionError(
+            f"--max_seq_length {options.max_seq_length}: {options.model_name_or_path} knows {limit} positions; "
+            f"give at most {limit}"
+        )
+
+
+def _prepare(
+    model: PreTrainedModel, features: Sequence[Feature], collator: Collator, options: Options, console: Console
+) -> bool:
+    """Convert and calibrate as far as that is asked for and not done; says whether the model is quantized."""
+    if options.fp32:
+        return False
+    if not (options.model_name_or_path / RULES_NAME).is_file():
+        start = time.perf_counter()
+        qs.convert(model, rules=options.rules, inplace=True)
+        seconds = time.perf_counter() - start
+        console.print(f"converted by {options.rules}: {len(qs.quantizers(model))} quantizers in {seconds:.1f} s")
+    if options.do_calib:
+        _calibrate(model, features, collator, options, console)
+    _check_ranges(model, options)
+    return True
+
+
+def _calibrate(
+    model: PreTrainedModel, features: Sequence[Feature], collator: Collator, options: Options, console: Console
+) -> None:
+    batches = calibration_batches(
+        features,
+        collator,
+        batches=options.num_calib_batch,
+        size=options.per_device_train_batch_size,
+        seed=options.seed,
+        device=model.device,
+    )
+    start, method = time.perf_counter(), options.calibrator
+    found = qs.calibrate(
+        model.eval(), batches, method=method, percentile=options.percentile if method == "percentile" else None
+    )
+    seconds = time.perf_counter() - start
+    console.print(
+        f"calibrated by {found.method}: {len(found.ranges)} ranges from {found.tokens} tokens in {seconds:.1f} s"
+    )
+
+
+def _check_ranges(model: PreTrainedModel, options: Options) -> None:
+    """QAT keeps the ranges, and a quantizer without one would take each batch's own: no stage goes on like that."""
+    lacking = [name for name, quantizer in qs.quantizers(model).items() if _lacks_range(quantizer)]
+    if lacking:
+        raise qs.CalibrationError(
+            f"{len(lacking)} quantizers of {options.model_name_or_path} have no range (first: {lacking[0]}); give "
+            "--do_calib with --train_file, a folder that a run with --do_calib wrote, or --fp32 for the float model"
+        )
+
+
+def _lacks_range(quantizer: qs.TensorQuantizer) -> bool:
+    return not quantizer._disabled and quantizer.amax is None
+
+
+def _train(
+    model: PreTrainedModel,
+    features: Sequence[Feature],
+    collator: Collator,
+    options: Options,
+    teacher: PreTrainedModel | None,
+    console: Console,
+) -> None:
+    if options.learn_ranges:
+        qs.learn_ranges(model)
+    steps, seconds = train(model, features, collator, options, teacher)
+    if options.learn_ranges:
+        qs.fix_ranges(model)
+    console.print(f"trained {steps} steps in {seconds:.0f} s")
+
+
+def _evaluate(
+    task: Task[Example],
+    model: PreTrainedModel,
+    part: _Part[Example],
+    collator: Collator,
+    options: Options,
+    console: Console,
+) -> dict[str, float]:
+    start = time.perf_counter()
+    logits = predict(model, part.features, collator, options.per_device_eval_batch_size)
+    labels = [model.config.id2label[index] for index in range(len(model.config.id2label))]
+    scores, files = task.score(part.examples, part.features, logits, options, labels)
+    seconds = time.perf_counter() - start
+    kind = "float" if options.fp32 else "quantized"
+    results = {"task": task.name, "model": kind, "examples": len(part.examples), "seconds": round(seconds, 1), **scores}
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, text in {**files, RESULTS_NAME: json.dumps(results, indent=2) + "\n"}.items():
+        (options.output_dir / name).write_text(text, encoding="utf-8")
+    console.print(_table(f"{task.name}, {kind} model, {_name(options.validation_file)}", results))
+    return scores
+
+
+def _name(file: Path | None) -> str:
+    return "" if file is None else file.name
+
+
+def _table(title: str, results: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    shown = {name: value for name, value in results.items() if not isinstance(value, str)}
+    for name in shown:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in shown.values()))
+    return table
+
+
+def _export(
+    task: Task[Example],
+    model: PreTrainedModel,
+    features: Iterable[Feature],
+    collator: Collator,
+    options: Options,
+    console: Console,
+) -> None:
+    some = [dict(feature.inputs) for feature in features][:2]
+    if len(some) < 2:
+        raise OptionError("--save_onnx needs two examples to export with; give --validation_file or --train_file")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    start, path = time.perf_counter(), options.output_dir / "model.onnx"
+    export(model, collator(some), task.outputs, path)
+    console.print(f"ONNX, opset {OPSET}, in {time.perf_counter() - start:.0f} s: {path}")

@@ -1,0 +1,199 @@
+"""The run scripts, end to end on tiny random models and tiny tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_checkpoint import save_tiny_bert
+
+import run_classification
+import run_ner
+import run_qa
+from tasks.generate import generate
+
+TINY = "--max_seq_length 96 --per_device_train_batch_size 8 --num_calib_batch 2 --max_steps 2 --learning_rate 1e-3"
+
+
+@dataclass(frozen=True)
+class Script:
+    name: str
+    main: Callable[[list[str]], None]
+    metric: str
+    outputs: int = 1
+
+
+SCRIPTS = {
+    "qa": Script("qa", run_qa.main, "exact_match", outputs=2),
+    "pairs": Script("pairs", run_classification.main, "accuracy"),
+    "sentences": Script("sentences", run_classification.main, "accuracy"),
+    "ner": Script("ner", run_ner.main, "f1"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A task's files, an encoder, and where runs write."""
+
+    script: Script
+    folder: Path
+
+    def run(self, model: str, output: str, options: str) -> Path:
+        files = [next(self.folder.glob(f"{self.script.name}_{part}.*")) for part in ("train", "held_out")]
+        given = f"--model_name_or_path {self.folder / model} --output_dir {self.folder / output} {TINY} {options}"
+        self.script.main([*given.split(), "--train_file", str(files[0]), "--validation_file", str(files[1])])
+        return self.folder / output
+
+    def error(self, model: str, options: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            self.run(model, "refused", options)
+        return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Place]:
+    """For each task the files and an encoder; made once."""
+    made = {}
+    for name, script in SCRIPTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        train, _ = generate(name, folder, train=24, held_out=9)
+        save_tiny_bert(folder / "encoder", train.read_text(encoding="utf-8").splitlines())
+        made[name] = Place(script, folder)
+    return made
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "eval_results.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ["qa", "pairs", "ner"])
+def test_from_an_encoder_to_onnx(name: str, places: dict[str, Place], capsys: pytest.CaptureFixture[str]) -> None:
+    place = places[name]
+    metric = place.script.metric
+
+    trained = place.run("encoder", "fp32", "--fp32 --do_train --do_eval")
+    printed = capsys.readouterr().out
+    assert "it gets a new, untrained one" in printed
+    assert "trained 2 steps" in printed
+    assert 0 <= scores(trained)[metric] <= 100
+    assert scores(trained)["model"] == "float"
+    again = place.run("fp32", "fp32-again", "--fp32 --do_eval")
+    assert "untrained" not in capsys.readouterr().out
+    assert scores(again)[metric] == scores(trained)[metric]
+
+    calibrated = place.run("fp32", "calibrated", "--do_calib --do_eval")
+    assert scores(calibrated)["model"] == "quantized"
+    again = place.run("calibrated", "calibrated-again", "--do_eval")
+    assert scores(again)[metric] == scores(calibrated)[metric]
+    ranges = {key: value for key, value in weights(calibrated).items() if key.endswith("_amax")}
+    assert len(ranges) == 20
+
+    trained = place.run("calibrated", "qat", "--do_train --do_eval --save_onnx --teacher " + str(place.folder / "fp32"))
+    after = weights(trained)
+    assert all(torch.equal(value, after[key]) for key, value in ranges.items() if "weight_quantizer" not in key)
+    moved = [key for key, value in weights(calibrated).items() if not torch.equal(value, after[key])]
+    assert any(key.endswith("query.weight") for key in moved)
+
+    check_onnx(trained / "model.onnx", place.script.outputs)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def check_onnx(path: Path, outputs: int) -> None:
+    pairs = [node.op_type for node in onnx.load(path).graph.node]
+    # The exporter makes one of quantizers with the same input and range: those of query, key and value.
+    assert 20 - 4 <= pairs.count("QuantizeLinear") == pairs.count("DequantizeLinear") <= 20
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for shape in ((1, 7), (3, 12)):
+        feed = {each.name: np.ones(shape, dtype=np.int64) for each in session.get_inputs()}
+        found = session.run(None, feed)
+        assert len(found) == outputs
+        assert all(each.shape[0] == shape[0] and np.isfinite(each).all() for each in found)
+
+
+def test_a_run_is_repeatable(places: dict[str, Place]) -> None:
+    one, other = (
+        weights(places["pairs"].run("encoder", name, "--fp32 --do_train --seed 3")) for name in ("one", "other")
+    )
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_learned_ranges_are_saved_as_ranges(places: dict[str, Place]) -> None:
+    place = places["sentences"]
+    before = place.run("encoder", "fixed", "--do_calib --calibrator max")
+    learned = place.run("encoder", "learned", "--do_calib --calibrator max --do_train --learn_ranges")
+    again = place.run("learned", "learned-again", "--do_eval")
+    assert scores(again)["model"] == "quantized"
+    ranges = [key for key in weights(before) if key.endswith("_amax")]
+    assert any(not torch.equal(weights(before)[key], weights(learned)[key]) for key in ranges)
+
+
+def test_training_goes_on_from_a_checkpoint(places: dict[str, Place]) -> None:
+    place = places["ner"]
+    place.run("encoder", "whole", "--do_calib --do_train --save_steps 1")
+    checkpoints = place.folder / "whole" / "checkpoints"
+    assert sorted(folder.name for folder in checkpoints.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    first = f"--resume_from_checkpoint {checkpoints / 'checkpoint-1'}"
+    resumed = place.run("encoder", "resumed", f"--do_calib --do_train {first}")
+    whole = weights(place.folder / "whole")
+    assert all(torch.equal(value, whole[key]) for key, value in weights(resumed).items())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "found"),
+    [
+        ("encoder", "--do_train", r"20 quantizers of .* have no range .*; give --do_calib"),
+        ("encoder", "--do_eval", r"have no range"),
+        ("none", "--do_eval", r"none has no config.json"),
+        ("encoder", "--do_eval --fp32 --max_seq_length 500", r"knows 128 positions; give at most 128"),
+        ("encoder", "--do_train --fp32 --teacher {folder}/encoder", r"has no trained ForSequenceClassification head"),
+        ("encoder", "--do_train --fp32 --resume_from_checkpoint last", r"has no checkpoint; train with --save_steps"),
+        ("encoder", "--do_train --fp32 --resume_from_checkpoint nowhere", r"nowhere is no folder"),
+        ("encoder", "--do_eval --rules nonsense", r"nonsense"),
+        ("encoder", "--do_eval --fp32 --tokenizer_name {folder}", r"has no tokenizer that can be loaded"),
+    ],
+)
+def test_refusals_say_what_to_do(places: dict[str, Place], model: str, options: str, found: str) -> None:
+    import re
+
+    message = places["pairs"].error(model, options.format(folder=places["pairs"].folder))
+    assert message.startswith("error: ")
+    assert re.search(found, message)
+
+
+def test_a_quantized_folder_is_not_taken_for_a_float_one(places: dict[str, Place]) -> None:
+    place = places["pairs"]
+    folder = place.run("encoder", "quantized", "--do_calib")
+    assert "holds a quantized model; give the float model" in place.error("quantized", "--fp32 --do_eval")
+    assert "is quantized; give the float model" in place.error("quantized", f"--do_train --teacher {folder}")
+
+
+def test_data_with_other_labels_is_refused(places: dict[str, Place]) -> None:
+    place = places["ner"]
+    place.run("encoder", "tagger", "--fp32 --do_train")
+    path = next(place.folder.glob("ner_held_out.*"))
+    other = place.folder / "other.txt"
+    other.write_text(path.read_text().replace("PER", "HUMAN"))
+    given = f"--model_name_or_path {place.folder / 'tagger'} --output_dir {place.folder / 'o'} --fp32 --do_eval"
+    with pytest.raises(SystemExit, match=r"and the data has \['B-HUMAN', 'I-HUMAN'\] beside them"):
+        run_ner.main([*given.split(), "--validation_file", str(other)])
+
+
+def test_long_contexts_are_answered_in_windows(places: dict[str, Place]) -> None:
+    folder = places["qa"].run("encoder", "windows", "--fp32 --do_eval --max_seq_length 48 --doc_stride 8")
+    answers = json.loads((folder / "predictions.json").read_text())
+    ranked = json.loads((folder / "nbest_predictions.json").read_text())
+    assert len(answers) == 9
+    assert all(answers[name] == candidates[0]["text"] for name, candidates in ranked.items())
