@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,23 @@ METHODS: tuple[tuple[str, str, float | None], ...] = (
     ("best", "best", None),
 )
 
-#: Task, its metric, and how its float model is trained: learning rate and epochs.
-TASKS: dict[str, tuple[Task[Any], str, float, float]] = {
-    "qa": (QuestionAnswering(), "f1", 2e-4, 3.0),
-    "pairs": (Classification(), "accuracy", 1e-4, 3.0),
-    "sentences": (Classification(), "accuracy", 1e-4, 3.0),
-    "ner": (NamedEntities(), "f1", 2e-4, 3.0),
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task, its metric, and how its float model is trained."""
+
+    task: Task[Any]
+    metric: str
+    rate: float
+    epochs: float
+    batch: int = 16
+
+
+TASKS = {
+    "qa": Recipe(QuestionAnswering(), "f1", 3e-4, 2.0, 8),
+    "pairs": Recipe(Classification(), "accuracy", 2e-4, 2.0),
+    "sentences": Recipe(Classification(), "accuracy", 1e-4, 2.0),
+    "ner": Recipe(NamedEntities(), "f1", 2e-4, 3.0),
 }
 
 #: QAT against the float model: share of the steps, share of the learning rate.
@@ -84,11 +95,13 @@ class Bench:
     """One fine-tuned task."""
 
     def __init__(self, name: str, model: Path, folder: Path, seed: int) -> None:
-        self.task, self.metric, rate, epochs = TASKS[name]
+        recipe = TASKS[name]
+        self.task, self.metric = recipe.task, recipe.metric
         files = generate(name, folder, seed=seed)
         arguments = ["--model_name_or_path", str(model), "--output_dir", str(folder), "--do_train", "--train_file"]
-        arguments += [str(files[0]), "--seed", str(seed), "--learning_rate", str(rate), "--num_train_epochs"]
-        self.options: Options = parse("", [*arguments, str(epochs)], answers=name == "qa")
+        arguments += [str(files[0]), "--seed", str(seed), "--learning_rate", str(recipe.rate)]
+        arguments += ["--num_train_epochs", str(recipe.epochs), "--per_device_train_batch_size", str(recipe.batch)]
+        self.options: Options = parse("", arguments, answers=name == "qa")
         examples, self.held_out = (self.task.read(file) for file in files)
         head = Head(self.task.head, tuple(sorted(self.task.labels([*examples, *self.held_out]))))
         set_seed(seed)
@@ -167,7 +180,7 @@ def table(found: dict[str, dict[str, Figures]]) -> str:
             values = [run[name] for run in runs if name in run]
             return f"{statistics.median(values):.1f}" if values else ""
 
-        metric = TASKS[task][1] if task in TASKS else "cosine"
+        metric = TASKS[task].metric if task in TASKS else "cosine"
         for residual in ("quantized", "float"):
             cells = [cell("float"), *(cell(f"{words}, {residual}") for words in columns), cell(f"QAT, {residual}")]
             lines.append(f"| {task} ({metric}) | {residual} | " + " | ".join(cells) + " |")

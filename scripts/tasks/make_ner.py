@@ -2,8 +2,8 @@
 
 The same surface stands for different things: Lincoln speaks, lies on a river, and wins at home; only the sentence tells
 which. First names, suffixes and upper case give away some entities and not others. Held-out sentences have surfaces of
-their own, and templates that training never shows. The part-of-speech and chunk columns are only there to have the
-format: every row says the same in them.
+their own, and a third of their templates are such that training never shows. The part-of-speech and chunk columns are
+only there to have the format: every row says the same in them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FIRMS = ("Bank", "Airlines", "Motors", "Holdings", "Press", "Insurance", "Group
 _TEAMS = ("United", "City", "Rovers", "Wanderers", "Athletic", "Rangers", "Town")
 _BODIES = ("University of", "Bank of", "Museum of", "Institute of", "Port of", "Opera of")
 
-#: ``[kind]`` is one entity, other words are none. Every third template is held out.
+#: ``[kind]`` is one entity, other words are none. Every third template is only used in held-out sentences.
 _TEMPLATES = tuple(
     line.strip()
     for line in """
@@ -129,7 +129,7 @@ _MAKERS: dict[str, Callable[[random.Random, bool], _Entity]] = {
 
 def _sentence(rng: random.Random, held_out: bool) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    for word in rng.choice(part(_TEMPLATES, held_out)).split():
+    for word in rng.choice(_TEMPLATES if held_out else part(_TEMPLATES, False)).split():
         if not word.startswith("["):
             rows.append((word, "O"))
             continue
