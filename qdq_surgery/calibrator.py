@@ -90,6 +90,8 @@ class _Watching:
             return self._summarise(values.detach(), None)
         self.watch.called[self.quantizer] = None
         invalid = self.watch.padding.invalid(self.quantizer, values.shape)
+        if values.is_inference():  # such a tensor does not tell whether it has been written to since
+            return self._summarise(values, invalid)
         key = (id(values), id(invalid), self._kind())
         known = self.watch.seen.get(key)
         if known is not None and known[0]() is values and known[1] == values._version:

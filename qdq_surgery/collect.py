@@ -6,6 +6,8 @@ it ends. What was seen is returned; nothing is set.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from qdq_surgery.examples import checked_examples
 from qdq_surgery.gather import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.histogram import Histogram
 from qdq_surgery.linear import QuantLinear
-from qdq_surgery.padding import Padding, trimmed
+from qdq_surgery.padding import Padding, chunk_size, trimmed
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
@@ -214,7 +216,8 @@ def _run(
                 "tokenizer(texts, padding=True, return_tensors='pt')"
             )
         try:
-            inputs = trimmed(checked_examples(model, batch))
+            _check_names(model, batch)
+            inputs = trimmed(checked_examples(model, batch), chunk_size(model))
             watch.padding.begin(inputs)
         except (ModelError, CalibrationError) as error:
             raise CalibrationError(f"batch {index}: {str(error).replace('example_inputs', 'it')}") from None
@@ -233,6 +236,15 @@ def _run(
     watch.seen.clear()
     if counts[0] == 0:
         raise CalibrationError("there are no batches; give an iterable of dicts of tensors, and not one used up before")
+
+
+def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Most models take any keyword and ignore it: a misspelt mask would count all padding."""
+    known = inspect.signature(model.forward).parameters
+    for name in batch:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+        if name not in known and near:
+            raise CalibrationError(f"it has '{name}', which {type(model).__name__} does not know; write '{near[0]}'")
 
 
 def _check_finite(watched: Mapping[str, TensorQuantizer], called: Iterable[str], index: int) -> None:

@@ -11,7 +11,6 @@ Nothing here waits for the device: no value is read back, so a GPU can run ahead
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ def largest(values: Tensor, invalid: Tensor | None = None) -> Tensor:
     """The largest magnitude, float32, shape (); NaN if there is one.
 
     Args:
-        invalid: What does not count; broadcasts to ``values``.
+        invalid: What does not count, with as many axes as ``values``, to which it broadcasts.
     """
     if values.numel() == 0:
         return torch.zeros((), device=values.device)
@@ -73,7 +72,7 @@ class Histogram:
 
         Args:
             values: Any shape, floating point.
-            invalid: What does not count; broadcasts to ``values``.
+            invalid: What does not count, with as many axes as ``values``, to which it broadcasts.
             bins: A power of two.
         """
         values = values.detach()
@@ -82,6 +81,7 @@ class Histogram:
         amax = largest(values, invalid)
         top = torch.finfo(torch.float32).max
         exponent = torch.frexp(torch.nan_to_num(amax, nan=0.0, posinf=top)).exponent.clamp(min=_LOWEST)
+        exponent = torch.where(amax == 0, _LOWEST, exponent)  # so that nothing does not coarsen the grid
         counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
         if values.device.type == "cpu" and not math.isfinite(
             float(amax)
@@ -137,8 +137,9 @@ def _parts(values: Tensor, invalid: Tensor | None) -> Iterator[tuple[Tensor, Ten
         yield values, invalid
         return
     rows = max(1, _PIECE * values.shape[0] // values.numel())
-    masks = [invalid] if invalid is None or invalid.shape[0] == 1 else invalid.split(rows)
-    yield from zip(values.split(rows), itertools.cycle(masks), strict=False)
+    for start in range(0, values.shape[0], rows):
+        piece = slice(start, start + rows)
+        yield values[piece], invalid if invalid is None or invalid.shape[0] == 1 else invalid[piece]
 
 
 def _count(index: Tensor, bins: int) -> Tensor:

@@ -200,9 +200,8 @@ class _LearnedFakeQuant(torch.autograd.Function):
         steps = inputs.float() * (qmax / amax.float())
         integers = steps.round().clamp_(qmin, qmax)
         # Inside the grid the step's gradient is the rounding error, outside it is the grid's end (in steps).
-        slope = torch.where((steps >= qmin) & (steps <= qmax), integers - steps, integers).mul_(gradient)
-        axes = [axis for axis, size in enumerate(amax.shape) if size == 1] if amax.ndim else list(range(inputs.ndim))
-        total = slope.sum(axes, keepdim=amax.ndim > 0).reshape(amax.shape)
+        slope = torch.where((steps >= qmin) & (inputs <= amax), integers - steps, integers).mul_(gradient)
+        total = slope.sum_to_size(amax.shape)
         weight = 1.0 / (qmax * math.sqrt(qmax * inputs.numel() / amax.numel()))
         return _inside(gradient, inputs, amax), (total * weight).to(amax.dtype), None, None, None
 

@@ -2,12 +2,13 @@
 
 A quantizer sees a tensor such as (batch * heads, tokens, tokens) and has to know which axes are tokens. That is found
 by running the model on two small batches of different size and comparing the shapes that each quantizer saw: an axis
-that went from 7 to 11 when the length did is tokens, one that went from 24 to 36 when the batch went from 2 to 3 is the
+that went from 7 to 11 when the length did is tokens, one that went from 60 to 96 when the batch went from 5 to 8 is the
 batch with twelve heads in it, one that stayed is neither.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from qdq_surgery.errors import CalibrationError
 
-__all__ = ["Axis", "Padding", "find_axes", "trimmed"]
+__all__ = ["Axis", "Padding", "chunk_size", "find_axes", "trimmed"]
 
 _MASK, _MEMORY_MASK, _MEMORY = "attention_mask", "encoder_attention_mask", "encoder_hidden_states"
 
@@ -31,8 +32,9 @@ class _Size(NamedTuple):
     memory: int
 
 
-#: The two sizes that are compared. No size of one kind can be taken for one of another, whatever it is multiplied with.
-_PROBES = (_Size(2, 7, 5), _Size(3, 11, 6))
+#: The two sizes that are compared. No size of one kind can be taken for one of another, whatever it is multiplied with;
+#: nor if the lengths are other ones, next to each other, because the model takes no eleven tokens.
+_PROBES = (_Size(5, 7, 13), _Size(8, 11, 16))
 
 
 @dataclass(frozen=True)
@@ -74,26 +76,38 @@ def find_axes(
         batch: What the model is called with, mask included.
     """
     before = {name: quantizer._calibrator for name, quantizer in quantizers.items()}
+    sizes = _sizes(qmodel, batch)
     runs: list[dict[str, list[tuple[int, ...]]]] = []
     try:
-        for size in _PROBES:
+        for size in sizes:
             shapes = {name: _Shapes() for name in quantizers}
             for name, quantizer in quantizers.items():
                 quantizer._calibrator = shapes[name]
-            qmodel(**_resized(batch, _chunked(qmodel, size)))
+            qmodel(**_resized(batch, size))
             runs.append({name: each.seen for name, each in shapes.items()})
     finally:
         for name, quantizer in quantizers.items():
             quantizer._calibrator = before[name]
     choices = batch[_MASK].shape[1:-1].numel() if _MASK in batch else 1
-    sizes = [_Size(size.batch * choices, *_chunked(qmodel, size)[1:]) for size in _PROBES]
+    sizes = [size._replace(batch=size.batch * choices) for size in sizes]
     return {name: _axes(runs[0][name], runs[1][name], sizes) for name in quantizers}
 
 
-def _chunked(qmodel: nn.Module, size: _Size) -> _Size:
-    # A feed-forward network in chunks takes only lengths that its chunks divide.
-    chunk = getattr(getattr(qmodel, "config", None), "chunk_size_feed_forward", 0) or 1
-    return size._replace(tokens=size.tokens * chunk)
+def _sizes(qmodel: nn.Module, batch: Mapping[str, Any]) -> list[_Size]:
+    """Two sizes that the model takes, in whole chunks of the feed-forward network."""
+    chunk, length = chunk_size(qmodel), batch[_MASK].shape[-1] if _MASK in batch else 1
+    # Some models keep two positions for themselves.
+    positions = getattr(getattr(qmodel, "config", None), "max_position_embeddings", None) or sys.maxsize
+    length = max(length, positions - 2)
+    if length // chunk >= _PROBES[1].tokens:
+        return [size._replace(tokens=size.tokens * chunk) for size in _PROBES]
+    longest = max(length // chunk, 2)
+    return [size._replace(tokens=tokens * chunk) for size, tokens in zip(_PROBES, (longest - 1, longest), strict=True)]
+
+
+def chunk_size(qmodel: nn.Module) -> int:
+    """Tokens in a chunk of the feed-forward network, which takes only lengths that chunks divide; 1 if it has none."""
+    return getattr(getattr(qmodel, "config", None), "chunk_size_feed_forward", 0) or 1
 
 
 def _resized(batch: Mapping[str, Any], size: _Size) -> dict[str, Any]:
@@ -103,8 +117,9 @@ def _resized(batch: Mapping[str, Any], size: _Size) -> dict[str, Any]:
     for name, value in batch.items():
         if "label" in name or name in ("start_positions", "end_positions"):
             continue
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == mask.shape[0]:
-            value = _repeated(value, 0, size.batch)
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] in (1, mask.shape[0]):
+            # One row, such as positions, is for all rows.
+            value = value if value.shape[0] < mask.shape[0] else _repeated(value, 0, size.batch)
             if name.startswith("encoder_"):
                 value = _repeated(value, 1, size.memory) if value.ndim > 1 else value
             elif value.shape[1 : mask.ndim] == mask.shape[1:]:
@@ -159,22 +174,29 @@ def _compared(first: tuple[int, ...], second: tuple[int, ...], sizes: list[_Size
     return tuple(made)
 
 
-def trimmed(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without the columns at its end that are padding in every row."""
+def trimmed(batch: Mapping[str, Any], chunk: int = 1) -> dict[str, Any]:
+    """The batch without the columns at its end that are padding in every row; the length is a multiple of ``chunk``."""
     mask = batch.get(_MASK)
     if not isinstance(mask, Tensor) or mask.ndim < 2 or not mask.numel():
         return dict(batch)
     used = (mask != 0).reshape(-1, mask.shape[-1]).any(0).nonzero()
     length = int(used.max()) + 1 if used.numel() else mask.shape[-1]
+    length = min(-(-length // chunk) * chunk, mask.shape[-1])
     if length == mask.shape[-1]:
         return dict(batch)
     axis = mask.ndim - 1
     return {
         name: value.narrow(axis, 0, length)
-        if isinstance(value, Tensor) and value.shape[: mask.ndim] == mask.shape
+        if isinstance(value, Tensor) and not name.startswith("encoder_") and _like(value, mask)
         else value
         for name, value in batch.items()
     }
+
+
+def _like(value: Tensor, mask: Tensor) -> bool:
+    """Whether ``value`` has rows (or one for all of them) and tokens as ``mask`` does."""
+    shape = value.shape[: mask.ndim]
+    return len(shape) == mask.ndim and shape[0] in (1, mask.shape[0]) and shape[1:] == mask.shape[1:]
 
 
 class Padding:
@@ -260,11 +282,13 @@ def _padded(batch: Mapping[str, Any], name: str) -> Tensor | None:
     mask = batch.get(name)
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise CalibrationError(f"{name} is a {type(mask).__name__}, wanted a tensor: 1 for a token, 0 for padding")
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     if name == _MEMORY_MASK:
         tokens = batch.get(_MEMORY)
     wanted = tuple(mask.shape) if tokens is None else tuple(tokens.shape[: -1 if tokens.is_floating_point() else None])
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != wanted:
+    if tuple(mask.shape) != wanted:
         raise CalibrationError(
             f"{name} has the shape {tuple(mask.shape)}, wanted {wanted}: 1 for a token, 0 for padding"
         )

@@ -202,7 +202,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             raise RuntimeError("this quantizer has no calibrator")
         if not args and "method" not in kwargs and isinstance(calibrator, calib.HistogramCalibrator):
             args, kwargs = self._own_method(kwargs)
-        amax = calibrator.compute_amax(*args, **kwargs)
+        empty = isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is None
+        amax = None if empty else calibrator.compute_amax(*args, **kwargs)
         if amax is None:
             if strict:
                 where = f" ({self.provenance.operand}, rule {self.provenance.rule})" if self.provenance else ""
@@ -269,10 +270,15 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.
         amax = self.amax
         kept = torch.empty(0) if amax is None else amax.data
+        # torch gives a parameter's gradient the parameter's dtype, also for a moment.
+        kept_grad = None if amax is None or amax.grad is None else amax.grad.data
         super()._apply(fn, recurse)
         if amax is not None and self._amax.dtype != torch.float32:
             if isinstance(self._amax, nn.Parameter):
+                self._amax.grad = None
                 self._amax.data = kept.to(self._amax.device)
+                if kept_grad is not None:
+                    self._amax.grad = kept_grad.to(self._amax.device)
             else:
                 self._amax = kept.to(self._amax.device)
         return self
@@ -282,12 +288,17 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if loaded is not None:
             known = self.amax
             if known is None or known.shape != loaded.shape:
+                learned = self.learns
                 self.reset_amax()
                 self._set_amax(torch.zeros(loaded.shape))
+                self.learn_amax(learned)
         # pytorch-quantization's own version logs, and sends the range to a GPU.
         super(quant_nn.TensorQuantizer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.amax is not None and self._amax.dtype != torch.float32:  # with assign=True it is the checkpoint's
-            self._amax = self._amax.float()
+            if isinstance(self._amax, nn.Parameter):
+                self._amax = nn.Parameter(self._amax.data.float())
+            else:
+                self._amax = self._amax.float()
 
 
 def make_quantizer(

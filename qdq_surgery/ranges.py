@@ -108,7 +108,7 @@ def mse_amax(
     weights = counts.double()
     middles = torch.arange(size, dtype=torch.float64) + 0.5  # in bin widths
     candidates = torch.arange(start_bin, size, stride)
-    steps = (candidates + 0.5) / qmax
+    steps = (candidates.double() + 0.5) / qmax
     # The error of level k is the sum of c (x - k step)^2. With suffix sums from each level's first bin on:
     # sum k c x = sum over k of suffix(c x), and sum k^2 c = sum over k of (2k - 1) suffix(c).
     zeroth, first = (_suffix_sums(weights * power) for power in (torch.ones(()), middles))
@@ -167,7 +167,7 @@ def channel_mse_amax(
 def relative_error(counts: Tensor, edges: Tensor, amax: float, num_bits: int = 8, unsigned: bool = False) -> float:
     """The squared error of a range as a share of the data's squares: the inverse of the signal-to-noise ratio.
 
-    Every value stands in the middle of its bin. 0 for data that is 0.
+    Every value stands in the middle of its bin, and both signs end at the highest integer. 0 for data that is 0.
     """
     qmax = (1 << (num_bits - 1 + int(unsigned))) - 1
     middles = (edges[:-1] + edges[1:]) / 2.0

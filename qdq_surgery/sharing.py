@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from qdq_surgery.errors import MatchError
 from qdq_surgery.plan import Site
@@ -11,7 +11,7 @@ from qdq_surgery.spec import RuleSet
 __all__ = ["share_ranges"]
 
 
-def share_ranges(rules: RuleSet, sites: Iterable[Site]) -> tuple[tuple[str, ...], ...]:
+def share_ranges(rules: RuleSet, sites: Sequence[Site]) -> tuple[tuple[str, ...], ...]:
     """Groups of quantizers, by qualified name, that get one range.
 
     An entry makes one group in each block: of the block's own quantizers and those of the linears in it. Groups that

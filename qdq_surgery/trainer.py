@@ -60,7 +60,8 @@ def distillation_loss(
 class QATTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that knows about quantizers; everything else is as in transformers.
 
-    A converted model must be calibrated: its ranges stay fixed while it is trained, or are learned without weight decay
+    Losses are means over a batch, and a step of accumulated batches is that of one large batch. A converted model must
+    be calibrated: its ranges stay fixed while it is trained, or are learned without weight decay
     where :func:`~qdq_surgery.learn_ranges` or a rule's ``learn: true`` says so.
 
     Args:
@@ -87,6 +88,9 @@ class QATTrainer(Trainer):  # type: ignore[misc]
                 f"temperature {temperature} must be above 0, and distill_weight {distill_weight} within 0 and 1"
             )
         super().__init__(*args, **kwargs)
+        # A model that takes any keyword is taken for one that divides its loss by the number of accumulated items; BERT's
+        # heads do not, and an accumulated step would be too large. So losses are means, and Trainer divides.
+        self.model_accepts_loss_kwargs = False
         self._teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self._temperature, self._distill_weight = temperature, distill_weight
         for name, quantizer in quantizers(self.model).items():
@@ -106,9 +110,6 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             wanted = self._teacher(**{name: value for name, value in inputs.items() if "label" not in name})
         distilled = distillation_loss(outputs, wanted, self._temperature, _counted(inputs))
-        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
-            # The loss of the labels is then a share of the sum over all accumulated batches; so is this.
-            distilled = distilled / self.current_gradient_accumulation_steps
         mixed = (1.0 - self._distill_weight) * loss + self._distill_weight * distilled
         return (mixed, outputs) if return_outputs else mixed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from test_coverage import EXPECTED
 
 import qdq_surgery as qs
 from qdq_surgery.cli import main
+from tasks.options import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,6 +76,25 @@ def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     for script in re.findall(r"scripts/\w+\.(?:sh|py)", README):
         assert (ROOT / script).is_file()
+
+
+def test_the_example_s_commands_parse() -> None:
+    """They are run by test_run_scripts, on a model of a few parameters; here it is the README's own words."""
+    [walk] = [block for block in blocks("bash") if "run_qa.py" in block]
+    lines = [line for line in walk.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    data = next(line.partition("=")[2].strip('"') for line in lines if line.startswith("data="))
+    runs = [line.replace("$data", data).split() for line in lines if "run_qa.py" in line]
+    assert [run[1] for run in runs] == ["scripts/run_qa.py"] * 4
+    given = [parse("", run[2:], answers=True) for run in runs]
+    assert [each.fp32 for each in given] == [True, False, False, False]
+    assert [(each.do_calib, each.do_train, each.do_eval, each.save_onnx) for each in given] == [
+        (False, True, True, False),
+        (True, False, True, False),
+        (False, True, True, False),
+        (False, False, False, True),
+    ]
+    for before, after in itertools.pairwise(given):
+        assert after.model_name_or_path == before.output_dir
 
 
 def test_the_picture_is_the_diff() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
@@ -16,7 +17,13 @@ from pytorch_quantization import nn as quant_nn
 from pytorch_quantization import tensor_quant
 from torch import Tensor, nn
 
-from qdq_surgery.numerics import exporting_to_onnx, fake_quant, native_fake_quant, onnx_fake_quant
+from qdq_surgery.numerics import (
+    exporting_to_onnx,
+    fake_quant,
+    learned_fake_quant,
+    native_fake_quant,
+    onnx_fake_quant,
+)
 
 PROPERTY = settings(deadline=None, max_examples=80)
 
@@ -514,3 +521,157 @@ def test_the_edge_of_the_range_is_not_rounded_for_half_precision() -> None:
     x = torch.tensor([1.0009765625], dtype=torch.float16, requires_grad=True)
     fake_quant(x, torch.tensor(1.0006)).sum().backward()
     assert float(x.grad) == 0.0
+
+
+@pytest.mark.parametrize("function", [fake_quant, learned_fake_quant], ids=["fake_quant", "learned_fake_quant"])
+@pytest.mark.parametrize("amax", [1e-30, 2.0**-24, 0.1, 0.7, 1.0, 127.0, 3e38], ids=lambda value: f"{value:g}")
+@pytest.mark.parametrize("path", ["fast", "channels", "scalar-in-an-axis", "float64-gradient"])
+def test_the_gradient_ends_exactly_at_the_range(function: Callable[..., Tensor], amax: float, path: str) -> None:
+    """The fast way on a CPU compares with a bound of its own; both must draw the line between the same two floats."""
+    limit = torch.tensor(amax)
+    below, above = (torch.nextafter(limit, torch.tensor(to)) for to in (0.0, math.inf))
+    row = torch.stack([limit, -limit, below, -below, above, -above])
+    inputs = torch.stack([row, row]).requires_grad_()
+    ranges = {"fast": limit, "channels": torch.stack([limit, limit * 1.0]).reshape(2, 1)}.get(path, limit.reshape(1, 1))
+    if path == "float64-gradient":  # inputs of another dtype go the general way
+        inputs = inputs.detach().double().requires_grad_()
+    gradient = torch.arange(1.0, 13.0, dtype=inputs.dtype).reshape(2, 6)
+    function(inputs, ranges).backward(gradient)
+    assert inputs.grad is not None
+    inside = torch.tensor([[True, True, True, True, False, False]])
+    assert torch.equal(inputs.grad, torch.where(inside, gradient, 0.0))  # tolerance 0.0
+
+
+@pytest.mark.parametrize("function", [fake_quant, learned_fake_quant], ids=["fake_quant", "learned_fake_quant"])
+@pytest.mark.parametrize("dtype", HALF, ids=HALF_IDS)
+@pytest.mark.parametrize("channels", [False, True], ids=["per-tensor", "per-channel"])
+def test_the_gradient_ends_exactly_at_the_range_in_half_precision(
+    function: Callable[..., Tensor], dtype: torch.dtype, channels: bool
+) -> None:
+    value = torch.tensor(1.1, dtype=dtype)
+    above = torch.nextafter(value, torch.tensor(math.inf, dtype=dtype))
+    inputs = torch.stack([value, -value, above, -above]).reshape(2, 2).requires_grad_()
+    # A float32 range between two half-precision numbers, just at and just below the first.
+    for amax, wanted in ((value.float(), [[1.0, 1.0], [0.0, 0.0]]), (value.float() * (1 - 1e-6), [[0.0, 0.0]] * 2)):
+        inputs.grad = None
+        function(inputs, amax.expand(2, 1).clone() if channels else amax).sum().backward()
+        assert inputs.grad is not None
+        assert inputs.grad.dtype == dtype
+        assert inputs.grad.tolist() == wanted
+
+
+# -- learned ranges ------------------------------------------------------------------------------------------------
+
+
+def lsq(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    """Learned step sizes as the paper writes them (arXiv 1902.08153, its appendix A), by autograd alone."""
+    qmax = 2 ** (num_bits - 1 + int(unsigned)) - 1
+    qmin = 0 if unsigned else -qmax if narrow_range else -qmax - 1
+    step = amax / qmax
+    factor = 1.0 / math.sqrt(inputs.numel() / amax.numel() * qmax)
+    step = (step - step * factor).detach() + step * factor  # grad_scale
+    ratio = (inputs / step).clamp(qmin, qmax)
+    return (ratio + (ratio.round() - ratio).detach()) * step  # round_pass
+
+
+LEARNED_GRIDS = {
+    "int8": (8, False, False),
+    "int4": (4, False, False),
+    "int4-narrow": (4, False, True),
+    "int2": (2, False, False),
+    "uint8": (8, True, False),
+    "uint3": (3, True, False),
+}
+
+#: What stands for one range, and for one range per channel of a tensor of (6, 5, 40).
+RANGES: dict[str, Tensor] = {
+    "per-tensor": torch.tensor(1.3),
+    "one-element": torch.tensor([[[1.3]]]),
+    "axis-0": torch.linspace(0.2, 3.0, 6).reshape(6, 1, 1),
+    "axis-1": torch.linspace(0.2, 3.0, 5).reshape(1, 5, 1),
+    "last-axis": torch.linspace(0.2, 3.0, 40),
+}
+
+
+def learned_case(grid: tuple[int, bool, bool]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(6, 5, 40, generator=generator) * 1.5
+    return inputs.abs() if grid[1] else inputs, torch.randn(6, 5, 40, generator=generator)
+
+
+@pytest.mark.parametrize("grid", LEARNED_GRIDS.values(), ids=LEARNED_GRIDS.keys())
+@pytest.mark.parametrize("name", RANGES)
+def test_learned_is_fake_quant_with_a_gradient_for_the_range(name: str, grid: tuple[int, bool, bool]) -> None:
+    inputs, gradient = learned_case(grid)
+    fixed, learned = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+    amax = RANGES[name].clone().requires_grad_()
+    wanted = fake_quant(fixed, RANGES[name], *grid)
+    found = learned_fake_quant(learned, amax, *grid)
+    assert_bit_equal(found, wanted)
+    wanted.backward(gradient)
+    found.backward(gradient)
+    assert fixed.grad is not None
+    assert learned.grad is not None
+    assert_bit_equal(learned.grad, fixed.grad)
+    assert 0 < int((fixed.grad == 0).sum()) < inputs.numel()
+    # Against the paper's formula in float64.
+    exact = RANGES[name].double().requires_grad_()
+    lsq(inputs.double(), exact, *grid).backward(gradient.double())
+    assert amax.grad is not None
+    assert exact.grad is not None
+    assert amax.grad.dtype == torch.float32
+    assert amax.grad.shape == amax.shape
+    # 1e-4 of the largest gradient: terms of both signs cancel in the sum of a channel.
+    scale = float(exact.grad.abs().max())
+    torch.testing.assert_close(amax.grad.double(), exact.grad, rtol=1e-4, atol=1e-4 * scale)
+    assert scale > 0
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=HALF_IDS)
+def test_learned_in_half_precision(dtype: torch.dtype) -> None:
+    inputs, gradient = (tensor.to(dtype) for tensor in learned_case((8, False, False)))
+    amax, full = (RANGES["axis-0"].clone().requires_grad_() for _ in range(2))
+    leaf = inputs.clone().requires_grad_()
+    found = learned_fake_quant(leaf, amax)
+    assert_bit_equal(found.float(), fake_quant(inputs, RANGES["axis-0"]).float())
+    found.backward(gradient)
+    learned_fake_quant(inputs.float(), full).backward(gradient.float())
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == dtype
+    assert amax.grad is not None
+    assert amax.grad.dtype == torch.float32
+    # The same arithmetic, in float32.
+    torch.testing.assert_close(amax.grad, full.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_learned_signs() -> None:
+    """By hand: a value beyond the range wants a wider one where the output should grow, and only beyond."""
+    amax = torch.tensor(1.27, requires_grad=True)
+    for value, wanted in [(9.0, 127.0), (-9.0, -128.0), (0.504, -0.4), (0.506, 0.4), (0.0, 0.0)]:
+        amax.grad = None
+        learned_fake_quant(torch.tensor([value]), amax).sum().backward()
+        # In steps of 0.01; its weight is 1 / sqrt(127) for one element, and 1 / 127 leads from step to range.
+        assert float(amax.grad) * 127 * math.sqrt(127) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_learned_range_alone_and_inputs_alone() -> None:
+    inputs, amax = torch.linspace(-2, 2, 9), torch.tensor(1.0)
+    learned_fake_quant(inputs, amax.requires_grad_()).sum().backward()
+    assert amax.grad is not None
+    assert inputs.grad is None
+    fixed = torch.tensor(1.0)
+    learned_fake_quant(inputs.requires_grad_(), fixed).sum().backward()
+    assert inputs.grad is not None
+    assert fixed.grad is None
+
+
+@pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
+def test_at_the_range_itself_the_step_has_a_rounding_error_only(unsigned: bool) -> None:
+    """The largest value of calibration data stands exactly at the range: no float32 rounding may put it outside."""
+    grid = (8, unsigned, False)
+    for amax in torch.linspace(0.1, 9.0, 500):
+        leaf = amax.clone().requires_grad_()
+        learned_fake_quant(amax.reshape(1), leaf, *grid).sum().backward()
+        # Outside it would be 1 / sqrt(qmax); inside it is next to nothing.
+        assert leaf.grad is not None
+        assert abs(float(leaf.grad)) < 1e-3 / math.sqrt(255)

@@ -1484,6 +1484,7 @@ def test_fuse_qkv_is_qdqbert_with_two_shared_ranges() -> None:
     assert rules.specs == {**base.specs, "fused-weight": QuantSpec()}
     # The weights' rules come first: for each operand the first match wins, and encoder-linear would match too.
     assert [rule.name for rule in rules.rules] == [
+        "position-weights",
         "query-key-weights",
         "value-weights",
         *(rule.name for rule in base.rules),

@@ -155,7 +155,7 @@ def test_nothing_to_share_is_an_error_unless_optional(share: Share) -> None:
 
 
 def test_an_entry_built_in_python_names_no_place() -> None:
-    with pytest.raises(MatchError, match="^a share entry finds no two quantizers"):
+    with pytest.raises(MatchError, match=r"^a share entry finds no two quantizers"):
         share_ranges(rules(Share("w", sites=("z_*",))), SITES)
 
 
