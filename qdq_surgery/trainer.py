@@ -88,7 +88,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
                 f"temperature {temperature} must be above 0, and distill_weight {distill_weight} within 0 and 1"
             )
         super().__init__(*args, **kwargs)
-        # A model that takes any keyword is taken for one that divides its loss by the number of accumulated items; BERT's
+        # A model that takes any keyword passes for one that divides its loss by the number of accumulated items. BERT's
         # heads do not, and an accumulated step would be too large. So losses are means, and Trainer divides.
         self.model_accepts_loss_kwargs = False
         self._teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)

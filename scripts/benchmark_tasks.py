@@ -75,9 +75,9 @@ TASKS = {
 }
 
 #: QAT against the float model: share of the steps, share of the learning rate.
-QAT_SCHEDULE, QAT_RATE = 0.1, 0.25
+QAT_SCHEDULE, QAT_RATE = 0.1, 0.5
 #: Ranges that QAT starts from.
-QAT_START: tuple[str, float | None] = ("percentile", 99.99)
+QAT_START: tuple[str, float | None] = ("max", None)
 
 CALIBRATION_BATCHES, EMBEDDING_TEXTS, CALIBRATION_TEXTS = 16, 400, 128
 
