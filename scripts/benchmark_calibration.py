@@ -10,6 +10,7 @@ takes minutes for all, is timed on ``--reference`` of them with the same histogr
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def medians(jobs: dict[str, Callable[[], object]], runs: int) -> dict[str, float
     return {name: statistics.median(each) for name, each in found.items()}
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+def step(model: Callable[..., Any], optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
     model(**batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -115,7 +116,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "what" else "right")
     ranges(table, stats, arguments.reference)
 
-    def forward(each: nn.Module) -> Callable[[], object]:
+    def forward(each: Callable[..., object]) -> Callable[[], object]:
         def run() -> None:
             with torch.no_grad():
                 each(**batch)
@@ -153,13 +154,12 @@ def main() -> None:
             below = found["float, compiled"] if "compiled" in name else base
             table.add_row(words, f"{found[name] / below:.3f}", f"at most {goal}" if goal else "")
 
-    trained = {"float": model.train(), "QAT": qmodel.train()}
-    if arguments.compile:
-        trained["float, compiled"], trained["QAT, compiled"] = torch.compile(model), torch.compile(qmodel)
     steps: dict[str, Callable[[], object]] = {}
-    for name, each in trained.items():
+    for name, each in (("float", model.train()), ("QAT", qmodel.train())):
         optimizer = torch.optim.AdamW(each.parameters(), lr=1e-6)
-        steps[name] = lambda each=each, optimizer=optimizer: step(each, optimizer, labelled)
+        steps[name] = functools.partial(step, each, optimizer, labelled)
+        if arguments.compile:
+            steps[f"{name}, compiled"] = functools.partial(step, torch.compile(each), optimizer, labelled)
     found = medians(steps, arguments.runs)
     table.add_row("float training step", f"{found['float']:.3f} s", "")
     table.add_row("QAT step / float step", f"{found['QAT'] / found['float']:.3f}", "at most 1.15")

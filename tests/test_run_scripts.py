@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,3 +200,34 @@ def test_long_contexts_are_answered_in_windows(places: dict[str, Place]) -> None
     ranked = json.loads((folder / "nbest_predictions.json").read_text())
     assert len(answers) == 9
     assert all(answers[name] == candidates[0]["text"] for name, candidates in ranked.items())
+
+
+def test_two_processes_calibrate_like_one(places: dict[str, Place]) -> None:
+    """torchrun: each process brings half of the batches, and training leaves the ranges as they are."""
+    place = places["qa"]
+    alone = place.run("encoder", "alone", "--do_calib --num_calib_batch 4")
+    files = [place.folder / f"qa_{part}.json" for part in ("train", "held_out")]
+    options = f"--model_name_or_path {place.folder / 'encoder'} --output_dir {place.folder / 'both'} {TINY}"
+    options += (
+        f" --do_calib --num_calib_batch 4 --do_train --do_eval --train_file {files[0]} --validation_file {files[1]}"
+    )
+    root = Path(run_qa.__file__).parent.parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "scripts/run_qa.py"),
+            *options.split(),
+        ],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("calibrated by percentile(99.99%)") == 1  # only one process speaks
+    assert scores(place.folder / "both")["examples"] == 9
+    ranges = [load_file(folder / "model.safetensors") for folder in (alone, place.folder / "both")]
+    names = [name for name in ranges[0] if name.endswith("_quantizer._amax")]
+    assert len(names) == 20
+    assert all(torch.equal(ranges[0][name], ranges[1][name]) for name in names)

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from absl import logging as absl_logging
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, set_seed
@@ -60,7 +61,8 @@ def run(task: Task[Example], options: Options) -> dict[str, float]:
     Raises:
         QdqSurgeryError: A file, a folder or an option is not as it has to be.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    processes = PartialState(cpu=not torch.cuda.is_available())  # one, unless a launcher such as torchrun made more
+    console = Console(highlight=False, soft_wrap=True, quiet=not processes.is_main_process)
     set_seed(options.seed)
     train_examples = _read(task, options.train_file, options.do_calib or options.do_train or options.save_onnx)
     held_out = _read(task, options.validation_file, options.do_eval or options.save_onnx)
@@ -69,7 +71,7 @@ def run(task: Task[Example], options: Options) -> dict[str, float]:
     tokenizer = load_tokenizer(options.tokenizer_name, words=task.words)
     _check_length(model, options)
     labels = model.config.label2id
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(processes.device)
     teacher = _teacher(options, head, model) if options.do_train else None
     collator = Collator(tokenizer)
     training = _Part(train_examples, task.features(train_examples, tokenizer, options, labels))
@@ -78,12 +80,16 @@ def run(task: Task[Example], options: Options) -> dict[str, float]:
     quantized = _prepare(model, training.features, collator, options, console)
     if options.do_train:
         _train(model, training.features, collator, options, teacher, console)
-    scores = _evaluate(task, model, validation, collator, options, console) if options.do_eval else {}
-    if options.do_calib or options.do_train:
-        save(model, tokenizer, options.tokenizer_name, options.output_dir, quantized=quantized)
-        console.print(f"model and tokenizer: {options.output_dir}")
-    if options.save_onnx:
-        _export(task, model, [*validation.features, *training.features], collator, options, console)
+    # Every process has the same model now; one is enough for the rest.
+    scores: dict[str, float] = {}
+    if processes.is_main_process:
+        scores = _evaluate(task, model, validation, collator, options, console) if options.do_eval else {}
+        if options.do_calib or options.do_train:
+            save(model, tokenizer, options.tokenizer_name, options.output_dir, quantized=quantized)
+            console.print(f"model and tokenizer: {options.output_dir}")
+        if options.save_onnx:
+            _export(task, model, [*validation.features, *training.features], collator, options, console)
+    processes.wait_for_everyone()
     return scores
 
 
@@ -143,14 +149,17 @@ def _prepare(
 def _calibrate(
     model: PreTrainedModel, features: Sequence[Feature], collator: Collator, options: Options, console: Console
 ) -> None:
-    batches = calibration_batches(
-        features,
-        collator,
-        batches=options.num_calib_batch,
-        size=options.per_device_train_batch_size,
-        seed=options.seed,
-        device=model.device,
-    )
+    processes = PartialState()
+    batches = list(
+        calibration_batches(
+            features,
+            collator,
+            batches=options.num_calib_batch,
+            size=options.per_device_train_batch_size,
+            seed=options.seed,
+            device=model.device,
+        )
+    )[processes.process_index :: processes.num_processes]  # calibrate() brings the shares together
     start, method = time.perf_counter(), options.calibrator
     found = qs.calibrate(
         model.eval(), batches, method=method, percentile=options.percentile if method == "percentile" else None
