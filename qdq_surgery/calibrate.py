@@ -22,7 +22,7 @@ from qdq_surgery.calibrator import (
     choose,
 )
 from qdq_surgery.collect import Seen, Statistics, activation_quantizers, collect, unwrapped, weight_quantizers
-from qdq_surgery.convert import plan_of
+from qdq_surgery.convert import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer
@@ -42,7 +42,7 @@ class Range:
 
     Attributes:
         quantizer: Its qualified name.
-        method: In words: ``max``, ``99.99 %``, ``entropy``, ``mse``; what was done to it afterwards, too.
+        method: In words: ``max``, ``99.99 %``, ``entropy``, ``mse``; after a comma what was done to it then.
         amax: The range, of several the largest.
         error: Squared quantization error as a share of the squares; ``None`` where there is no histogram.
     """
@@ -74,6 +74,22 @@ class Calibration(Rendered):
         data = {"method": self.method, "batches": self.batches, "rows": self.rows, "tokens": self.tokens}
         return {"schema": 1, **data, "ranges": [vars(each) for each in self.ranges]}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Calibration:
+        """What :meth:`to_json` gave."""
+        own = {name: data[name] for name in ("method", "batches", "rows", "tokens")}
+        return cls(ranges=tuple(Range(**each) for each in data["ranges"]), **own)
+
+    def now(self, qmodel: nn.Module) -> Calibration:
+        """The same with the ranges that the model has by now: training may have moved them."""
+        ranges, found = [], quantizers(qmodel)
+        for each in self.ranges:
+            amax = found[each.quantizer].amax
+            top = each.amax if amax is None else float(amax.max())
+            moved = replace(each, amax=top, method=f"{each.method}, trained", error=None)
+            ranges.append(each if top == each.amax else moved)
+        return replace(self, ranges=tuple(ranges))
+
     def __rich__(self) -> RenderableType:
         title = Text(
             f"{len(self.ranges)} ranges by {self.method}, from {self.tokens} tokens in {self.rows} rows "
@@ -92,7 +108,7 @@ class Calibration(Rendered):
 
 def calibrate(
     qmodel: nn.Module,
-    data: Iterable[Mapping[str, Any]] | Statistics,
+    batches: Iterable[Mapping[str, Any]] | Statistics,
     method: str | None = None,
     *,
     percentile: float | None = None,
@@ -101,7 +117,7 @@ def calibrate(
 
     Args:
         qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``.
-        data: Batches, dicts of the model's arguments; or what :func:`~qdq_surgery.collect.collect` made of them.
+        batches: Dicts of the model's arguments; or what :func:`~qdq_surgery.collect.collect` made of them.
         method: For all activations with one range per tensor: ``max``, ``percentile``, ``entropy``, ``mse``, or
             ``best``: of max, 99.9, 99.99, 99.999 %, entropy and mse, the one with the smallest squared quantization
             error. Left out, each by its rule; rules that leave it open mean ``max``. Weights are always found by their
@@ -120,9 +136,13 @@ def calibrate(
     model = unwrapped(qmodel)
     activations = activation_quantizers(model)
     asked = None if method is None else CalibratorSpec(method, _percentile(method, percentile))
-    methods = {name: asked or _own_method(each) for name, each in activations.items()}
-    if not isinstance(data, Statistics):
-        data = collect(qmodel, data, histograms=any(each.name != "max" for each in methods.values()))
+    methods = {
+        name: _own_method(each) if asked is None or _is_weight(each) else asked for name, each in activations.items()
+    }
+    if isinstance(batches, Statistics):
+        data = batches
+    else:
+        data = collect(qmodel, batches, histograms=any(each.name != "max" for each in methods.values()))
     _check_statistics(data, activations)
     found: dict[str, tuple[TensorQuantizer, Tensor, Range]] = {}
     for name, quantizer in track(activations.items(), "computing ranges", len(activations)):
@@ -131,14 +151,17 @@ def calibrate(
         found[name] = (quantizer, *weight_range(name, quantizer, weight))
     share_ranges_found(model, found)
     for quantizer, amax, _ in found.values():  # nothing has been changed up to here
-        learned = quantizer.learns
-        quantizer.learn_amax(False)
-        quantizer._set_amax(amax)
-        quantizer.learn_amax(learned or (quantizer.spec is not None and quantizer.spec.learn))
+        learn = quantizer.learns or (quantizer.spec is not None and quantizer.spec.learn)
+        quantizer.set_range(amax)
+        quantizer.learn_amax(learn)
     words = str(asked) if asked is not None else "the rules' methods"
     made = Calibration(words, tuple(each for *_, each in found.values()), data.batches, data.rows, data.tokens)
     vars(model)[CALIBRATION_ATTRIBUTE] = made
     return made
+
+
+def _is_weight(quantizer: TensorQuantizer) -> bool:
+    return quantizer.provenance is not None and quantizer.provenance.role == "weight"
 
 
 def _check_method(method: str | None, percentile: float | None) -> None:
@@ -178,6 +201,13 @@ def _check_statistics(data: Statistics, activations: Mapping[str, TensorQuantize
             f"the statistics know nothing of {len(missing)} quantizers (first: {missing[0]}): they were collected from "
             "another model, or while these were disabled; collect them again"
         )
+    for name, quantizer in activations.items():
+        seen = data.seen[name]
+        if (quantizer._axis is None) != (seen.amax.ndim == 0):
+            raise CalibrationError(
+                f"the statistics of {name} are of ranges with the shape {tuple(seen.amax.shape)}, but its axis is "
+                f"{quantizer._axis}; collect them again from this model"
+            )
 
 
 def _activation_range(
@@ -188,32 +218,31 @@ def _activation_range(
             f"{name} saw only zeros, from which no range can be found; bring data that reaches it, or disable or "
             "exclude it"
         )
-    if seen.amax.numel() > 1 or (seen.histogram is None and calibrator.name == "max"):
-        if calibrator.name == "mse" and quantizer.spec is not None and quantizer.spec.calibrator.name == "mse":
-            raise CalibrationError(
-                f"{name} has one range for each channel of an activation, which mse is not for; write axis: null, or "
-                "calibrator: max"
-            )
-        amax, method, error = seen.amax, "max", None
-    elif seen.histogram is None:
+    if quantizer._axis is not None and quantizer.spec is not None and quantizer.spec.calibrator.name == "mse":
+        raise CalibrationError(
+            f"{name} has one range for each channel of an activation, which mse is not for; write axis: null, or "
+            "calibrator: max"
+        )
+    if quantizer._axis is not None or (seen.histogram is None and calibrator.name == "max"):
+        amax, words = _limited(quantizer, seen.amax, "max")
+        return amax, Range(name, words, float(amax.max()))
+    if seen.histogram is None:
         raise CalibrationError(
             f"the statistics have no histogram of {name}, which {calibrator} needs; collect with histograms=True"
         )
-    else:
-        value, method = choose(
-            seen.histogram,
-            calibrator.name,
-            DEFAULT_PERCENTILE if calibrator.percentile is None else calibrator.percentile,
-            seen.num_bits,
-            seen.unsigned,
-        )
-        amax = torch.tensor(value)
-        limited = float(quantizer.limited(amax))
-        error = relative_error(*seen.histogram.table(), limited, seen.num_bits, seen.unsigned)
-    limited_amax = quantizer.limited(amax)
-    if not torch.equal(limited_amax, amax):
-        method += f", at most {quantizer.spec.max_amax:g}" if quantizer.spec is not None else ""
-    return limited_amax, Range(name, method, float(limited_amax.max()), error)
+    percentile = DEFAULT_PERCENTILE if calibrator.percentile is None else calibrator.percentile
+    grid = quantizer._num_bits, quantizer._unsigned
+    value, words = choose(seen.histogram, calibrator.name, percentile, *grid)
+    amax, words = _limited(quantizer, torch.tensor(value), words)
+    return amax, Range(name, words, float(amax), relative_error(*seen.histogram.table(), float(amax), *grid))
+
+
+def _limited(quantizer: TensorQuantizer, amax: Tensor, words: str) -> tuple[Tensor, str]:
+    """At most the spec's ``max_amax``, and the method in words, which say so where it made a difference."""
+    limited = quantizer.limited(amax)
+    if quantizer.spec is None or torch.equal(limited, amax):
+        return amax, words
+    return limited, f"{words}, at most {quantizer.spec.max_amax:g}"
 
 
 def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor) -> tuple[Tensor, Range]:
@@ -230,15 +259,17 @@ def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor) -> tuple
     else:
         calibrator = quantizer.fresh_calibrator(histogram=method.name != "max")
     calibrator.collect(weight.detach())
+    percentile = DEFAULT_PERCENTILE if method.percentile is None else method.percentile
     if isinstance(calibrator, HistogramCalibrator):
-        percentile = DEFAULT_PERCENTILE if method.percentile is None else method.percentile
         amax = calibrator.compute_amax(method.name, percentile=percentile)
     else:
         amax = calibrator.compute_amax()
     words = "max" if isinstance(calibrator, MaxCalibrator) else str(method)
+    if isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is not None:
+        _, words = choose(calibrator.histogram, method.name, percentile, quantizer._num_bits, quantizer._unsigned)
     if amax is None or not bool(amax.isfinite().all()):
         raise CalibrationError(f"{name}: the weight has a NaN or an infinite value")
-    amax = quantizer.limited(amax)
+    amax, words = _limited(quantizer, amax, words)
     return amax, Range(name, words, float(amax.max()))
 
 
@@ -246,7 +277,7 @@ def share_ranges_found(model: PreTrainedModel, found: dict[str, tuple[TensorQuan
     """Give the quantizers of each group that the plan names the largest of their ranges, in ``found``.
 
     Raises:
-        CalibrationError: One of them has a range for each channel.
+        CalibrationError: One of them has a range for each channel, or their grids differ.
     """
     for group in plan_of(model).shared:
         members = [name for name in group if name in found]
@@ -258,8 +289,16 @@ def share_ranges_found(model: PreTrainedModel, found: dict[str, tuple[TensorQuan
                 f"{wide[0]} has {found[wide[0]][1].numel()} ranges, one per channel, so it cannot share one with "
                 f"{len(members) - 1} others; write axis: null in its spec"
             )
+        grids = {(found[name][0]._num_bits, found[name][0]._unsigned) for name in members}
+        if len(grids) > 1:
+            raise CalibrationError(
+                f"{members[0]} shares its range with quantizers of another grid, so they would have no step in common; "
+                "give them the same num_bits and unsigned"
+            )
         largest = torch.stack([found[name][1].reshape(()).cpu() for name in members]).max()
+        for name in members:  # one limit holds for all
+            largest = found[name][0].limited(largest)
         for name in members:
             quantizer, amax, made = found[name]
-            words = f"{made.method}, shared" if float(amax) < float(largest) else made.method
+            words = made.method if float(amax) == float(largest) else f"{made.method}, shared"
             found[name] = (quantizer, largest.clone(), replace(made, method=words, amax=float(largest), error=None))

@@ -130,7 +130,7 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
         return amax
 
     def _kind(self) -> Any:
-        return ("max", self._axis)
+        return ("max", tuple(self._axis) if isinstance(self._axis, list) else self._axis)
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Tensor:
         if self._axis is None:
@@ -234,8 +234,11 @@ class ChannelMseCalibrator(_Calibrator):  # type: ignore[misc]
         """Forget the weight."""
         self._weight = None
 
-    def compute_amax(self) -> Tensor | None:
-        """The ranges, with 1 in every axis but the channels'; ``None`` before the first tensor."""
+    def compute_amax(self, *_: Any, **__: Any) -> Tensor | None:
+        """The ranges, with 1 in every axis but the channels'; ``None`` before the first tensor.
+
+        Whatever method a loop for all calibrators asks for, this one's is mse.
+        """
         if self._weight is None:
             return None
         return channel_mse_amax(self._weight, self._axis, self._num_bits, self._unsigned, self._narrow_range)

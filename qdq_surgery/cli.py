@@ -18,8 +18,8 @@ from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
 from qdq_surgery.convert import convert, plan, plan_of, quantizers
 from qdq_surgery.demo import DEMO_TEXTS, run_demo
 from qdq_surgery.diff import diff
-from qdq_surgery.errors import CalibrationError, QdqSurgeryError
-from qdq_surgery.folder import load_model, save_model
+from qdq_surgery.errors import CalibrationError, ModelError, QdqSurgeryError
+from qdq_surgery.folder import check_new, load_model, save_model
 from qdq_surgery.progress import steps
 from qdq_surgery.render import Rendered
 from qdq_surgery.rule_file import load_rules, shipped_rules
@@ -27,6 +27,7 @@ from qdq_surgery.texts import read_texts, text_batches
 
 __all__ = ["main"]
 
+_RULES = "qdqbert"
 _FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
 
 
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL_DIR", help=f"{_FOLDER_HELP}, with its tokenizer; converted or not")
     command.add_argument("texts", metavar="TEXTS", help="a UTF-8 file with one text in each line")
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
-    _rules_option(command)
+    command.add_argument("--rules", help=f"for a model that is not converted yet (default: {_RULES})")
     command.add_argument("--method", choices=METHODS, help="for all activations (default: each by its rule)")
     command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
     command.add_argument("--batch", type=int, default=16, help="texts in a batch (default: %(default)s)")
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rules_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--rules", default="qdqbert", help="a shipped name or a file (default: %(default)s)")
+    command.add_argument("--rules", default=_RULES, help="a shipped name or a file (default: %(default)s)")
 
 
 def _output_options(command: argparse.ArgumentParser) -> None:
@@ -126,13 +127,16 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
+    check_new(arguments.output)
     texts = read_texts(arguments.texts)
     with steps(2) as bar:
         bar.next("loading")
         model = load_model(arguments.model)
         batches = text_batches(arguments.model, texts, arguments.batch, arguments.length)
         bar.next("converting")
-        qmodel = model if quantizers(model) else convert(model, arguments.rules, inplace=True)
+        if quantizers(model) and arguments.rules is not None:
+            raise ModelError(f"{arguments.model} is converted already, by its own rules; leave --rules out")
+        qmodel = model if quantizers(model) else convert(model, arguments.rules or _RULES, inplace=True)
     try:
         made = calibrate(qmodel, batches, arguments.method, percentile=arguments.percentile)
     except ValueError as error:

@@ -110,7 +110,8 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
     """Run data through a converted model and keep what its activation quantizers see.
 
     Padding, as ``attention_mask`` tells it, is not counted, and columns that are padding in a whole batch are not run.
-    Under ``torch.distributed`` each process brings its own batches, and all get the statistics of all.
+    Under ``torch.distributed`` every process has to call this, each with batches of its own, and all get the statistics
+    of all.
 
     Args:
         qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``. It is not changed.
@@ -118,19 +119,23 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
         histograms: Whether to keep histograms, as all methods but ``max`` need them.
 
     Raises:
-        CalibrationError: There are no batches, one cannot be used, an activation has a NaN or an infinite value, or a
-            quantizer saw nothing; names the quantizer and the batch.
+        CalibrationError: No quantizer is enabled, there are no batches, one cannot be used, an activation has a NaN or
+            an infinite value, or a quantizer saw nothing; names the quantizer and the batch.
     """
     model = unwrapped(qmodel)
     watched = activation_quantizers(model)
+    if not watched:
+        raise CalibrationError(
+            "no quantizer that sees activations is enabled; enable() those that are to be calibrated"
+        )
     counts = [0, 0, 0]
     error: BaseException | None = None
     with _collecting(model, watched, histograms) as watch:
         try:
             _run(model, batches, watched, watch, counts)
-        except Exception as raised:
+        except BaseException as raised:
             error = raised
-        agree(error)  # one process that fails must not leave the others waiting
+        agree(error, list(watched))  # one process that fails must not leave the others waiting
         seen = _gathered(watched, model.device)
     counts = gather_sums(counts, model.device)
     unseen = [name for name in watched if name not in seen]
@@ -163,14 +168,14 @@ def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, Tens
         f"{name}._weight_quantizer": (module._weight_quantizer, module.weight)
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear) and module._weight_quantizer is not None
-        if not module._weight_quantizer._disabled
+        if module._weight_quantizer.enabled
     }
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     """The quantizers that are enabled and see what the model computes."""
     weights = weight_quantizers(model)
-    return {name: each for name, each in quantizers(model).items() if name not in weights and not each._disabled}
+    return {name: each for name, each in quantizers(model).items() if name not in weights and each.enabled}
 
 
 @contextmanager
@@ -226,6 +231,8 @@ def _run(
             model(**inputs)
         except CalibrationError as error:
             raise CalibrationError(f"batch {index}: {error}") from None
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise CalibrationError(f"batch {index}: {type(model).__name__} cannot run it: {error}") from error
         _check_finite(watched, watch.called, index)
         mask = inputs.get("attention_mask")
         ids = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim >= 2), None)

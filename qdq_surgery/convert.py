@@ -41,7 +41,7 @@ def convert(
 
     Args:
         model: Any Hugging Face encoder that takes token ids, with any head.
-        rules: A shipped rule set (``qdqbert``, ``linear-only``), the path of a rule file, or a rule set.
+        rules: A shipped rule set (``qdqbert``, ``linear-only``, ``fuse-qkv``), the path of a rule file, or a rule set.
         example_inputs: Keyword arguments of the model's forward, if none can be made from its config.
         inplace: Change ``model`` itself. Otherwise it stays as it is, and a copy is returned.
 

@@ -73,4 +73,4 @@ class AttentionBypassError(QdqSurgeryError):
 
 
 class CalibrationError(QdqSurgeryError):
-    """A quantizer has no range where one is needed."""
+    """Ranges cannot be found from the data, or a quantizer has none where one is needed."""

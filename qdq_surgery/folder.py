@@ -14,13 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE
-from qdq_surgery.convert import convert, plan_of
+from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE, Calibration
+from qdq_surgery.convert import convert, plan_of, quantizers
 from qdq_surgery.errors import AlreadyConvertedError, ModelError
 from qdq_surgery.rule_file import shipped_rules
 from qdq_surgery.version import __version__
 
-__all__ = ["REPORT_NAME", "RULES_NAME", "load_model", "save_model"]
+__all__ = ["REPORT_NAME", "RULES_NAME", "check_new", "load_model", "save_model"]
 
 RULES_NAME = "qdq_rules.yaml"
 _RANGE = "_quantizer._amax"
@@ -82,7 +82,26 @@ def _with_quantizers(model: PreTrainedModel, path: Path, rules: Path) -> PreTrai
             f"{path} has ranges of {len(unknown)} quantizers that its rules do not make (first: {unknown[0]}); it was "
             "written under other rules, default descriptors or another transformers"
         )
+    _as_reported(model, path)
+    without = [name for name, each in quantizers(model).items() if each.enabled and each.amax is None]
+    if ranges and without:
+        raise ModelError(
+            f"{path} has no range for {len(without)} of its quantizers (first: {without[0]}), and has for others; it "
+            "was written under other rules, default descriptors or another transformers"
+        )
     return model
+
+
+def _as_reported(model: PreTrainedModel, path: Path) -> None:
+    """What the report knows beside the weights: which quantizers are disabled, and how the others were calibrated."""
+    if not (path / REPORT_NAME).is_file():
+        return
+    report = json.loads((path / REPORT_NAME).read_text(encoding="utf-8"))
+    for name, each in quantizers(model).items():
+        if name in report.get("disabled", ()):
+            each.disable()
+    if "calibration" in report:
+        vars(model)[CALIBRATION_ATTRIBUTE] = Calibration.from_json(report["calibration"])
 
 
 def _model_class(path: Path) -> type[PreTrainedModel]:
@@ -117,6 +136,17 @@ def _check_weights(folder: str | Path, name: str, info: dict[str, Any], converte
             )
 
 
+def check_new(folder: str | Path) -> None:
+    """Whether a model can be written there.
+
+    Raises:
+        ModelError: The folder exists and is not empty.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ModelError(f"{folder} exists and is not empty; give a new folder")
+
+
 def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path | None = None) -> None:
     """Write a converted model: weights (safetensors), config, rules, report, and the tokenizer of ``source``.
 
@@ -125,10 +155,8 @@ def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path |
     Raises:
         ModelError: The model is not converted, or the folder exists and is not empty.
     """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ModelError(f"{folder} exists and is not empty; give a new folder")
-    made = plan_of(qmodel)
+    check_new(folder)
+    path, made = Path(folder), plan_of(qmodel)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".qdq-surgery-") as temporary:
@@ -142,7 +170,8 @@ def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path |
             report: dict[str, Any] = {"versions": _versions(), **made.to_json()}
             calibration = vars(qmodel).get(CALIBRATION_ATTRIBUTE)
             if calibration is not None:
-                report["calibration"] = calibration.to_json()
+                report["calibration"] = calibration.now(qmodel).to_json()
+            report["disabled"] = [name for name, each in quantizers(qmodel).items() if not each.enabled]
             (draft / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             if path.exists():
                 path.rmdir()

@@ -23,19 +23,22 @@ def _alone() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
-def agree(error: BaseException | None) -> None:
-    """Go on only if no process has an error.
+def agree(error: BaseException | None, names: Sequence[str]) -> None:
+    """Go on only if no process has an error and all collect for the same quantizers.
 
     Raises:
         BaseException: This process's own error.
-        CalibrationError: Another process has one.
+        CalibrationError: Another process has one, or other quantizers enabled.
     """
     if not _alone():
-        words: list[str | None] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(words, None if error is None else f"{type(error).__name__}: {error}")
-        failed = [(rank, text) for rank, text in enumerate(words) if text is not None]
+        words: list[tuple[str | None, list[str]] | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(words, (None if error is None else f"{type(error).__name__}: {error}", [*names]))
+        told = [word for word in words if word is not None]
+        failed = [(rank, text) for rank, (text, _) in enumerate(told) if text is not None]
         if error is None and failed:
             raise CalibrationError(f"process {failed[0][0]} failed: {failed[0][1]}")
+        if error is None and any(others != told[0][1] for _, others in told):
+            raise CalibrationError("the processes have different quantizers enabled; enable the same in all")
     if error is not None:
         raise error
 

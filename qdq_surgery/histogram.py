@@ -2,7 +2,7 @@
 
 The grid depends on the data only through a power of two: equal bins over [0, 2^exponent), where 2^exponent is the
 first power above the largest magnitude. Such grids nest. When a larger value comes, bins are added up in pairs until
-the new range fits, and every count stays exact: the histogram of all data is the same whatever came first. (A grid
+the new range fits, and every count stays exact: the histogram of all values is the same whatever came first. (A grid
 that the first batch decides, as in pytorch-quantization 2.1.3, makes the result depend on the order of the data; and
 its counts, float32, stop at 2^24.)
 

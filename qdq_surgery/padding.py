@@ -210,6 +210,7 @@ class Padding:
     def __init__(self, qmodel: nn.Module, quantizers: Mapping[str, quant_nn.TensorQuantizer]) -> None:
         self._qmodel, self._quantizers = qmodel, quantizers
         self._axes: dict[str, Axes | str] = {}
+        self._known: dict[frozenset[tuple[str, int]], dict[str, Axes | str]] = {}
         self._tokens: Tensor | None = None
         self._memory: Tensor | None = None
         self._made: dict[Axes, Tensor | None] = {}
@@ -222,8 +223,13 @@ class Padding:
         """
         self._made = {}
         self._tokens, self._memory = _padded(batch, _MASK), _padded(batch, _MEMORY_MASK)
-        if not self._axes and (self._tokens is not None or self._memory is not None):
-            self._axes = find_axes(self._qmodel, self._quantizers, batch)
+        if self._tokens is None and self._memory is None:
+            return
+        # What a batch brings decides what is run: a decoder without encoder states has no cross-attention.
+        kind = frozenset((name, value.ndim) for name, value in batch.items() if isinstance(value, Tensor))
+        if kind not in self._known:
+            self._known[kind] = find_axes(self._qmodel, self._quantizers, batch)
+        self._axes = self._known[kind]
 
     def invalid(self, quantizer: str, shape: Iterable[int]) -> Tensor | None:
         """What does not count in the input of ``quantizer``: boolean, broadcasts to ``shape``; ``None`` if all counts.
@@ -234,6 +240,8 @@ class Padding:
         if self._tokens is None and self._memory is None:
             return None
         axes = self._axes[quantizer]
+        if axes == ():
+            axes = "it saw nothing when the batch was run in another size"
         if isinstance(axes, str):
             raise CalibrationError(
                 f"{quantizer}: padding cannot be told from text here, because {axes}; calibrate on batches without "

@@ -31,9 +31,6 @@ from qdq_surgery.spec import QuantSpec
 
 __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
 
-#: A learned range does not fall below this.
-_SMALLEST = 1e-6
-
 
 @dataclass(frozen=True)
 class Provenance:
@@ -85,12 +82,13 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     ) -> None:
         super().__init__(descriptor)
         self.spec, self.provenance = spec, provenance
+        self._learns = False
         # Follows .to(device): the place where a range that is loaded or computed later belongs.
         self.register_buffer("_anchor", torch.empty(0, device=device), persistent=False)
         if hasattr(self, "_amax"):  # the descriptor's own
             fixed = self._amax
             del self._amax
-            self._set_amax(fixed)
+            self.set_range(fixed)
         if type(self._calibrator) is calib.MaxCalibrator:
             self._calibrator = self.fresh_calibrator(histogram=False)
         elif type(self._calibrator) is calib.HistogramCalibrator:
@@ -106,7 +104,17 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         bins = None if self.spec is None else self.spec.calibrator.num_bins
         return HistogramCalibrator(self._num_bits, None, self._unsigned, *(() if bins is None else (bins,)))
 
-    def _set_amax(self, amax: Tensor) -> None:
+    @property
+    def enabled(self) -> bool:
+        """Whether it does anything."""
+        return not self._disabled
+
+    def set_range(self, amax: Tensor) -> None:
+        """Set ``amax``, of whatever shape; a range that is learned stays the same parameter if its shape does.
+
+        Raises:
+            ValueError: It is negative somewhere.
+        """
         amax = amax.detach()
         if not amax.is_meta and bool((amax < 0).any()):
             raise ValueError(f"a range cannot be negative, found {float(amax.min())}")
@@ -132,17 +140,18 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             raise TypeError(
                 f"amax has the shape {tuple(known.shape)}, found {tuple(amax.shape)}; call reset_amax() first"
             )
-        self._set_amax(amax)
+        self.set_range(amax)
 
     def reset_amax(self) -> None:
-        """Forget the range: it is found anew for each tensor."""
+        """Forget the range: it is found anew for each tensor, and not learned."""
+        self._learns = False
         if hasattr(self, "_amax"):
             del self._amax
 
     @property
     def learns(self) -> bool:
         """Whether the range is a parameter that training moves."""
-        return isinstance(self.amax, nn.Parameter)
+        return self._learns
 
     def learn_amax(self, learn: bool = True) -> None:
         """Make the range a parameter, or fix it again. Its name in a state dict stays.
@@ -155,13 +164,18 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             if learn:
                 raise CalibrationError(f"{self._name()} has no range to learn from: calibrate the model first")
             return
-        if learn == self.learns:
+        if learn == self._learns:
             return
+        self._learns = learn
         del self._amax
         if learn:
             self._amax = nn.Parameter(amax.detach().clone())
         else:
             self.register_buffer("_amax", amax.detach().clone())
+
+    def _learn_by_rule(self) -> None:
+        if self.spec is not None and self.spec.learn and self.amax is not None:
+            self.learn_amax()
 
     def _name(self) -> str:
         return "a quantizer" if self.provenance is None else self.provenance.quantizer
@@ -212,7 +226,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                     "enable_calib() and load_calib_amax(), or pass strict=False"
                 )
             amax = torch.tensor(math.nan)
-        self._set_amax(self.limited(torch.as_tensor(amax)))
+        self.set_range(self.limited(torch.as_tensor(amax)))
+        self._learn_by_rule()
 
     def limited(self, amax: Tensor) -> Tensor:
         """``amax``, or the spec's ``max_amax`` where that is less."""
@@ -256,9 +271,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                     f"{self._name()} has no range: calibrate the model before exporting it, or disable this quantizer"
                 )
             return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
-        if self.learns and torch.is_grad_enabled():
-            with torch.no_grad():
-                amax.clamp_(min=_SMALLEST)  # an optimizer knows of no limit
+        if self._learns and amax.requires_grad and torch.is_grad_enabled():
             return learned_fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
         if self.use_fb_fake_quant:
             return native_fake_quant(inputs, amax, self._num_bits, self._unsigned)
@@ -290,7 +303,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             if known is None or known.shape != loaded.shape:
                 learned = self.learns
                 self.reset_amax()
-                self._set_amax(torch.zeros(loaded.shape))
+                self.set_range(torch.zeros(loaded.shape))
                 self.learn_amax(learned)
         # pytorch-quantization's own version logs, and sends the range to a GPU.
         super(quant_nn.TensorQuantizer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -299,6 +312,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                 self._amax = nn.Parameter(self._amax.data.float())
             else:
                 self._amax = self._amax.float()
+        self._learn_by_rule()
 
 
 def make_quantizer(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import torch
@@ -23,6 +24,9 @@ START_BIN = 128
 
 #: Divergences that are closer than this are equal; sums of floats in another order differ by less.
 _TIE = 1e-12
+
+#: Entries of a table that are made at once.
+_BLOCK = 1 << 19
 
 
 def percentile_amax(counts: Tensor, edges: Tensor, percentile: float) -> float:
@@ -68,17 +72,18 @@ def entropy_amax(
     bins[0] = bins[1]
     levels = 1 << (num_bits - 1 + int(unsigned))
     candidates = torch.arange(start_bin, size + 1, stride)
-    bounds = _level_bounds(size, levels, start_bin, stride)
     inside, nonempty, own = _sums(bins), _sums((bins > 0).double()), _sums(torch.xlogy(bins, bins))
     total = inside[-1]
-    level_counts = inside[bounds].diff(dim=1)
-    means = level_counts / nonempty[bounds].diff(dim=1).clamp_(min=1)
     tail = total - inside[candidates]
     last = bins[candidates - 1]
     # Sum of p log p: the last bin holds the tail too.
     reference = own[candidates] - torch.xlogy(last, last) + torch.xlogy(last + tail, last + tail)
-    # Sum of p log q: p of a level is its counts, and the tail goes to the last level.
-    cross = torch.xlogy(level_counts, means).sum(1) + torch.xlogy(tail, means[:, -1])
+    cross = torch.empty_like(tail)
+    for part, bounds in _blocks(_level_bounds, len(candidates), levels, start_bin, stride):
+        level_counts = inside[bounds].diff(dim=1)
+        means = level_counts / nonempty[bounds].diff(dim=1).clamp_(min=1)
+        # Sum of p log q: p of a level is its counts, and the tail goes to the last level.
+        cross[part] = torch.xlogy(level_counts, means).sum(1) + torch.xlogy(tail[part], means[:, -1])
     divergence = (reference - cross) / total + (inside[candidates] / total).log()
     # A tail that falls into an empty bin is a value that the quantized distribution calls impossible.
     divergence[((last == 0) & (tail > 0)) | (inside[candidates] == 0)] = math.inf
@@ -115,10 +120,7 @@ def mse_amax(
     linear = torch.empty(len(candidates), dtype=torch.float64)
     square = torch.empty(len(candidates), dtype=torch.float64)
     odd = 2.0 * torch.arange(1, qmax + 1, dtype=torch.float64) - 1.0
-    rows = max(1, (1 << 20) // qmax)  # so that 16 bits fit into memory
-    for start in range(0, len(candidates), rows):
-        part = slice(start, start + rows)
-        bounds = _first_bins(start_bin + start * stride, min(start_bin + (start + rows) * stride, size), stride, qmax)
+    for part, bounds in _blocks(_first_bins, len(candidates), qmax, start_bin, stride):
         bounds = bounds.clamp(max=size)
         linear[part] = first[bounds].sum(1)
         square[part] = zeroth[bounds] @ odd
@@ -189,20 +191,33 @@ def _suffix_sums(values: Tensor) -> Tensor:
     return sums[-1] - sums
 
 
-@functools.lru_cache(maxsize=8)
-def _level_bounds(size: int, levels: int, start: int, stride: int) -> Tensor:
-    """(candidates, levels + 1): the first bin of each level when i bins are divided evenly, ceil(j i / levels)."""
-    candidates = torch.arange(start, size + 1, stride).unsqueeze(1)
+def _blocks(
+    table: Callable[[int, int, int, int], Tensor], count: int, columns: int, start: int, stride: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a table, a block at a time: which candidates, and their rows.
+
+    Blocks begin at the same candidates whatever the number of bins, so that all histograms share them.
+    """
+    rows = max(1, _BLOCK // columns)
+    for first in range(0, count, rows):
+        part = slice(first, min(first + rows, count))
+        yield part, table(start + first * stride, rows, stride, columns)[: part.stop - first]
+
+
+@functools.lru_cache(maxsize=4)
+def _level_bounds(start: int, rows: int, stride: int, levels: int) -> Tensor:
+    """(rows, levels + 1): the first bin of each level when i bins are divided evenly, ceil(j i / levels)."""
+    candidates = torch.arange(start, start + rows * stride, stride).unsqueeze(1)
     return (candidates * torch.arange(levels + 1) + (levels - 1)) // levels
 
 
-@functools.lru_cache(maxsize=64)
-def _first_bins(start: int, stop: int, stride: int, qmax: int) -> Tensor:
-    """(candidates, qmax): the first bin whose middle is rounded to the integer k = 1 .. qmax or higher.
+@functools.lru_cache(maxsize=4)
+def _first_bins(start: int, rows: int, stride: int, qmax: int) -> Tensor:
+    """(rows, qmax): the first bin whose middle is rounded to the integer k = 1 .. qmax or higher.
 
     With amax in the middle of bin i, bin b is rounded to qmax (2b + 1) / (2i + 1). That is never half-way between two
     integers: it would be k + 1/2 with 2 qmax (2b + 1) = (2k + 1) (2i + 1), even on the left and odd on the right.
     """
-    candidates = torch.arange(start, stop, stride).unsqueeze(1)
+    candidates = torch.arange(start, start + rows * stride, stride).unsqueeze(1)
     odd = 2 * torch.arange(1, qmax + 1) - 1
     return (odd * (2 * candidates + 1) + 2 * qmax) // (4 * qmax)

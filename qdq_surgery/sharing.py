@@ -18,7 +18,7 @@ def share_ranges(rules: RuleSet, sites: Sequence[Site]) -> tuple[tuple[str, ...]
     have a quantizer in common are one.
 
     Raises:
-        MatchError: An entry that is not optional finds nothing to share.
+        MatchError: An entry that is not optional finds nothing to share, or one names a learned range.
     """
     groups: list[set[str]] = []
     for entry in rules.share:
@@ -32,6 +32,13 @@ def share_ranges(rules: RuleSet, sites: Sequence[Site]) -> tuple[tuple[str, ...]
             raise MatchError(
                 f"{entry.source + ': ' if entry.source else ''}a share entry finds no two quantizers in one block "
                 f"({entry.why}); correct its sites, rules or scope, or mark it optional: true"
+            )
+        learns = {site.quantizer for site in sites if site.spec is not None and site.spec.learn}
+        learned = {name for group in found for name in group if name in learns}
+        if learned:
+            raise MatchError(
+                f"{entry.source + ': ' if entry.source else ''}a share entry names {min(learned)}, whose range is "
+                "learned: learned ranges part; remove learn: true from its spec, or exclude it from sharing"
             )
         for group in found:
             touching = [other for other in groups if other & group]

@@ -50,7 +50,7 @@ class CalibratorSpec:
     Attributes:
         name: One of :data:`CALIBRATORS`.
         percentile: In percent, (0, 100]; only for ``percentile``.
-        num_bins: Bins of the first batch's histogram; only for the histogram methods.
+        num_bins: How many bins at least lie between 0 and the largest magnitude; only for the histogram methods.
     """
 
     name: str = "max"

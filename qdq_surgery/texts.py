@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from qdq_surgery.errors import CalibrationError, ModelError
 
@@ -50,7 +51,24 @@ def text_batches(folder: str | Path, texts: Sequence[str], rows: int, length: in
         reason = str(error).strip().splitlines()
         raise ModelError(f"{folder} has no tokenizer: {reason[0] if reason else type(error).__name__}") from error
     ordered = sorted(texts, key=len)
-    return [
-        dict(tokenizer(ordered[i : i + rows], padding=True, truncation=True, max_length=length, return_tensors="pt"))
-        for i in range(0, len(ordered), rows)
-    ]
+    length = min(length, tokenizer.model_max_length, _positions(folder))
+    try:
+        return [
+            dict(
+                tokenizer(ordered[i : i + rows], padding=True, truncation=True, max_length=length, return_tensors="pt")
+            )
+            for i in range(0, len(ordered), rows)
+        ]
+    except ValueError as error:  # no padding token, above all
+        raise ModelError(f"the tokenizer of {folder} cannot make batches: {str(error).splitlines()[0]}") from error
+
+
+def _positions(folder: str | Path) -> int:
+    """How many tokens the model takes."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return sys.maxsize
+    # RoBERTa and its kin begin to count behind the padding token.
+    counts_on = config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "mpnet")
+    return positions - config.pad_token_id - 1 if counts_on else positions

@@ -24,16 +24,22 @@ _IGNORED_LABEL = -100
 
 
 def distillation_loss(
-    student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float = 2.0, counted: Tensor | None = None
+    student: Mapping[str, Any],
+    teacher: Mapping[str, Any],
+    temperature: float = 2.0,
+    counted: Tensor | None = None,
+    problem_type: str | None = None,
 ) -> Tensor:
     """How far the student's scores are from the teacher's (Hinton et al., arXiv 1503.02531).
 
-    The cross entropy of both softmaxes at ``temperature``, less the teacher's own, times its square; the mean over
-    rows (and tokens) and over all outputs that are scores.
+    The divergence of both softmaxes at ``temperature``, times its square; of single values their squared difference; of
+    many labels at once the divergence of each label's sigmoid. The mean over rows (and tokens) and over all outputs
+    that are scores.
 
     Args:
         student, teacher: What the models return.
         counted: (rows,) or (rows, tokens), where scores of that shape count; all if left out.
+        problem_type: As the model's config has it; ``multi_label_classification`` and ``regression`` are told apart.
 
     Raises:
         ModelError: They have no scores in common.
@@ -43,12 +49,14 @@ def distillation_loss(
         mine, theirs = student.get(name), teacher.get(name)
         if mine is None or theirs is None:
             continue
-        divergence = functional.kl_div(
-            (mine.float() / temperature).log_softmax(-1),
-            (theirs.float() / temperature).log_softmax(-1),
-            reduction="none",
-            log_target=True,
-        ).sum(-1)
+        mine, theirs = mine.float(), theirs.float()
+        if mine.shape[-1] == 1 or problem_type == "regression":
+            divergence = (mine - theirs).square().mean(-1) / temperature**2  # a value has no temperature
+        elif problem_type == "multi_label_classification":
+            pairs = [torch.stack([scores, -scores], -1) / temperature for scores in (mine, theirs)]
+            divergence = _divergence(*(functional.logsigmoid(pair) for pair in pairs)).mean(-1)
+        else:
+            divergence = _divergence(*((scores / temperature).log_softmax(-1) for scores in (mine, theirs)))
         if counted is not None and counted.shape == divergence.shape:
             divergence = divergence[counted]
         losses.append(divergence.mean())
@@ -57,12 +65,17 @@ def distillation_loss(
     return torch.stack(losses).mean() * temperature**2
 
 
+def _divergence(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Kullback-Leibler, of logarithms of probabilities over the last axis."""
+    return functional.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
+
+
 class QATTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that knows about quantizers; everything else is as in transformers.
 
-    Losses are means over a batch, and a step of accumulated batches is that of one large batch. A converted model must
-    be calibrated: its ranges stay fixed while it is trained, or are learned without weight decay
-    where :func:`~qdq_surgery.learn_ranges` or a rule's ``learn: true`` says so.
+    Losses are means over a batch, and a step of accumulated batches takes their mean: that of one large batch where all
+    have as many labels. A converted model must be calibrated: its ranges stay fixed while it is trained, or are
+    learned, without weight decay, where :func:`~qdq_surgery.learn_ranges` or a rule's ``learn: true`` says so.
 
     Args:
         *args, **kwargs: As for ``transformers.Trainer``.
@@ -72,7 +85,8 @@ class QATTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         CalibrationError: A quantizer has no range.
-        ValueError: The temperature or the weight is out of range.
+        ModelError: The teacher is the model itself, or quantized.
+        ValueError: The temperature or the weight is out of range, or there is a ``compute_loss_func`` beside a teacher.
     """
 
     def __init__(
@@ -91,10 +105,16 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         # A model that takes any keyword passes for one that divides its loss by the number of accumulated items. BERT's
         # heads do not, and an accumulated step would be too large. So losses are means, and Trainer divides.
         self.model_accepts_loss_kwargs = False
-        self._teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        if teacher is not None:
+            if kwargs.get("compute_loss_func") is not None:
+                raise ValueError("compute_loss_func and teacher both say what the loss is; give one of them")
+            if teacher is self.model or quantizers(teacher):
+                raise ModelError("the teacher has to be a float model of its own; load it again")
+            teacher.to(self.args.device)
+        self._teacher = teacher
         self._temperature, self._distill_weight = temperature, distill_weight
         for name, quantizer in quantizers(self.model).items():
-            if quantizer.amax is None and not quantizer._disabled:
+            if quantizer.amax is None and quantizer.enabled:
                 raise CalibrationError(
                     f"{name} has no range, so every batch would be quantized on a grid of its own: calibrate the model "
                     "before it is trained"
@@ -106,12 +126,25 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         """The loss of the labels, mixed with that of the teacher."""
         if self._teacher is None:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        counted = _counted(inputs)  # now: smoothing takes the labels out
+        inside = {name: value for name, value in inputs.items() if "label" not in name}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        with torch.no_grad():
-            wanted = self._teacher(**{name: value for name, value in inputs.items() if "label" not in name})
-        distilled = distillation_loss(outputs, wanted, self._temperature, _counted(inputs))
+        wanted = self._wanted(inside)
+        problem_type = getattr(self._teacher.config, "problem_type", None)
+        distilled = distillation_loss(outputs, wanted, self._temperature, counted, problem_type)
         mixed = (1.0 - self._distill_weight) * loss + self._distill_weight * distilled
         return (mixed, outputs) if return_outputs else mixed
+
+    def _wanted(self, inputs: dict[str, Any]) -> Any:
+        """What the teacher says, in eval mode; afterwards it is as it was."""
+        assert self._teacher is not None
+        mode = self._teacher.training
+        self._teacher.eval()
+        try:
+            with torch.no_grad():
+                return self._teacher(**inputs)
+        finally:
+            self._teacher.train(mode)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The parameters with weight decay: those of transformers, but no range."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from qdq_surgery.calibrate import share_ranges_found, weight_range
 from qdq_surgery.collect import unwrapped, weight_quantizers
-from qdq_surgery.convert import quantizers
+from qdq_surgery.convert import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 
 __all__ = ["fix_ranges", "learn_ranges", "recalibrate_weights"]
@@ -14,6 +14,8 @@ __all__ = ["fix_ranges", "learn_ranges", "recalibrate_weights"]
 
 def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Parameter]:
     """Let training move the ranges on from where calibration put them (LSQ, arXiv 1902.08153).
+
+    Ranges that quantizers share stay fixed: learned ones would part.
 
     Args:
         qmodel: A calibrated model. An optimizer that exists already does not know the new parameters.
@@ -27,8 +29,9 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
         ModelError: The model is not converted.
     """
     model = unwrapped(qmodel)
-    kept = set() if weights else set(weight_quantizers(model))
-    chosen = {name: each for name, each in quantizers(model).items() if name not in kept and not each._disabled}
+    kept = {name for group in plan_of(model).shared for name in group}
+    kept |= set() if weights else set(weight_quantizers(model))
+    chosen = {name: each for name, each in quantizers(model).items() if name not in kept and each.enabled}
     for name, each in chosen.items():
         if each.amax is None:
             raise CalibrationError(f"{name} has no range to learn from: calibrate the model first")
@@ -65,4 +68,4 @@ def recalibrate_weights(qmodel: nn.Module) -> None:
     }
     share_ranges_found(model, found)
     for quantizer, amax, _ in found.values():
-        quantizer._set_amax(amax)
+        quantizer.set_range(amax)

@@ -38,7 +38,7 @@ from run_ner import NamedEntities
 from run_qa import QuestionAnswering
 from tasks.features import Collator, Feature, calibration_batches
 from tasks.generate import generate
-from tasks.models import Head, load, load_tokenizer
+from tasks.models import Head, label_order, load, load_tokenizer
 from tasks.options import Options, parse
 from tasks.prediction import predict
 from tasks.task import Task
@@ -75,7 +75,7 @@ TASKS = {
 }
 
 #: QAT against the float model: share of the steps, share of the learning rate.
-QAT_SCHEDULE, QAT_RATE = 0.1, 0.5
+QAT_SCHEDULE, QAT_RATE = 0.1, 1 / 3
 #: Ranges that QAT starts from.
 QAT_START: tuple[str, float | None] = ("max", None)
 
@@ -103,7 +103,7 @@ class Bench:
         arguments += ["--num_train_epochs", str(recipe.epochs), "--per_device_train_batch_size", str(recipe.batch)]
         self.options: Options = parse("", arguments, answers=name == "qa")
         examples, self.held_out = (self.task.read(file) for file in files)
-        head = Head(self.task.head, tuple(sorted(self.task.labels([*examples, *self.held_out]))))
+        head = Head(self.task.head, label_order(self.task.labels([*examples, *self.held_out])))
         set_seed(seed)
         self.model, _ = load(model, head)
         tokenizer = load_tokenizer(model, words=self.task.words)
@@ -145,7 +145,9 @@ class Bench:
             learning_rate=self.options.learning_rate * QAT_RATE,
             max_steps=steps,
             lr_scheduler_type="cosine",
-            distill_weight=0.9,
+            disable_dropout=True,
+            distill_weight=1.0,
+            distill_temperature=4.0,
         )
         _, seconds = train(qmodel, self.training, self.collator, options, copy.deepcopy(self.model))
         return {"QAT, quantized": self.score(qmodel), "QAT steps": steps, "QAT seconds": seconds}
@@ -220,6 +222,8 @@ def main() -> None:
         found = json.loads(arguments.output.read_text(encoding="utf-8"))
     for task in arguments.tasks:
         for seed in arguments.seeds if task != "embedding" else [0]:
+            if str(seed) in found.get(task, {}):
+                continue
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 figures = embedding(model) if task == "embedding" else Bench(task, model, Path(folder), seed).run()

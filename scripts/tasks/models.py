@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.folder import RULES_NAME, load_model, save_model
 from tasks.errors import OptionError
 
-__all__ = ["Head", "load", "load_teacher", "load_tokenizer", "save"]
+__all__ = ["Head", "label_order", "load", "load_teacher", "load_tokenizer", "save"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class Head:
 
     ending: str
     labels: tuple[str, ...] = ()
+
+
+def label_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes by their number: numbers by their value, words by the alphabet."""
+    found = set(labels)
+    return tuple(sorted(found, key=int) if all(label.isdecimal() for label in found) else sorted(found))
 
 
 def load_tokenizer(folder: Path, *, words: bool) -> Any:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CALIBRATORS", "Options", "parse"]
+from qdq_surgery.calibrator import METHODS
 
-CALIBRATORS = ("max", "percentile", "entropy", "mse", "best")
+__all__ = ["Options", "parse"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class Options:
     n_best_size: int
     max_answer_length: int
     fp32: bool
-    rules: str
+    rules: str | None
     do_calib: bool
-    calibrator: str
-    percentile: float
+    calibrator: str | None
+    percentile: float | None
     num_calib_batch: int
     do_train: bool
     learn_ranges: bool
+    disable_dropout: bool
     teacher: Path | None
     distill_temperature: float
     distill_weight: float
@@ -98,9 +99,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantization")
     group.add_argument("--fp32", action="store_true", help="no quantizers: the float model, for comparison")
-    group.add_argument("--rules", default="qdqbert", help="name of a shipped rule set, or a rule file")
-    group.add_argument("--calibrator", choices=CALIBRATORS, default="percentile", help="how ranges are found")
-    group.add_argument("--percentile", type=float, default=99.99, help="for --calibrator percentile")
+    group.add_argument("--rules", help="name of a shipped rule set, or a rule file; qdqbert if left out")
+    group.add_argument("--calibrator", choices=METHODS, help="how ranges are found; each by its rule if left out")
+    group.add_argument("--percentile", type=float, help="for --calibrator percentile; 99.99 if left out")
     group.add_argument("--num_calib_batch", type=_count, default=16, help="of the training batch size")
     group.add_argument("--learn_ranges", action="store_true", help="train the ranges, too")
     group.add_argument("--teacher", type=Path, help="folder of a float model with the same head to learn from")
@@ -118,6 +119,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--per_device_eval_batch_size", type=_count, default=32, help="of evaluation")
     group.add_argument("--gradient_accumulation_steps", type=_count, default=1, help="batches for one step")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--disable_dropout", action="store_true", help="train without, as suits a short QAT")
     group.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
     group.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps that warm up")
     group.add_argument("--lr_scheduler_type", default="linear", help="as transformers names it")
@@ -150,7 +152,18 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     for option in ("do_calib", "learn_ranges"):
         if given.fp32 and getattr(given, option):
             parser.error(f"--{option} is about quantizers, and with --fp32 there are none; leave one of them out")
-    if not 0 < given.percentile <= 100:
+    for option, wanted in (
+        ("learn_ranges", "do_train"),
+        ("disable_dropout", "do_train"),
+        ("teacher", "do_train"),
+        ("calibrator", "do_calib"),
+        ("percentile", "do_calib"),
+    ):
+        if getattr(given, option) and not getattr(given, wanted):
+            parser.error(f"--{option} says how to --{wanted}, which is not asked for; add it, or leave both out")
+    if given.percentile is not None and given.calibrator != "percentile":
+        parser.error("--percentile goes with --calibrator percentile")
+    if given.percentile is not None and not 0 < given.percentile <= 100:
         parser.error(f"--percentile {given.percentile} is no percentage: give more than 0 and at most 100")
     if not 0 <= given.warmup_ratio < 1:
         parser.error(f"--warmup_ratio {given.warmup_ratio} is no share of the steps: give 0 or more and less than 1")

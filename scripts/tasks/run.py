@@ -21,7 +21,7 @@ import qdq_surgery as qs
 from qdq_surgery.folder import RULES_NAME
 from tasks.errors import OptionError
 from tasks.features import Collator, Feature, calibration_batches
-from tasks.models import Head, load, load_teacher, load_tokenizer, save
+from tasks.models import Head, label_order, load, load_teacher, load_tokenizer, save
 from tasks.onnx_file import OPSET, export
 from tasks.options import Options
 from tasks.prediction import predict
@@ -66,8 +66,10 @@ def run(task: Task[Example], options: Options) -> dict[str, float]:
     set_seed(options.seed)
     train_examples = _read(task, options.train_file, options.do_calib or options.do_train or options.save_onnx)
     held_out = _read(task, options.validation_file, options.do_eval or options.save_onnx)
-    head = Head(task.head, tuple(sorted(task.labels([*train_examples, *held_out]))))
+    head = Head(task.head, label_order(task.labels([*train_examples, *held_out])))
     model = _load(options, head, console)
+    if head.labels:
+        console.print(f"labels by number: {', '.join(map(str, model.config.id2label.values()))}")
     tokenizer = load_tokenizer(options.tokenizer_name, words=task.words)
     _check_length(model, options)
     labels = model.config.label2id
@@ -135,11 +137,17 @@ def _prepare(
     """Convert and calibrate as far as that is asked for and not done; says whether the model is quantized."""
     if options.fp32:
         return False
-    if not (options.model_name_or_path / RULES_NAME).is_file():
-        start = time.perf_counter()
-        qs.convert(model, rules=options.rules, inplace=True)
+    if (options.model_name_or_path / RULES_NAME).is_file():
+        if options.rules is not None:
+            raise OptionError(
+                f"{options.model_name_or_path} is converted already, by its own rules; leave --rules out, or start "
+                "from the float model"
+            )
+    else:
+        start, rules = time.perf_counter(), options.rules or "qdqbert"
+        qs.convert(model, rules=rules, inplace=True)
         seconds = time.perf_counter() - start
-        console.print(f"converted by {options.rules}: {len(qs.quantizers(model))} quantizers in {seconds:.1f} s")
+        console.print(f"converted by {rules}: {len(qs.quantizers(model))} quantizers in {seconds:.1f} s")
     if options.do_calib:
         _calibrate(model, features, collator, options, console)
     _check_ranges(model, options)
@@ -160,10 +168,8 @@ def _calibrate(
             device=model.device,
         )
     )[processes.process_index :: processes.num_processes]  # calibrate() brings the shares together
-    start, method = time.perf_counter(), options.calibrator
-    found = qs.calibrate(
-        model.eval(), batches, method=method, percentile=options.percentile if method == "percentile" else None
-    )
+    start = time.perf_counter()
+    found = qs.calibrate(model.eval(), batches, method=options.calibrator, percentile=options.percentile)
     seconds = time.perf_counter() - start
     console.print(
         f"calibrated by {found.method}: {len(found.ranges)} ranges from {found.tokens} tokens in {seconds:.1f} s"

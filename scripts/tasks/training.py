@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from qdq_surgery.errors import ModelError
@@ -46,8 +48,22 @@ def train(
         distill_weight=options.distill_weight,
     )
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint(options))
+    with _without_dropout(model, options.disable_dropout):
+        trainer.train(resume_from_checkpoint=_checkpoint(options))
     return trainer.state.global_step, time.perf_counter() - start
+
+
+@contextmanager
+def _without_dropout(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    layers = [module for module in model.modules() if wanted and isinstance(module, nn.Dropout)]
+    before = [layer.p for layer in layers]
+    try:
+        for layer in layers:
+            layer.p = 0.0
+        yield
+    finally:
+        for layer, p in zip(layers, before, strict=True):
+            layer.p = p
 
 
 def _arguments(options: Options) -> TrainingArguments:
