@@ -85,7 +85,7 @@ class Calibration(Rendered):
         ranges, found = [], quantizers(qmodel)
         for each in self.ranges:
             amax = found[each.quantizer].amax
-            top = each.amax if amax is None else float(amax.max())
+            top = each.amax if amax is None else float(amax.detach().max())
             moved = replace(each, amax=top, method=f"{each.method}, trained", error=None)
             ranges.append(each if top == each.amax else moved)
         return replace(self, ranges=tuple(ranges))

@@ -13,6 +13,7 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE, Calibration
 from qdq_surgery.convert import convert, plan_of, quantizers
@@ -53,16 +54,21 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         raise ModelError(f"{folder} has no config.json; give a folder that model.save_pretrained(...) wrote")
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise ModelError(f"{folder} has no weights (*.safetensors); save the model there with save_pretrained")
+    rules = path / RULES_NAME
+    before = transformers_logging.get_verbosity()
     try:
         kind = _model_class(path)
+        if rules.is_file():  # it would report every range as a weight that it does not expect
+            transformers_logging.set_verbosity_error()
         loaded = kind.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except ModelError:
         raise
     except Exception as error:  # whatever a damaged folder makes of transformers, torch and safetensors
         reason = str(error).strip().splitlines()
         raise ModelError(f"{folder} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
+    finally:
+        transformers_logging.set_verbosity(before)
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
-    rules = path / RULES_NAME
     _check_weights(folder, type(model).__name__, info, converted=rules.is_file())
     model.eval()
     return _with_quantizers(model, path, rules) if rules.is_file() else model

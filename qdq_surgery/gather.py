@@ -23,7 +23,7 @@ def _alone() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
-def agree(error: BaseException | None, names: Sequence[str]) -> None:
+def agree(error: BaseException | None, names: Sequence[str] = ()) -> None:
     """Go on only if no process has an error and all collect for the same quantizers.
 
     Raises:

@@ -32,9 +32,6 @@ __all__ = ["exporting_to_onnx", "fake_quant", "learned_fake_quant", "native_fake
 #: An amax up to the smallest positive float16 counts as 0: everything is quantized to 0.
 _EPSILON = 1.0 / (1 << 24)
 
-#: A learned range does not fall below this.
-_SMALLEST = 1e-6
-
 
 def fake_quant(
     inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
@@ -192,7 +189,6 @@ def _inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
 class _LearnedFakeQuant(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
-        amax = amax.float().clamp(min=_SMALLEST)  # an optimizer knows of no limit
         ctx.save_for_backward(inputs, amax)
         ctx.grid = num_bits, unsigned, narrow_range
         return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
@@ -206,7 +202,7 @@ class _LearnedFakeQuant(torch.autograd.Function):
         steps = work * (qmax / amax)
         integers = steps.round().clamp_(qmin, qmax)
         # Inside the grid the step's gradient is the rounding error, outside it is the grid's end (in steps).
-        slope = torch.where(work.abs() <= amax, integers - steps, integers).mul_(gradient)
+        slope = torch.where((steps >= qmin) & (work <= amax), integers - steps, integers).mul_(gradient)
         total = slope.sum_to_size(amax.shape)
         weight = 1.0 / (qmax * math.sqrt(qmax * inputs.numel() / amax.numel()))
         return _inside(gradient, inputs, amax), total * weight, None, None, None

@@ -31,6 +31,9 @@ from qdq_surgery.spec import QuantSpec
 
 __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
 
+#: A learned range does not fall below this.
+_SMALLEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -272,6 +275,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                 )
             return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
         if self._learns and amax.requires_grad and torch.is_grad_enabled():
+            # An optimizer knows of no limit. (Through .data: a layer that runs twice has saved the range by then.)
+            amax.data.clamp_(min=_SMALLEST)
             return learned_fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
         if self.use_fb_fake_quant:
             return native_fake_quant(inputs, amax, self._num_bits, self._unsigned)

@@ -161,7 +161,7 @@ GOOD: Batch = {"input_ids": ids_of(2), "attention_mask": torch.tensor([[1] * 8, 
 PASSES: dict[str, tuple[Callable[[], Any], type[BaseException] | None]] = {
     "through": (lambda: [GOOD, GOOD], None),
     "bad-batch": (lambda: [GOOD, {"input_ids": ids_of(2), "attention_mask": torch.ones(2, 3)}], CalibrationError),
-    "token-too-large": (lambda: [GOOD, {"input_ids": torch.full((2, 8), 1000)}], IndexError),
+    "token-too-large": (lambda: [GOOD, {"input_ids": torch.full((2, 8), 1000)}], CalibrationError),
     "interrupted": (lambda: Interrupting([GOOD], KeyboardInterrupt()), KeyboardInterrupt),
     "generator-raises": (lambda: generator_that_raises([GOOD]), OSError),
     "interrupted-first": (lambda: Interrupting([], KeyboardInterrupt()), KeyboardInterrupt),
