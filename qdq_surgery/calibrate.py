@@ -120,8 +120,8 @@ def calibrate(
         batches: Dicts of the model's arguments; or what :func:`~qdq_surgery.collect.collect` made of them.
         method: For all activations with one range per tensor: ``max``, ``percentile``, ``entropy``, ``mse``, or
             ``best``: of max, 99.9, 99.99, 99.999 %, entropy and mse, the one with the smallest squared quantization
-            error. Left out, each by its rule; rules that leave it open mean ``max``. Weights are always found by their
-            rule, from the weights as they are now.
+            error. Left out, each by its rule; rules that leave it open mean ``max``, or 99.99 % where the default
+            descriptor asks for a histogram. Weights are always found by their rule, from the weights as they are now.
         percentile: In percent, with ``method="percentile"``; 99.99 if left out.
 
     Returns:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from absl import logging as absl_logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_quantization import calib
@@ -733,7 +734,12 @@ def test_nothing_is_logged(
 
 
 def test_pytorch_quantization_is_heard_by_that_test(caplog: pytest.LogCaptureFixture) -> None:
-    life_of(real(), ())
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.INFO)  # what runs as a program has turned it down
+    try:
+        life_of(real(), ())
+    finally:
+        absl_logging.set_verbosity(before)
     assert {record.name for record in caplog.records} == {"absl"}
     assert any("Load calibrated amax" in record.getMessage() for record in caplog.records)
 

@@ -190,7 +190,7 @@ def test_data_with_other_labels_is_refused(places: dict[str, Place]) -> None:
     other = place.folder / "other.txt"
     other.write_text(path.read_text().replace("PER", "HUMAN"))
     given = f"--model_name_or_path {place.folder / 'tagger'} --output_dir {place.folder / 'o'} --fp32 --do_eval"
-    with pytest.raises(SystemExit, match=r"and the data has \['B-HUMAN', 'I-HUMAN'\] beside them"):
+    with pytest.raises(SystemExit, match=r"and the data has \['B-HUMAN'.* beside them"):
         run_ner.main([*given.split(), "--validation_file", str(other)])
 
 
@@ -225,7 +225,7 @@ def test_two_processes_calibrate_like_one(places: dict[str, Place]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("calibrated by percentile(99.99%)") == 1  # only one process speaks
+    assert done.stdout.count("calibrated by the rules' methods") == 1  # only one process speaks
     assert scores(place.folder / "both")["examples"] == 9
     ranges = [load_file(folder / "model.safetensors") for folder in (alone, place.folder / "both")]
     names = [name for name in ranges[0] if name.endswith("_quantizer._amax")]

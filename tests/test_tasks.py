@@ -307,7 +307,7 @@ def test_the_best_answer_comes_from_the_best_window() -> None:
 
 
 def test_tags_go_to_first_pieces_and_back(tokenizer: Any) -> None:
-    sentences = [Tagged(("Firm", "bridgexyz", "is"), ("B-ORG", "I-ORG", "O"))]
+    sentences = [Tagged(("Firm", "bridge-works", "is"), ("B-ORG", "I-ORG", "O"))]
     labels = {"O": 0, "B-ORG": 1, "I-ORG": 2}
     (feature,) = tag_features(sentences, tokenizer, labels, 128)
     targets = feature.targets["labels"]
