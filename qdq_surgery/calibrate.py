@@ -183,14 +183,11 @@ def _percentile(method: str, percentile: float | None) -> float | None:
 def _own_method(quantizer: TensorQuantizer) -> CalibratorSpec:
     spec = quantizer.spec
     if spec is not None:
-        calibrator = spec.calibrator
-        if calibrator.name == "percentile" and calibrator.percentile is None:
-            return replace(calibrator, percentile=DEFAULT_PERCENTILE)
-        return CalibratorSpec("max") if calibrator.name == "histogram" else calibrator
+        return CalibratorSpec("max") if spec.calibrator.name == "histogram" else spec.calibrator
     # A default descriptor says at most that there is to be a histogram, and pytorch-quantization's own default with one
     # is a percentile.
     if isinstance(quantizer._calibrator, HistogramCalibrator):
-        return CalibratorSpec("percentile", DEFAULT_PERCENTILE)
+        return CalibratorSpec("percentile")
     return CalibratorSpec("max")
 
 
@@ -230,9 +227,8 @@ def _activation_range(
         raise CalibrationError(
             f"the statistics have no histogram of {name}, which {calibrator} needs; collect with histograms=True"
         )
-    percentile = DEFAULT_PERCENTILE if calibrator.percentile is None else calibrator.percentile
     grid = quantizer._num_bits, quantizer._unsigned
-    value, words = choose(seen.histogram, calibrator.name, percentile, *grid)
+    value, words = choose(seen.histogram, calibrator.name, calibrator.percentile, *grid)
     amax, words = _limited(quantizer, torch.tensor(value), words)
     return amax, Range(name, words, float(amax), relative_error(*seen.histogram.table(), float(amax), *grid))
 
@@ -259,16 +255,15 @@ def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor) -> tuple
     else:
         calibrator = quantizer.fresh_calibrator(histogram=method.name != "max")
     calibrator.collect(weight.detach())
-    percentile = DEFAULT_PERCENTILE if method.percentile is None else method.percentile
-    if isinstance(calibrator, HistogramCalibrator):
-        amax = calibrator.compute_amax(method.name, percentile=percentile)
-    else:
-        amax = calibrator.compute_amax()
-    words = "max" if isinstance(calibrator, MaxCalibrator) else str(method)
-    if isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is not None:
-        _, words = choose(calibrator.histogram, method.name, percentile, quantizer._num_bits, quantizer._unsigned)
-    if amax is None or not bool(amax.isfinite().all()):
+    if not bool(weight.isfinite().all()):
         raise CalibrationError(f"{name}: the weight has a NaN or an infinite value")
+    if isinstance(calibrator, HistogramCalibrator):
+        assert calibrator.histogram is not None
+        grid = quantizer._num_bits, quantizer._unsigned
+        value, words = choose(calibrator.histogram, method.name, method.percentile, *grid)
+        amax = torch.tensor(value)
+    else:
+        amax, words = calibrator.compute_amax(), "max" if isinstance(calibrator, MaxCalibrator) else str(method)
     amax, words = _limited(quantizer, amax, words)
     return amax, Range(name, words, float(amax.max()))
 

@@ -28,6 +28,7 @@ from qdq_surgery.ranges import (
     percentile_amax,
     relative_error,
 )
+from qdq_surgery.spec import CALIBRATORS
 
 __all__ = [
     "DEFAULT_PERCENTILE",
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 #: How a range can be chosen. ``best`` is the one of the others whose quantization error is smallest.
-METHODS = ("max", "percentile", "entropy", "mse", "best")
+METHODS = tuple(name for name in CALIBRATORS if name != "histogram")
 
 DEFAULT_PERCENTILE = 99.99
 
@@ -247,13 +248,16 @@ class ChannelMseCalibrator(_Calibrator):  # type: ignore[misc]
 def choose(
     histogram: Histogram,
     method: str,
-    percentile: float = DEFAULT_PERCENTILE,
+    percentile: float | None = None,
     num_bits: int = 8,
     unsigned: bool = False,
     start_bin: int = START_BIN,
     stride: int = 1,
 ) -> tuple[float, str]:
     """The range by one method, and the method in words; of ``best``, the one that it took.
+
+    Args:
+        percentile: In percent, for that method; :data:`DEFAULT_PERCENTILE` if left out.
 
     Raises:
         CalibrationError: There was a NaN or an infinite value.
@@ -273,7 +277,7 @@ def choose(
         if name == "max":
             amax = top
         elif name == "percentile":
-            assert percent is not None
+            percent = DEFAULT_PERCENTILE if percent is None else percent
             amax = percentile_amax(counts, edges, percent)
         else:
             compute = entropy_amax if name == "entropy" else mse_amax

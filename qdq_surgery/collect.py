@@ -222,10 +222,10 @@ def _run(
             )
         try:
             _check_names(model, batch)
-            inputs = trimmed(checked_examples(model, batch), chunk_size(model))
+            inputs = trimmed(checked_examples(model, batch, "it"), chunk_size(model))
             watch.padding.begin(inputs)
         except (ModelError, CalibrationError) as error:
-            raise CalibrationError(f"batch {index}: {str(error).replace('example_inputs', 'it')}") from None
+            raise CalibrationError(f"batch {index}: {error}") from None
         watch.seen.clear()
         try:
             model(**inputs)
@@ -287,8 +287,9 @@ def _gathered(watched: Mapping[str, TensorQuantizer], device: torch.device) -> d
         name: (histogram, histogram.amax) for name, histogram in gather_histograms(found, device).items()
     }
     both.update({name: (None, amax) for name, amax in gather_maxima(maxima, device).items()})
-    return {
-        name: Seen(*both[name], quantizer._num_bits, quantizer._unsigned)
-        for name, quantizer in watched.items()
-        if name in both and (both[name][0] is None or both[name][0].total > 0)  # type: ignore[union-attr]
-    }
+    seen = {}
+    for name, quantizer in watched.items():
+        histogram, top = both.get(name, (None, None))
+        if top is not None and (histogram is None or histogram.total > 0):
+            seen[name] = Seen(histogram, top, quantizer._num_bits, quantizer._unsigned)
+    return seen

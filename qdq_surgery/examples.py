@@ -68,21 +68,24 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     return {name: value for name, value in inputs.items() if open_ended or name in names}
 
 
-def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's example inputs, on the model's device.
+def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any], what: str = "example_inputs") -> dict[str, Any]:
+    """The user's inputs, on the model's device.
+
+    Args:
+        what: How a message calls them.
 
     Raises:
         ModelError: They are no mapping from argument names, or name an argument that the model does not have.
     """
     if not isinstance(inputs, Mapping):
         raise ModelError(
-            f"example_inputs is a {type(inputs).__name__}; pass a dict such as tokenizer(text, return_tensors='pt')"
+            f"{what} is a {type(inputs).__name__}; pass a dict such as tokenizer(text, return_tensors='pt')"
         )
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in inputs:
         if name not in parameters and not open_ended:
-            raise ModelError(f"example_inputs has '{name}', which {type(model).__name__}.forward does not take")
+            raise ModelError(f"{what} has '{name}', which {type(model).__name__}.forward does not take")
     made = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
