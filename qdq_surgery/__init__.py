@@ -9,11 +9,13 @@ print(qs.diff(model, qmodel))
 from qdq_surgery.calibrate import Calibration, calibrate
 from qdq_surgery.collect import Statistics, collect
 from qdq_surgery.convert import convert, plan, quantization_disabled, quantizers
+from qdq_surgery.deploy.export import Export, export_onnx
 from qdq_surgery.diff import Diff, diff
 from qdq_surgery.errors import (
     AlreadyConvertedError,
     AttentionBypassError,
     CalibrationError,
+    ExportError,
     MatchError,
     ModelError,
     QdqSurgeryError,
@@ -35,6 +37,8 @@ __all__ = [
     "CalibrationError",
     "Diff",
     "Explanation",
+    "Export",
+    "ExportError",
     "MatchError",
     "ModelError",
     "Plan",
@@ -52,6 +56,7 @@ __all__ = [
     "convert",
     "diff",
     "explain",
+    "export_onnx",
     "fix_ranges",
     "learn_ranges",
     "load_rules",

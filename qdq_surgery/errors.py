@@ -8,6 +8,7 @@ __all__ = [
     "AlreadyConvertedError",
     "AttentionBypassError",
     "CalibrationError",
+    "ExportError",
     "MatchError",
     "ModelError",
     "QdqSurgeryError",
@@ -74,3 +75,7 @@ class AttentionBypassError(QdqSurgeryError):
 
 class CalibrationError(QdqSurgeryError):
     """Ranges cannot be found from the data, or a quantizer has none where one is needed."""
+
+
+class ExportError(QdqSurgeryError):
+    """A file for deployment cannot be written, or is not what it should be."""

@@ -27,7 +27,7 @@ try:
 except ImportError:  # pragma: no cover (another release of torch)
     _onnx_flags = None  # type: ignore[assignment]
 
-__all__ = ["exporting_to_onnx", "fake_quant", "learned_fake_quant", "native_fake_quant", "onnx_fake_quant"]
+__all__ = ["exporting_to_onnx", "fake_quant", "learned_fake_quant", "native_fake_quant", "onnx_fake_quant", "quantize"]
 
 #: An amax up to the smallest positive float16 counts as 0: everything is quantized to 0.
 _EPSILON = 1.0 / (1 << 24)
@@ -51,6 +51,16 @@ def fake_quant(
         result: Tensor = _FakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
         return result
     return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+
+
+def quantize(
+    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
+) -> Tensor:
+    """The integers, as floats, that :func:`fake_quant` multiplies by the step size; 0 where ``amax`` counts as 0.
+
+    Args and shapes as there; for what is stored rather than simulated, such as the weights of an ONNX file.
+    """
+    return _integers(inputs, amax, num_bits, unsigned, narrow_range)[0]
 
 
 def learned_fake_quant(
@@ -148,16 +158,19 @@ def _grid(num_bits: int, unsigned: bool, narrow_range: bool) -> tuple[float, flo
 
 
 def _round_to_grid(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    integers, inv_scale = _integers(inputs, amax, num_bits, unsigned, narrow_range)
+    return integers.div_(torch.where(inv_scale == 0, 1.0, inv_scale)).to(inputs.dtype)
+
+
+def _integers(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> tuple[Tensor, Tensor]:
     qmin, qmax = _grid(num_bits, unsigned, narrow_range)
     work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     amax = amax.float()
-    is_zero = amax <= _EPSILON
     # pytorch-quantization calls this "scale"; it is the reciprocal of ONNX's.
     # (A Python number divided by a tensor would be a product with the reciprocal, which rounds twice.)
-    inv_scale = torch.where(is_zero, 0.0, torch.full_like(amax, qmax) / amax)
+    inv_scale = torch.where(amax <= _EPSILON, 0.0, torch.full_like(amax, qmax) / amax)
     # In place: what costs is memory that is touched for the first time.
-    integers = (work * inv_scale).round_().clamp_(qmin, qmax)
-    return integers.div_(torch.where(is_zero, 1.0, inv_scale)).to(inputs.dtype)
+    return (work * inv_scale).round_().clamp_(qmin, qmax), inv_scale
 
 
 class _FakeQuant(torch.autograd.Function):

@@ -28,6 +28,7 @@ from qdq_surgery.numerics import (
     onnx_fake_quant,
 )
 from qdq_surgery.spec import QuantSpec
+from qdq_surgery.tagging import tag
 
 __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
 
@@ -248,6 +249,9 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """Calibrate on ``inputs``, quantize them, both or neither, as enabled."""
         if self._disabled:
             return inputs
+        left = tag(self, inputs) if self._if_quant else None
+        if left is not None:
+            return left
         if self._if_calib:
             if self._calibrator is None:
                 raise RuntimeError("this quantizer has no calibrator")

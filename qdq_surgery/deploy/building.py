@@ -1,0 +1,89 @@
+"""The graph for one target, from the traced one: passes in their order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from qdq_surgery.convert import plan_of
+from qdq_surgery.deploy.fusing import plain_bias_gelu, plain_skip_norm
+from qdq_surgery.deploy.grids import Grid
+from qdq_surgery.deploy.lowering import lower
+from qdq_surgery.deploy.naming import name_nodes
+from qdq_surgery.deploy.scores import fold_score_factors
+from qdq_surgery.deploy.sites import Site, dump_sites
+from qdq_surgery.deploy.targets import Target
+from qdq_surgery.deploy.tracing import Traced
+from qdq_surgery.version import __version__
+
+__all__ = ["METADATA", "Built", "build"]
+
+#: Keys of the file's metadata begin with this.
+METADATA = "qdq_surgery."
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished graph and its pairs."""
+
+    model: ir.Model
+    sites: tuple[Site, ...]
+
+
+def build(
+    traced: Traced,
+    qmodel: PreTrainedModel,
+    grids: Mapping[str, Grid],
+    target: Target,
+    activations: str,
+    weights: Mapping[str, NDArray[np.float32]],
+) -> Built:
+    """Lower ``traced`` for ``target``, in place.
+
+    Args:
+        traced: From :func:`qdq_surgery.deploy.tracing.trace`.
+        grids: By the quantizer's name.
+        activations: ``"int8"`` or ``"uint8"``.
+        weights: Float32 values of parameters that the traced graph holds in half precision.
+    """
+    model, graph = traced.model, traced.model.graph
+    pairs = lower(graph, grids, activations, weights)
+    fold_score_factors(graph, pairs)
+    if target.plain_bias_gelu:
+        plain_bias_gelu(graph)
+    if target.plain_skip_norm:
+        plain_skip_norm(graph)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    graph.sort()
+    name_nodes(graph)
+    sites = tuple(pair.site for pair in pairs)
+    model.producer_name, model.producer_version = "qdq_surgery", __version__
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.metadata_props.update(
+        {
+            f"{METADATA}version": __version__,
+            f"{METADATA}target": target.name,
+            f"{METADATA}rules": plan_of(qmodel).rules.name,
+            f"{METADATA}class": type(qmodel).__name__,
+            f"{METADATA}config": json.dumps(_config(qmodel)),
+            f"{METADATA}outputs": traced.output_class,
+            f"{METADATA}sites": dump_sites(sites),
+        }
+    )
+    return Built(model, sites)
+
+
+def _config(qmodel: PreTrainedModel) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(qmodel.config.to_json_string(use_diff=False))
+    found.pop("_name_or_path", None)  # where it lay on the machine that exported it
+    return found
