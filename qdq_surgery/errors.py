@@ -11,6 +11,7 @@ __all__ = [
     "ExportError",
     "MatchError",
     "ModelError",
+    "ParityError",
     "QdqSurgeryError",
     "RuleFileError",
     "TraceError",
@@ -79,3 +80,7 @@ class CalibrationError(QdqSurgeryError):
 
 class ExportError(QdqSurgeryError):
     """A file for deployment cannot be written, or is not what it should be."""
+
+
+class ParityError(ExportError):
+    """A file computes something else than the model that it was exported from."""

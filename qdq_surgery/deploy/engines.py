@@ -238,7 +238,7 @@ def _unopened(engine: Engine, error: Exception) -> ModelError:
     place = f"{engine.path} cannot be opened by {engine.runtime} {engine.version}"
     found = next((match for pattern in _LACKING if (match := pattern.search(str(error)))), None)
     if found is None:
-        hint = "; a file of weights beside it is missing or damaged" if "external" in str(error) else ""
+        hint = "; a file of weights beside it is missing or damaged" if "external" in str(error).lower() else ""
         return ModelError(f"{place}: {_reason(error)}{hint}")
     parts = found.groupdict()
     op, domain = parts["op"], parts.get("domain") or ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, Target, get_targ
 from qdq_surgery.deploy.writing import DATA_SUFFIX, LARGEST, draft, writable
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.examples import checked_examples, make_examples
+
+if TYPE_CHECKING:
+    from qdq_surgery.deploy.building import Built
+    from qdq_surgery.deploy.parity import Parity
 
 __all__ = ["Export", "export_onnx"]
 
@@ -37,12 +42,14 @@ class Export:
         target: The name of its target.
         opset: The version of ONNX's operators in it.
         sites: Its Q/DQ pairs.
+        parity: The certificate; ``None`` if none was asked for.
     """
 
     path: Path
     target: str
     opset: int
     sites: tuple[Site, ...]
+    parity: Parity | None
 
 
 def export_onnx(
@@ -57,6 +64,35 @@ def export_onnx(
     activations: str | None = None,
     precision: str | None = None,
 ) -> Export:
+    """Write a calibrated model as ONNX with Q/DQ pairs, in the form that one runtime turns into integer kernels.
+
+    Weights are stored as int8. A file that is larger than protobuf allows has its weights beside it, in ``PATH.data``.
+
+    Args:
+        qmodel: A converted, calibrated model in eval mode, with any head. It stays as it is.
+        path: The file to write; one that exists is replaced when the new one is complete and checked.
+        example_inputs: Keyword arguments of the model's forward to trace and to check with, if none can be made from
+            its config; at least two rows and a length that stands in no weight's shape.
+        target: ``onnxruntime``, ``openvino`` or ``tensorrt``; see :data:`qdq_surgery.deploy.targets.TARGETS`.
+        opset: The version of ONNX's operators; the target's own if left out.
+        dynamic: Whether batch and sequence stay open. Otherwise the file takes the example's shapes only.
+        parity: Whether to compare the file with the model, site by site, before it takes its place.
+        activations: ``int8``, or ``uint8`` with 128 as zero point, which is the same grid. The target's own if left out:
+            for ONNX Runtime that of this machine's CPU, so give it if the file is for another (``int8`` for Arm, and for
+            x86 without VNNI, whose 16-bit sums overflow with ``uint8``).
+        precision: ``float32``, or for TensorRT ``float16``: what is not INT8 is then half precision in the file, as its
+            strongly typed networks want it.
+
+    Returns:
+        What was written, with the certificate. The outputs of the file are the fields of the model's output class.
+
+    Raises:
+        CalibrationError: Quantizers have no range; names them all.
+        ExportError: There is no such target, opset, precision; a quantizer's grid has no form in ONNX; the file cannot
+            be written; the model cannot be traced.
+        ParityError: The file computes something else; names the first site. Nothing is left behind.
+        ModelError: The model is not converted, is in train mode, or a package is missing; says which extra has it.
+    """
     chosen = get_target(target)
     opset = _opset(chosen, opset)
     activations = _one_of("activations", activations, ACTIVATIONS, chosen.activations, target)
@@ -82,13 +118,33 @@ def export_onnx(
             for name, value in inputs.items()
         }
     built = build(trace(source, inputs, opset, dynamic), qmodel, grids, chosen, activations, weights)
+    with draft(file) as temporary:
+        _save(built, temporary)
+        certificate = _certified(source, temporary, inputs, chosen) if parity else None
+    return Export(file, target, opset, built.sites, certificate)
 
+
+def _save(built: Built, file: Path) -> None:
     import onnx_ir as ir
 
     size = sum(value.const_value.nbytes for value in built.model.graph.initializers.values() if value.const_value)
-    with draft(file) as temporary:
-        ir.save(built.model, temporary, external_data=f"{file.name}{DATA_SUFFIX}" if size > LARGEST else None)
-    return Export(file, target, opset, built.sites)
+    ir.save(built.model, file, external_data=f"{file.name}{DATA_SUFFIX}" if size > LARGEST else None)
+
+
+def _certified(model: PreTrainedModel, file: Path, inputs: Mapping[str, Any], target: Target) -> Parity:
+    from qdq_surgery.deploy.parity import certify
+
+    asked, left_out = ["onnxruntime"], []
+    if target.name == "openvino":
+        if importlib.util.find_spec("openvino") is None:
+            left_out.append("OpenVINO, which is not installed; pip install 'qdq-surgery[openvino]'")
+        else:
+            asked.append("openvino")
+    if target.name == "tensorrt":
+        left_out.append("TensorRT, which needs an engine; scripts/benchmark_tensorrt.sh builds one")
+    certificate = replace(certify(model, file, inputs, asked), left_out=tuple(left_out))
+    certificate.require()
+    return certificate
 
 
 def _opset(target: Target, opset: int | None) -> int:
@@ -111,4 +167,6 @@ def _one_of(what: str, value: str | None, known: tuple[str, ...], allowed: tuple
 
 
 def _float_weights(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
-    return {name: value.detach().float().cpu().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: value.detach().float().cpu().numpy() for name, value in model.named_parameters(remove_duplicate=False)
+    }

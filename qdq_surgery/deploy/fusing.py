@@ -40,7 +40,11 @@ def plain_skip_norm(graph: ir.Graph) -> int:
     done = 0
     for node in list(graph):
         norms = any(use.node.op_type == "LayerNormalization" and use.idx == 0 for use in node.outputs[0].uses())
-        if node.op_type == "Add" and norms and all(each is not None and each.const_value is None for each in node.inputs):
+        if (
+            node.op_type == "Add"
+            and norms
+            and all(each is not None and each.const_value is None for each in node.inputs)
+        ):
             total = ir.node("Sum", node.inputs, name=node.name, metadata_props=dict(node.metadata_props))
             total.outputs[0].shape, total.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
             name = node.outputs[0].name

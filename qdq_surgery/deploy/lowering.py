@@ -38,7 +38,9 @@ class Lowered:
     quantize: ir.Node | None = None
 
 
-def lower(graph: ir.Graph, grids: Mapping[str, Grid], activations: str, weights: Mapping[str, NDArray[np.float32]]) -> list[Lowered]:
+def lower(
+    graph: ir.Graph, grids: Mapping[str, Grid], activations: str, weights: Mapping[str, NDArray[np.float32]]
+) -> list[Lowered]:
     """Replace every ``qdq_surgery::FakeQuant`` of ``graph``, in place.
 
     Args:
@@ -136,9 +138,7 @@ class _Lowering:
             )
         return self._weights[key]
 
-    def _dequantize(
-        self, name: str, inputs: list[ir.Value], attributes: dict[str, int], like: ir.Value
-    ) -> ir.Node:
+    def _dequantize(self, name: str, inputs: list[ir.Value], attributes: dict[str, int], like: ir.Value) -> ir.Node:
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
         node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{name}/value", like.shape, like.type
         return node

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from qdq_surgery.errors import ModelError
 
-__all__ = ["Origin", "read_origin"]
+__all__ = ["Origin", "describe", "read_origin"]
 
 #: Keys of the file's metadata begin with this.
 _METADATA = "qdq_surgery."
@@ -63,6 +63,21 @@ def _path(name: str) -> list[str | int]:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(value[at]) for at in sorted(value)) if isinstance(value, dict) else value
+
+
+def describe(model: PreTrainedModel, output_class: str) -> dict[str, str]:
+    """What :func:`read_origin` reads, as metadata of a file.
+
+    Args:
+        output_class: Qualified name of what the model's forward returns.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where it lay on the machine that exported it
+    return {
+        f"{_METADATA}class": type(model).__name__,
+        f"{_METADATA}config": json.dumps(config),
+        f"{_METADATA}outputs": output_class,
+    }
 
 
 def read_origin(path: Path, metadata: Mapping[str, str], outputs: Sequence[str]) -> Origin:

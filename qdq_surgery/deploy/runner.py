@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers.utils import ModelOutput
 
 from qdq_surgery.deploy.engines import Engine, open_engine
 from qdq_surgery.deploy.feeding import make_feed
@@ -102,7 +101,7 @@ class OnnxModel:
         """Names of what the file takes."""
         return tuple(port.name for port in self._engine.inputs)
 
-    def __call__(self, *args: Any, **inputs: Any) -> ModelOutput | tuple[Any, ...]:
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
         """See :meth:`forward`."""
         return self.forward(*args, **inputs)
 
@@ -113,7 +112,7 @@ class OnnxModel:
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **inputs: Any,
-    ) -> ModelOutput | tuple[Any, ...]:
+    ) -> Any:
         """Run the file; several threads may call at once.
 
         What is left out is what the model itself takes then: ones for ``attention_mask``, zeros for
@@ -162,8 +161,8 @@ class OnnxModel:
         for option, wanted in asked.items():
             if wanted and _ASKED[option][0] not in self._fields:
                 raise ModelError(
-                    f"{self.path} does not return {_ASKED[option][0]}; leave {option} out, or set "
-                    f"model.config.{option} = True and export the model again"
+                    f"{self.path} does not return {_ASKED[option][0]}; leave {option} out, or export the model with "
+                    f"example_inputs that hold {option}=True"
                 )
         return {field for option, wanted in asked.items() if wanted is False for field in _ASKED[option]}
 

@@ -1,0 +1,112 @@
+"""Running a file, with a look at values inside it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdq_surgery.deploy.extras import require
+from qdq_surgery.deploy.writing import DATA_SUFFIX, LARGEST
+from qdq_surgery.errors import ExportError
+
+__all__ = ["Runtime", "probe", "runtimes"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime in one of its modes.
+
+    Attributes:
+        name: ``onnxruntime`` or ``openvino``.
+        optimised: Whether it may rewrite the graph.
+    """
+
+    name: str
+    optimised: bool
+
+    @property
+    def words(self) -> str:
+        """For tables."""
+        return self.name if self.optimised else f"{self.name}, optimisations off"
+
+    @property
+    def version(self) -> str:
+        """Of the package."""
+        # OpenVINO's goes on with the commit it was built from.
+        return str(require(self.name, "checking a file").__version__).partition("-")[0]
+
+
+def runtimes(name: str) -> tuple[Runtime, ...]:
+    """The modes of a runtime; OpenVINO always rewrites."""
+    return tuple(Runtime(name, optimised) for optimised in ((False, True) if name == "onnxruntime" else (True,)))
+
+
+def probe(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], runtime: Runtime) -> Arrays:
+    """The file's outputs, and ``values`` inside it, by name.
+
+    Args:
+        inputs: By name; those that the file does not take are left out.
+        values: Names of values. That they are asked for keeps a runtime from fusing them away.
+
+    Raises:
+        ExportError: The runtime cannot run the file; says what it said.
+    """
+    run = _run_onnxruntime if runtime.name == "onnxruntime" else _run_openvino
+    try:
+        return run(path, inputs, values, runtime)
+    except ExportError:
+        raise
+    except Exception as error:  # each runtime has exceptions of its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ExportError(
+            f"{runtime.words} cannot run {path.name}: {lines[0] if lines else type(error).__name__}"
+        ) from error
+
+
+def _run_onnxruntime(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], runtime: Runtime) -> Arrays:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if runtime.optimised else level.ORT_DISABLE_ALL
+    with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
+        file = _with_outputs(path, values, Path(folder)) if values else path
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        taken = {each.name: inputs[each.name] for each in session.get_inputs()}
+        names = [each.name for each in session.get_outputs()]
+        return dict(zip(names, session.run(names, taken), strict=True))
+
+
+def _with_outputs(path: Path, values: Sequence[str], folder: Path) -> Path:
+    """A copy of the file in ``folder`` with ``values`` among its outputs."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    made = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.extend(made[name] for name in values)
+    size = sum(each.const_value.nbytes for each in model.graph.initializers.values() if each.const_value)
+    file = folder / path.name
+    ir.save(model, file, external_data=f"{path.name}{DATA_SUFFIX}" if size > LARGEST else None)
+    return file
+
+
+def _run_openvino(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], _: Runtime) -> Arrays:
+    openvino = require("openvino", "checking a file on OpenVINO")
+    model = openvino.Core().read_model(path)
+    if values:
+        model.add_outputs(list(values))
+    # By itself it computes what is not INT8 in bfloat16 where the CPU can, which is another model.
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    taken = {each.any_name: inputs[each.any_name] for each in compiled.inputs}
+    found = compiled(taken)
+    # An output that is also a probe has both names.
+    return {name: np.array(found[port]) for port in compiled.outputs for name in port.names}
