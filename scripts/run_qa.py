@@ -8,7 +8,9 @@ First the float model, then its calibration, then QAT; each run starts from the 
     python scripts/run_qa.py $data --model_name_or_path out/fp32 --do_calib --do_eval --output_dir out/calibrated
     python scripts/run_qa.py $data --model_name_or_path out/calibrated --do_train --do_eval --output_dir out/qat
 
-Add --save_onnx to any of them for model.onnx in its folder.
+Add --save_onnx to any of them for model.onnx in its folder, --target for the runtime that it is for, and evaluate it::
+
+    python scripts/run_qa.py $data --onnx out/qat/model.onnx --runtime onnxruntime --do_eval --output_dir out/onnx
 """
 
 from __future__ import annotations

@@ -253,8 +253,7 @@ def _node_of(path: Path, op: str, domain: str) -> str | None:
     """Name of the first node with an operator, for a message; needs onnx, which a runtime does not."""
     if importlib.util.find_spec("onnx") is None:
         return None
-    import onnx
-
+    onnx = require("onnx", "naming a node")
     for node in onnx.load(str(path), load_external_data=False).graph.node:
         if node.op_type == op and node.domain.removeprefix("ai.onnx") == domain:
             return str(node.name)

@@ -16,12 +16,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
+from qdq_surgery.deploy.sites import METADATA
 from qdq_surgery.errors import ModelError
 
 __all__ = ["Origin", "describe", "read_origin"]
-
-#: Keys of the file's metadata begin with this.
-_METADATA = "qdq_surgery."
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,9 @@ def describe(model: PreTrainedModel, output_class: str) -> dict[str, str]:
     config = json.loads(model.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)  # where it lay on the machine that exported it
     return {
-        f"{_METADATA}class": type(model).__name__,
-        f"{_METADATA}config": json.dumps(config),
-        f"{_METADATA}outputs": output_class,
+        f"{METADATA}class": type(model).__name__,
+        f"{METADATA}config": json.dumps(config),
+        f"{METADATA}outputs": output_class,
     }
 
 
@@ -91,11 +89,11 @@ def read_origin(path: Path, metadata: Mapping[str, str], outputs: Sequence[str])
     Raises:
         ModelError: It was not written by ``export_onnx``, or is of classes that are not known here.
     """
-    found = {key.removeprefix(_METADATA): value for key, value in metadata.items() if key.startswith(_METADATA)}
+    found = {key.removeprefix(METADATA): value for key, value in metadata.items() if key.startswith(METADATA)}
     missing = [key for key in ("class", "config", "outputs") if key not in found]
     if missing:
         raise ModelError(
-            f"{path} does not say what model it is ('{_METADATA}{missing[0]}' is not in its metadata); give a file "
+            f"{path} does not say what model it is ('{METADATA}{missing[0]}' is not in its metadata); give a file "
             "that qdq_surgery.export_onnx wrote"
         )
     name = found["class"]

@@ -23,6 +23,12 @@ _Self = TypeVar("_Self", bound="OnnxModel")
 #: What an option of the call asks for: fields of the output.
 _ASKED = {"output_attentions": ("attentions", "cross_attentions"), "output_hidden_states": ("hidden_states",)}
 
+#: What to do about a file without them. transformers does not let a converted model's config ask for attentions.
+_REMEDIES = {
+    "output_attentions": "ask the PyTorch model for them",
+    "output_hidden_states": "set model.config.output_hidden_states = True and export the model again",
+}
+
 
 def load_onnx(
     path: str | Path, runtime: str = "onnxruntime", *, threads: int | None = None, precision: str | None = None
@@ -31,7 +37,7 @@ def load_onnx(
 
     Args:
         path: The file. One with its weights beside it needs them there.
-        runtime: ``"onnxruntime"`` or ``"openvino"``, on the CPU. A file made for one runs on the other, but slower.
+        runtime: ``"onnxruntime"`` or ``"openvino"``, on the CPU. A file made for one runs on the other, too.
         threads: To compute with; as many as PyTorch does (``torch.get_num_threads()``) if left out.
         precision: Of OpenVINO, for all that is not INT8: ``"f32"`` or ``"bf16"``. Its own choice if left out: bfloat16
             where the CPU has instructions for it.
@@ -161,8 +167,7 @@ class OnnxModel:
         for option, wanted in asked.items():
             if wanted and _ASKED[option][0] not in self._fields:
                 raise ModelError(
-                    f"{self.path} does not return {_ASKED[option][0]}; leave {option} out, or export the model with "
-                    f"example_inputs that hold {option}=True"
+                    f"{self.path} does not return {_ASKED[option][0]}; leave {option} out, or {_REMEDIES[option]}"
                 )
         return {field for option, wanted in asked.items() if wanted is False for field in _ASKED[option]}
 

@@ -15,11 +15,12 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from qdq_surgery.deploy.runner import OnnxModel, load_onnx
 from qdq_surgery.errors import ModelError
 from qdq_surgery.folder import RULES_NAME, load_model, save_model
 from tasks.errors import OptionError
 
-__all__ = ["Head", "label_order", "load", "load_teacher", "load_tokenizer", "save"]
+__all__ = ["Head", "label_order", "load", "load_file", "load_teacher", "load_tokenizer", "save"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,22 @@ def load(folder: Path, head: Head) -> tuple[PreTrainedModel, bool]:
     if (folder / RULES_NAME).is_file() or _head_of(folder) == head.ending:
         with _quiet():
             model = load_model(folder)
-        return _check_head(folder, model, head), False
+        _check_head(folder, model, head)
+        return model, False
     return _with_new_head(folder, head), True
+
+
+def load_file(path: Path, runtime: str, head: Head) -> OnnxModel:
+    """An exported model with the head wanted, on a runtime.
+
+    Raises:
+        ModelError: The file holds no such model, or the runtime cannot run it.
+        OptionError: Its head has other labels than the data.
+    """
+    with _quiet():
+        model = load_onnx(path, runtime)
+    _check_head(path, model, head)
+    return model
 
 
 def load_teacher(folder: Path, head: Head, student: PreTrainedModel) -> PreTrainedModel:
@@ -131,11 +146,11 @@ def _head_of(folder: Path) -> str:
     return f"For{ending}" if found else ""
 
 
-def _check_head(folder: Path, model: PreTrainedModel, head: Head) -> PreTrainedModel:
+def _check_head(place: Path, model: PreTrainedModel | OnnxModel, head: Head) -> None:
     if not type(model).__name__.endswith(head.ending):
         raise ModelError(
-            f"{folder} holds a quantized {type(model).__name__}, and this script needs one with a {head.ending} head; "
-            "start from the float model"
+            f"{place} holds a {type(model).__name__}, whose head cannot be replaced, and this script needs one with a "
+            f"{head.ending} head; start from the float model"
         )
     own = list(model.config.id2label.values())
     missing = [label for label in head.labels if label not in own]
@@ -144,13 +159,12 @@ def _check_head(folder: Path, model: PreTrainedModel, head: Head) -> PreTrainedM
         _name_labels(model, head.labels)
     elif missing:
         raise OptionError(
-            f"{folder} knows the labels {own}, and the data has {missing} beside them; give data of the task that it "
+            f"{place} knows the labels {own}, and the data has {missing} beside them; give data of the task that it "
             "was trained on, or start from the encoder without its head"
         )
-    return model
 
 
-def _name_labels(model: PreTrainedModel, labels: Sequence[str]) -> None:
+def _name_labels(model: PreTrainedModel | OnnxModel, labels: Sequence[str]) -> None:
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: index for index, label in enumerate(labels)}
 

@@ -1,4 +1,4 @@
-"""Exporting a model to ONNX, with Q/DQ pairs where it has quantizers."""
+"""Exporting a model to ONNX: a quantized one for its target, a float one as it is."""
 
 from __future__ import annotations
 
@@ -11,36 +11,51 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["OPSET", "export"]
+import qdq_surgery as qs
+from qdq_surgery.deploy.origin import describe
 
-#: The first with Q/DQ pairs in every float type.
-OPSET = 19
+__all__ = ["export"]
+
+#: Of float models; the target of a quantized one has its own.
+_OPSET = 20
 
 
-def export(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Sequence[str], path: Path) -> None:
+def export(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Sequence[str], path: Path, target: str) -> int:
     """Write ``model`` to ``path``; number of rows and length stay open.
 
     Args:
         batch: Inputs to export with, at least two rows.
         outputs: Names of the model's outputs.
+        target: Of a quantized model; a float one is the same for all.
+
+    Returns:
+        The version of ONNX's operators in the file.
     """
     model = model.cpu().eval()
     batch = {name: value.cpu() for name, value in batch.items()}
+    if qs.quantizers(model):
+        return qs.export_onnx(model, path, batch, target=target).opset
+    _export_float(model, batch, outputs, path)
+    return _OPSET
+
+
+def _export_float(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Sequence[str], path: Path) -> None:
     shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
     # The exporter warns about torchvision, which is not there, and about names of dimensions.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model(**batch)  # a kind of call that is new to a converted model is recorded, which cannot happen in an export
+        returned = type(model(**batch))
         program = torch.onnx.export(
             model,
             (),
             kwargs=batch,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=_OPSET,
             dynamic_shapes=shapes,
             output_names=list(outputs),
             verbose=False,
         )
         assert program is not None
+        program.model.metadata_props.update(describe(model, f"{returned.__module__}.{returned.__qualname__}"))
         program.save(path)

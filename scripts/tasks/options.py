@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdq_surgery.calibrator import METHODS
+from qdq_surgery.deploy.engines import RUNTIMES
+from qdq_surgery.deploy.targets import TARGETS
 
 __all__ = ["Options", "parse"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What one run is to do; one field for each option."""
+    """What one run is to do; one field for each option.
+
+    Attributes:
+        model_name_or_path: With ``--onnx``, that file.
+    """
 
     model_name_or_path: Path
     tokenizer_name: Path
@@ -53,6 +59,9 @@ class Options:
     seed: int
     do_eval: bool
     save_onnx: bool
+    target: str | None
+    onnx: Path | None
+    runtime: str | None
 
 
 def parse(description: str, arguments: Sequence[str] | None, *, answers: bool = False) -> Options:
@@ -69,21 +78,23 @@ def parse(description: str, arguments: Sequence[str] | None, *, answers: bool = 
     _add_files(parser)
     _add_quantization(parser)
     _add_training(parser)
+    _add_onnx(parser)
     if answers:
         _add_answers(parser)
     else:
         parser.set_defaults(doc_stride=0, n_best_size=0, max_answer_length=0)
     given = parser.parse_args(arguments)
-    given.tokenizer_name = given.tokenizer_name or given.model_name_or_path
     _check(parser, given)
+    _check_onnx(parser, given)
+    if given.onnx is not None:
+        given.model_name_or_path, given.tokenizer_name = given.onnx, given.tokenizer_name or given.onnx.parent
+    given.tokenizer_name = given.tokenizer_name or given.model_name_or_path
     return Options(**vars(given))
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model, data and what to do")
-    group.add_argument(
-        "--model_name_or_path", type=Path, required=True, help="folder: float, or one that this script quantized"
-    )
+    group.add_argument("--model_name_or_path", type=Path, help="folder: float, or one that this script quantized")
     group.add_argument("--tokenizer_name", type=Path, help="folder, if not the model's")
     group.add_argument("--train_file", type=Path, help="for --do_calib and --do_train")
     group.add_argument("--validation_file", type=Path, help="for --do_eval")
@@ -92,7 +103,6 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--do_calib", action="store_true", help="find the ranges on training data")
     group.add_argument("--do_train", action="store_true", help="fine-tune; with quantizers this is QAT")
     group.add_argument("--do_eval", action="store_true", help="print and write the metrics")
-    group.add_argument("--save_onnx", action="store_true", help="write model.onnx, with Q/DQ pairs if quantized")
     group.add_argument("--seed", type=int, default=0, help="of a new head, the order of data, dropout")
 
 
@@ -127,6 +137,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume_from_checkpoint", help="folder of a checkpoint, or 'last' for that in --output_dir")
 
 
+def _add_onnx(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ONNX")
+    group.add_argument("--save_onnx", action="store_true", help="write model.onnx, with Q/DQ pairs if quantized")
+    group.add_argument("--target", choices=tuple(TARGETS), help="what to write it for; onnxruntime if left out")
+    group.add_argument("--onnx", type=Path, help="a file that --save_onnx wrote: evaluate it, instead of a model")
+    group.add_argument("--runtime", choices=RUNTIMES, help="what to run it on; onnxruntime if left out")
+
+
 def _add_answers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("question answering")
     group.add_argument("--doc_stride", type=int, default=32, help="tokens that two windows share")
@@ -158,6 +176,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         ("teacher", "do_train"),
         ("calibrator", "do_calib"),
         ("percentile", "do_calib"),
+        ("target", "save_onnx"),
     ):
         if getattr(given, option) and not getattr(given, wanted):
             parser.error(f"--{option} says how to --{wanted}, which is not asked for; add it, or leave both out")
@@ -167,3 +186,15 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         parser.error(f"--percentile {given.percentile} is no percentage: give more than 0 and at most 100")
     if not 0 <= given.warmup_ratio < 1:
         parser.error(f"--warmup_ratio {given.warmup_ratio} is no share of the steps: give 0 or more and less than 1")
+
+
+def _check_onnx(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if (given.onnx is None) == (given.model_name_or_path is None):
+        parser.error("give either --model_name_or_path, the folder of a model, or --onnx, a file to evaluate")
+    if given.runtime is not None and given.onnx is None:
+        parser.error("--runtime says what to run --onnx on, which is not given; add it, or leave both out")
+    for option in ("do_calib", "do_train", "save_onnx", "fp32", "rules"):
+        if given.onnx is not None and getattr(given, option):
+            parser.error(f"--onnx evaluates a file as it is; leave --{option} out")
+    if given.target is not None and given.fp32:
+        parser.error("--target is for quantized models; leave it or --fp32 out")

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qdq_surgery.deploy.runner import OnnxModel
 from qdq_surgery.progress import track
 from tasks.features import Collator, Feature
 
 __all__ = ["predict"]
 
 
-def predict(model: PreTrainedModel, features: Sequence[Feature], collator: Collator, size: int) -> list[list[Tensor]]:
+def predict(
+    model: PreTrainedModel | OnnxModel, features: Sequence[Feature], collator: Collator, size: int
+) -> list[list[Tensor]]:
     """For each feature the model's outputs (each of its logits), on the CPU, in float32, padding included."""
     model.eval()
     found: list[list[Tensor]] = []

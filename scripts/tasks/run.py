@@ -18,11 +18,12 @@ from rich.table import Table
 from transformers import PreTrainedModel, set_seed
 
 import qdq_surgery as qs
+from qdq_surgery.deploy.runner import OnnxModel
 from qdq_surgery.folder import RULES_NAME
 from tasks.errors import OptionError
 from tasks.features import Collator, Feature, calibration_batches
-from tasks.models import Head, label_order, load, load_teacher, load_tokenizer, save
-from tasks.onnx_file import OPSET, export
+from tasks.models import Head, label_order, load, load_file, load_teacher, load_tokenizer, save
+from tasks.onnx_file import export
 from tasks.options import Options
 from tasks.prediction import predict
 from tasks.task import Task
@@ -64,12 +65,13 @@ def run(task: Task[Example], options: Options) -> dict[str, float]:
     processes = PartialState(cpu=not torch.cuda.is_available())  # one, unless a launcher such as torchrun made more
     console = Console(highlight=False, soft_wrap=True, quiet=not processes.is_main_process)
     set_seed(options.seed)
+    if options.onnx is not None:
+        return _evaluate_file(task, options.onnx, options, console) if processes.is_main_process else {}
     train_examples = _read(task, options.train_file, options.do_calib or options.do_train or options.save_onnx)
     held_out = _read(task, options.validation_file, options.do_eval or options.save_onnx)
     head = Head(task.head, label_order(task.labels([*train_examples, *held_out])))
     model = _load(options, head, console)
-    if head.labels:
-        console.print(f"labels by number: {', '.join(map(str, model.config.id2label.values()))}")
+    _show_labels(model, head, console)
     tokenizer = load_tokenizer(options.tokenizer_name, words=task.words)
     _check_length(model, options)
     labels = model.config.label2id
@@ -91,8 +93,21 @@ def run(task: Task[Example], options: Options) -> dict[str, float]:
             console.print(f"model and tokenizer: {options.output_dir}")
         if options.save_onnx:
             _export(task, model, [*validation.features, *training.features], collator, options, console)
+            tokenizer.save_pretrained(options.output_dir)  # the file is evaluated with it
     processes.wait_for_everyone()
     return scores
+
+
+def _evaluate_file(task: Task[Example], file: Path, options: Options, console: Console) -> dict[str, float]:
+    """The metrics of an exported file, found as those of a model are."""
+    examples = _read(task, options.validation_file, True)
+    head = Head(task.head, label_order(task.labels(examples)))
+    model = load_file(file, options.runtime or "onnxruntime", head)
+    _show_labels(model, head, console)
+    tokenizer = load_tokenizer(options.tokenizer_name, words=task.words)
+    _check_length(model, options)
+    part = _Part(examples, task.features(examples, tokenizer, options, model.config.label2id))
+    return _evaluate(task, model, part, Collator(tokenizer), options, console)
 
 
 def _read(task: Task[Example], path: Path | None, needed: bool) -> list[Example]:
@@ -117,7 +132,12 @@ def _teacher(options: Options, head: Head, student: PreTrainedModel) -> PreTrain
     return teacher
 
 
-def _check_length(model: PreTrainedModel, options: Options) -> None:
+def _show_labels(model: PreTrainedModel | OnnxModel, head: Head, console: Console) -> None:
+    if head.labels:
+        console.print(f"labels by number: {', '.join(map(str, model.config.id2label.values()))}")
+
+
+def _check_length(model: PreTrainedModel | OnnxModel, options: Options) -> None:
     config = model.config
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
@@ -208,7 +228,7 @@ def _train(
 
 def _evaluate(
     task: Task[Example],
-    model: PreTrainedModel,
+    model: PreTrainedModel | OnnxModel,
     part: _Part[Example],
     collator: Collator,
     options: Options,
@@ -219,13 +239,19 @@ def _evaluate(
     labels = [model.config.id2label[index] for index in range(len(model.config.id2label))]
     scores, files = task.score(part.examples, part.features, logits, options, labels)
     seconds = time.perf_counter() - start
-    kind = "float" if options.fp32 else "quantized"
+    kind = _kind(model, options)
     results = {"task": task.name, "model": kind, "examples": len(part.examples), "seconds": round(seconds, 1), **scores}
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, text in {**files, RESULTS_NAME: json.dumps(results, indent=2) + "\n"}.items():
         (options.output_dir / name).write_text(text, encoding="utf-8")
     console.print(_table(f"{task.name}, {kind} model, {_name(options.validation_file)}", results))
     return scores
+
+
+def _kind(model: PreTrainedModel | OnnxModel, options: Options) -> str:
+    if isinstance(model, OnnxModel):
+        return f"ONNX ({model.runtime}{f', {model.precision}' if model.precision else ''})"
+    return "float" if options.fp32 else "quantized"
 
 
 def _name(file: Path | None) -> str:
@@ -254,5 +280,5 @@ def _export(
         raise OptionError("--save_onnx needs two examples to export with; give --validation_file or --train_file")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     start, path = time.perf_counter(), options.output_dir / "model.onnx"
-    export(model, collator(some), task.outputs, path)
-    console.print(f"ONNX, opset {OPSET}, in {time.perf_counter() - start:.0f} s: {path}")
+    opset = export(model, collator(some), task.outputs, path, options.target or "onnxruntime")
+    console.print(f"ONNX, opset {opset}, in {time.perf_counter() - start:.0f} s: {path}")
