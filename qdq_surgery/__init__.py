@@ -10,6 +10,11 @@ from qdq_surgery.calibrate import Calibration, calibrate
 from qdq_surgery.collect import Statistics, collect
 from qdq_surgery.convert import convert, plan, quantization_disabled, quantizers
 from qdq_surgery.deploy.export import Export, export_onnx
+from qdq_surgery.deploy.findings import Finding, Findings
+from qdq_surgery.deploy.lint import lint
+from qdq_surgery.deploy.parity import Parity, certify
+from qdq_surgery.deploy.receipt import Receipt, receipt
+from qdq_surgery.deploy.runner import OnnxModel, load_onnx
 from qdq_surgery.diff import Diff, diff
 from qdq_surgery.errors import (
     AlreadyConvertedError,
@@ -18,7 +23,9 @@ from qdq_surgery.errors import (
     ExportError,
     MatchError,
     ModelError,
+    ParityError,
     QdqSurgeryError,
+    ReceiptError,
     RuleFileError,
     TraceError,
 )
@@ -39,10 +46,17 @@ __all__ = [
     "Explanation",
     "Export",
     "ExportError",
+    "Finding",
+    "Findings",
     "MatchError",
     "ModelError",
+    "OnnxModel",
+    "Parity",
+    "ParityError",
     "Plan",
     "QdqSurgeryError",
+    "Receipt",
+    "ReceiptError",
     "Refusal",
     "RuleFileError",
     "RuleSet",
@@ -52,6 +66,7 @@ __all__ = [
     "TraceError",
     "__version__",
     "calibrate",
+    "certify",
     "collect",
     "convert",
     "diff",
@@ -59,10 +74,13 @@ __all__ = [
     "export_onnx",
     "fix_ranges",
     "learn_ranges",
+    "lint",
+    "load_onnx",
     "load_rules",
     "plan",
     "quantization_disabled",
     "quantizers",
     "recalibrate_weights",
+    "receipt",
     "shipped_rules",
 ]

@@ -17,6 +17,9 @@ from qdq_surgery.calibrate import calibrate
 from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
 from qdq_surgery.convert import convert, plan, plan_of, quantizers
 from qdq_surgery.demo import DEMO_TEXTS, run_demo
+from qdq_surgery.deploy.export import export_onnx
+from qdq_surgery.deploy.receipt import receipt
+from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from qdq_surgery.diff import diff
 from qdq_surgery.errors import CalibrationError, ModelError, QdqSurgeryError
 from qdq_surgery.folder import check_new, load_model, save_model
@@ -97,6 +100,19 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("rules", metavar="RULES", help="a shipped name or a file")
     action.add_argument("--model", metavar="MODEL_DIR", help="check that it fits this model, too")
     action.set_defaults(run=_rules_check)
+
+    command = commands.add_parser("export", help="write a calibrated model as ONNX for one runtime, and check the file")
+    command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote")
+    command.add_argument("output", metavar="FILE", help="the ONNX file to write")
+    command.add_argument("--target", choices=TARGETS, default="onnxruntime", help="(default: %(default)s)")
+    command.add_argument("--opset", type=int, help="version of ONNX's operators (default: the target's)")
+    command.add_argument("--activations", choices=ACTIVATIONS, help="integers of activations (default: the target's)")
+    command.add_argument("--precision", choices=PRECISIONS, help="what is not INT8 (default: the target's)")
+    command.add_argument("--static", action="store_true", help="only the shape of the example: 2 rows of 21 tokens")
+    command.add_argument("--no-parity", action="store_true", help="do not compare the file with the model")
+    command.add_argument("--receipt", action="store_true", help="show what the runtime makes of the file")
+    _output_options(command)
+    command.set_defaults(run=_export)
 
     command = commands.add_parser("demo", help="convert, calibrate, compare and export the real all-MiniLM-L6-v2")
     command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
@@ -197,6 +213,31 @@ def _rules_check(arguments: argparse.Namespace) -> None:
     if arguments.model is not None:
         made = plan(load_model(arguments.model), rules)
         print(f"fits {Path(arguments.model).name} ({made.model}): {len(made.sites)} quantizers in {made.layers} layers")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    with steps(2) as bar:
+        bar.next("loading")
+        model = load_model(arguments.model)
+        bar.next("exporting" if arguments.no_parity else "exporting and comparing")
+        made = export_onnx(
+            model,
+            arguments.output,
+            target=arguments.target,
+            opset=arguments.opset,
+            dynamic=not arguments.static,
+            parity=not arguments.no_parity,
+            activations=arguments.activations,
+            precision=arguments.precision,
+        )
+    found = receipt(arguments.output) if arguments.receipt else None
+    if arguments.json:
+        print(json.dumps({**made.to_json(), **({} if found is None else {"receipt": found.to_json()})}, indent=2))
+        return
+    _show(made, made.to_json, arguments)
+    if found is not None:
+        print()
+        _show(found, found.to_json, arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import logging
 import random
 import re
 import sysconfig
@@ -28,6 +27,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from qdq_surgery.calibrate import calibrate
 from qdq_surgery.collect import collect
 from qdq_surgery.convert import convert, quantizers
+from qdq_surgery.deploy.export import export_onnx
+from qdq_surgery.deploy.extras import require
+from qdq_surgery.deploy.receipt import receipt
+from qdq_surgery.deploy.runner import OnnxModel, load_onnx
 from qdq_surgery.diff import diff
 from qdq_surgery.errors import ModelError
 from qdq_surgery.folder import load_model
@@ -40,7 +43,6 @@ DEMO_TEXTS = 400
 
 _CALIBRATION_TEXTS = 128
 _BATCH = 16
-_OPSET = 19
 _METHODS = {"max": "max", "99.99 %": "percentile", "entropy": "entropy", "mse": "mse"}
 
 
@@ -58,8 +60,7 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
         raise ModelError(f"--texts {texts}: a nearest neighbour needs at least two texts")
     folder = checkpoint()
     for name in ("onnx", "onnxruntime", "onnxscript"):
-        if importlib.util.find_spec(name) is None:
-            raise ModelError(f"the demo exports with {name}, which is not installed; pip install 'qdq-surgery[demo]'")
+        require(name, "the demo")
     console = Console(highlight=False)
     model = load_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -99,7 +100,7 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
             table.add_row(words, residual, f"{cosine:.4f}", f"{neighbours:.3f}")
     console.print(table)  # the last one, with its residual adds in float, is exported
     with tempfile.TemporaryDirectory() as temporary:
-        _export_and_compare(qmodel, tokenizer, held_out[:8], onnx or Path(temporary) / "model.onnx", console)
+        _deploy(qmodel, tokenizer, held_out, wanted, onnx or Path(temporary) / "model.onnx", console)
 
 
 def checkpoint() -> Path:
@@ -157,7 +158,7 @@ def _count(texts: Sequence[str]) -> int:
     return -(-len(texts) // _BATCH)
 
 
-def embed(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], what: str) -> Tensor:
+def embed(model: PreTrainedModel | OnnxModel, tokenizer: Any, texts: Sequence[str], what: str) -> Tensor:
     """Sentence embeddings, (texts, hidden), of length 1: the mean over the tokens of each text."""
     rows = []
     with torch.no_grad():
@@ -176,49 +177,19 @@ def agreement(wanted: Tensor, found: Tensor) -> tuple[float, float]:
     return float((wanted * found).sum(-1).mean()), float((nearest(wanted) == nearest(found)).float().mean())
 
 
-def _export_and_compare(
-    qmodel: PreTrainedModel, tokenizer: Any, texts: Sequence[str], path: Path, console: Console
+def _deploy(
+    qmodel: PreTrainedModel, tokenizer: Any, texts: Sequence[str], wanted: Tensor, path: Path, console: Console
 ) -> None:
-    import onnx
-    import onnxruntime
-
-    batch = next(iter(token_batches(tokenizer, texts)))
-    shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
+    """Export for ONNX Runtime, and hold the file against both models."""
     start = time.perf_counter()
-    # The exporter warns about torchvision, which is not there, and about names of dimensions.
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            qmodel, (), kwargs=batch, dynamo=True, opset_version=_OPSET, dynamic_shapes=shapes, verbose=False
-        )
-        assert program is not None
-        program.save(path)
-    seconds = time.perf_counter() - start
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    pairs = (
-        sum(node.op_type == "QuantizeLinear" for node in nodes),
-        sum(node.op_type == "DequantizeLinear" for node in nodes),
-    )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in batch.items()})[0])
-    with torch.no_grad():
-        legacy = qmodel(**batch).last_hidden_state
-        for quantizer in quantizers(qmodel).values():
-            quantizer.use_fb_fake_quant = True
-        wanted = qmodel(**batch).last_hidden_state
-    mask = batch["attention_mask"].bool()
-
-    def by_text(states: Tensor) -> Tensor:
-        difference: Tensor = (states - wanted).abs().amax(-1)
-        return difference.masked_fill(~mask, 0.0).amax(-1)
-
-    runtime, formulas = by_text(found), by_text(legacy)
+    # Two texts to trace and to compare site by site with.
+    batch = next(iter(token_batches(tokenizer, texts[:2])))
+    exported = export_onnx(qmodel, path, batch, target="onnxruntime")
+    console.print(f"\nexported and compared in {time.perf_counter() - start:.0f} s")
+    console.print(exported)
+    console.print(receipt(path))
+    cosine, neighbours = agreement(wanted, embed(load_onnx(path), tokenizer, texts, "ONNX Runtime"))
     console.print(
-        f"\nONNX, opset {_OPSET}, in {seconds:.0f} s: {pairs[0]} QuantizeLinear, {pairs[1]} DequantizeLinear.\n"
-        f"ONNX Runtime against PyTorch (native fake quant), last hidden states of {len(texts)} texts: largest "
-        f"difference in a text {runtime.median():.1e} in the median, {runtime.max():.1e} in the worst.\n"
-        f"PyTorch's two formulas against each other (legacy, native), the same texts: {formulas.median():.1e} in the "
-        f"median, {formulas.max():.1e} in the worst.\n"
-        "A value half-way between two steps may be rounded either way, and one other step leads to more."
+        f"\nthe file on ONNX Runtime against the float model, {len(texts)} held-out docstrings: cosine {cosine:.4f}, same "
+        f"top-1 neighbour {neighbours:.3f}"
     )

@@ -13,6 +13,7 @@ __all__ = [
     "ModelError",
     "ParityError",
     "QdqSurgeryError",
+    "ReceiptError",
     "RuleFileError",
     "TraceError",
 ]
@@ -84,3 +85,7 @@ class ExportError(QdqSurgeryError):
 
 class ParityError(ExportError):
     """A file computes something else than the model that it was exported from."""
+
+
+class ReceiptError(ExportError):
+    """A runtime runs less of a file in INT8 than was asked for, or leaves more Q/DQ over."""

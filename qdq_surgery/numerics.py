@@ -20,17 +20,25 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from torch.onnx._internal.exporter import _flags as _onnx_flags
 except ImportError:  # pragma: no cover (another release of torch)
     _onnx_flags = None  # type: ignore[assignment]
 
-__all__ = ["exporting_to_onnx", "fake_quant", "learned_fake_quant", "native_fake_quant", "onnx_fake_quant", "quantize"]
+__all__ = [
+    "SMALLEST_AMAX",
+    "exporting_to_onnx",
+    "fake_quant",
+    "learned_fake_quant",
+    "native_fake_quant",
+    "onnx_fake_quant",
+    "quantize",
+]
 
 #: An amax up to the smallest positive float16 counts as 0: everything is quantized to 0.
-_EPSILON = 1.0 / (1 << 24)
+SMALLEST_AMAX = 1.0 / (1 << 24)
 
 
 def fake_quant(
@@ -109,9 +117,16 @@ def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned:
     return outputs.to(inputs.dtype)
 
 
-def exporting_to_onnx() -> bool:
-    """Whether ``torch.onnx.export`` (with ``dynamo=True``, its default) is tracing right now."""
+def exporting_to_onnx(inputs: Tensor | None = None) -> bool:
+    """Whether ``torch.onnx.export`` (with ``dynamo=True``, its default) is tracing right now.
+
+    Args:
+        inputs: Whether it is tracing these. torch's flags are the process's: in another thread that a model runs in
+            meanwhile they are set, too.
+    """
     if not torch.compiler.is_compiling():
+        return False
+    if inputs is not None and type(inputs) in (Tensor, nn.Parameter) and not torch.compiler.is_dynamo_compiling():
         return False
     # The exporter's second try goes through dynamo, where torch.onnx.is_in_onnx_export() is a constant False: what was
     # refused in the first try would be exported as plain arithmetic. So the flag behind it is read where there is one.
@@ -168,7 +183,7 @@ def _integers(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narro
     amax = amax.float()
     # pytorch-quantization calls this "scale"; it is the reciprocal of ONNX's.
     # (A Python number divided by a tensor would be a product with the reciprocal, which rounds twice.)
-    inv_scale = torch.where(amax <= _EPSILON, 0.0, torch.full_like(amax, qmax) / amax)
+    inv_scale = torch.where(amax <= SMALLEST_AMAX, 0.0, torch.full_like(amax, qmax) / amax)
     # In place: what costs is memory that is touched for the first time.
     return (work * inv_scale).round_().clamp_(qmin, qmax), inv_scale
 

@@ -271,7 +271,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if not self._fake_quant:
             outputs, self._scale = tensor_quant.tensor_quant(inputs, amax, self._num_bits, self._unsigned)
             return outputs  # type: ignore[no-any-return]
-        if exporting_to_onnx():
+        if exporting_to_onnx(inputs):
             # A weight's range is a constant of the graph even where it was not calibrated, an activation's is not.
             if self.amax is None and (self.provenance is None or self.provenance.role != "weight"):
                 raise CalibrationError(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,17 +16,14 @@ from qdq_surgery.deploy.fusing import plain_bias_gelu, plain_skip_norm
 from qdq_surgery.deploy.grids import Grid
 from qdq_surgery.deploy.lowering import lower
 from qdq_surgery.deploy.naming import name_nodes
+from qdq_surgery.deploy.origin import describe
 from qdq_surgery.deploy.scores import fold_score_factors
-from qdq_surgery.deploy.sites import Site, dump_sites
+from qdq_surgery.deploy.sites import METADATA, Site, dump_sites
 from qdq_surgery.deploy.targets import Target
 from qdq_surgery.deploy.tracing import Traced
 from qdq_surgery.version import __version__
 
-__all__ = ["METADATA", "Built", "build"]
-
-#: Keys of the file's metadata begin with this.
-METADATA = "qdq_surgery."
-
+__all__ = ["Built", "build"]
 
 @dataclass(frozen=True)
 class Built:
@@ -74,16 +69,8 @@ def build(
             f"{METADATA}version": __version__,
             f"{METADATA}target": target.name,
             f"{METADATA}rules": plan_of(qmodel).rules.name,
-            f"{METADATA}class": type(qmodel).__name__,
-            f"{METADATA}config": json.dumps(_config(qmodel)),
-            f"{METADATA}outputs": traced.output_class,
+            **describe(qmodel, traced.output_class),
             f"{METADATA}sites": dump_sites(sites),
         }
     )
     return Built(model, sites)
-
-
-def _config(qmodel: PreTrainedModel) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(qmodel.config.to_json_string(use_diff=False))
-    found.pop("_name_or_path", None)  # where it lay on the machine that exported it
-    return found

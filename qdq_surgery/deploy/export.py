@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.text import Text
 from transformers import PreTrainedModel
 
 from qdq_surgery.convert import plan_of
 from qdq_surgery.deploy.extras import require
+from qdq_surgery.deploy.findings import Findings
 from qdq_surgery.deploy.grids import read_grids
+from qdq_surgery.deploy.half import half_copy
+from qdq_surgery.deploy.lint import lint
+from qdq_surgery.deploy.sample import sample_inputs
 from qdq_surgery.deploy.sites import Site
 from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, Target, get_target
 from qdq_surgery.deploy.writing import DATA_SUFFIX, LARGEST, draft, writable
 from qdq_surgery.errors import ExportError, ModelError
-from qdq_surgery.examples import checked_examples, make_examples
+from qdq_surgery.render import Rendered
 
 if TYPE_CHECKING:
     from qdq_surgery.deploy.building import Built
@@ -29,12 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Export", "export_onnx"]
 
-#: Batch and tokens of the example that a model is traced with: no two numbers alike, and none that stands in a config.
-_SHAPE = (2, 21)
-
 
 @dataclass(frozen=True)
-class Export:
+class Export(Rendered):
     """What was written.
 
     Attributes:
@@ -42,6 +44,7 @@ class Export:
         target: The name of its target.
         opset: The version of ONNX's operators in it.
         sites: Its Q/DQ pairs.
+        findings: What each pair enables or blocks on the target.
         parity: The certificate; ``None`` if none was asked for.
     """
 
@@ -49,7 +52,31 @@ class Export:
     target: str
     opset: int
     sites: tuple[Site, ...]
+    findings: Findings
     parity: Parity | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; the path as it was given."""
+        return {
+            "path": str(self.path),
+            "target": self.target,
+            "opset": self.opset,
+            "sites": [asdict(site) for site in self.sites],
+            "findings": self.findings.to_json(),
+            "parity": None if self.parity is None else self.parity.to_json(),
+        }
+
+    def __rich__(self) -> RenderableType:
+        data = Path(f"{self.path}{DATA_SUFFIX}")
+        size = sum(file.stat().st_size for file in (self.path, data) if file.exists())
+        weights = sum(site.role == "weight" for site in self.sites)
+        head = Text(
+            f"{self.path.name} for {self.target}, opset {self.opset}, {size / 1e6:.1f} MB: {weights} weights in int8, "
+            f"{len(self.sites) - weights} Q/DQ pairs for "
+            f"{sum(len(site.quantizers) for site in self.sites if site.role != 'weight')} quantizers of activations"
+        )
+        checked = () if self.parity is None else (self.parity, Text())
+        return Group(head, Text(), *checked, self.findings)
 
 
 def export_onnx(
@@ -71,15 +98,14 @@ def export_onnx(
     Args:
         qmodel: A converted, calibrated model in eval mode, with any head. It stays as it is.
         path: The file to write; one that exists is replaced when the new one is complete and checked.
-        example_inputs: Keyword arguments of the model's forward to trace and to check with, if none can be made from
-            its config; at least two rows and a length that stands in no weight's shape.
+        example_inputs: Keyword arguments of the model's forward to trace and to check with, such as what a tokenizer
+            gives; they decide which inputs the file has. Left out, they are made from the config.
         target: ``onnxruntime``, ``openvino`` or ``tensorrt``; see :data:`qdq_surgery.deploy.targets.TARGETS`.
         opset: The version of ONNX's operators; the target's own if left out.
         dynamic: Whether batch and sequence stay open. Otherwise the file takes the example's shapes only.
         parity: Whether to compare the file with the model, site by site, before it takes its place.
-        activations: ``int8``, or ``uint8`` with 128 as zero point, which is the same grid. The target's own if left out:
-            for ONNX Runtime that of this machine's CPU, so give it if the file is for another (``int8`` for Arm, and for
-            x86 without VNNI, whose 16-bit sums overflow with ``uint8``).
+        activations: ``int8``, or ``uint8`` with 128 as zero point, which is the same grid. The target's own if left
+            out: for ONNX Runtime that of this machine's CPU, so give it if the file is for another (``int8`` for Arm).
         precision: ``float32``, or for TensorRT ``float16``: what is not INT8 is then half precision in the file, as its
             strongly typed networks want it.
 
@@ -103,8 +129,9 @@ def export_onnx(
     plan_of(qmodel)
     if qmodel.training:
         raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
+    _check_dtype(qmodel, precision)
     grids = read_grids(qmodel, chosen)
-    inputs = make_examples(qmodel, _SHAPE) if example_inputs is None else checked_examples(qmodel, example_inputs)
+    inputs = sample_inputs(qmodel, example_inputs, dynamic)
 
     from qdq_surgery.deploy.building import build
     from qdq_surgery.deploy.tracing import trace
@@ -112,7 +139,7 @@ def export_onnx(
     source, weights = qmodel, {}
     if precision == "float16":
         weights = _float_weights(qmodel)
-        source = copy.deepcopy(qmodel).half()
+        source = half_copy(qmodel, grids)
         inputs = {
             name: value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
@@ -121,7 +148,7 @@ def export_onnx(
     with draft(file) as temporary:
         _save(built, temporary)
         certificate = _certified(source, temporary, inputs, chosen) if parity else None
-    return Export(file, target, opset, built.sites, certificate)
+    return Export(file, target, opset, built.sites, lint(built.model), certificate)
 
 
 def _save(built: Built, file: Path) -> None:
@@ -145,6 +172,15 @@ def _certified(model: PreTrainedModel, file: Path, inputs: Mapping[str, Any], ta
     certificate = replace(certify(model, file, inputs, asked), left_out=tuple(left_out))
     certificate.require()
     return certificate
+
+
+def _check_dtype(qmodel: PreTrainedModel, precision: str) -> None:
+    kinds = {each.dtype for each in qmodel.parameters() if each.is_floating_point()}
+    other = sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32, getattr(torch, precision)})
+    if other:
+        raise ModelError(
+            f"this {type(qmodel).__name__} is in {other[0]}, and the file is to be in {precision}; call .float() first"
+        )
 
 
 def _opset(target: Target, opset: int | None) -> int:

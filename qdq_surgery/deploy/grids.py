@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.convert import quantizers
 from qdq_surgery.deploy.targets import Target
 from qdq_surgery.errors import CalibrationError, ExportError
-from qdq_surgery.numerics import quantize
+from qdq_surgery.numerics import SMALLEST_AMAX, quantize
 from qdq_surgery.quantizer import TensorQuantizer
 
 __all__ = ["Grid", "read_grids"]
@@ -22,8 +22,9 @@ __all__ = ["Grid", "read_grids"]
 #: How many names a message holds.
 _SHOWN = 12
 
-#: The scale of a range that is 0. Every integer times it is 0 for all purposes, and no runtime divides by 0.
-_NO_RANGE = float(np.finfo(np.float32).tiny)
+#: The scale of a range that is 0, for which PyTorch rounds every value to 0: a step so large that each is nearest
+#: to 0, and that half precision holds, times the scale of another tensor too.
+_NO_RANGE = np.float32(4096.0)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Grid:
         name: The quantizer's qualified name.
         role: ``"input"`` or ``"weight"``.
         amax: float32, of one value or one for each channel; ``None`` for a weight whose range is that of its values.
-        axis: The per-channel axis; ``None`` for one range.
+        axis: The per-channel axis, from the end where it is negative; ``None`` for one range.
         unsigned, narrow_range: As in :class:`qdq_surgery.spec.QuantSpec`; always 8 bits.
         native: Whether the model rounds by the native formula (``use_fb_fake_quant``).
     """
@@ -54,7 +55,11 @@ class Grid:
 
     def scale(self, amax: NDArray[np.float32]) -> NDArray[np.float32]:
         """ONNX's scale for ``amax``, float32, same shape, > 0."""
-        return np.maximum(amax.astype(np.float32) / np.float32(self.qmax), np.float32(_NO_RANGE))
+        ranges = amax.astype(np.float32)
+        scale = ranges / np.float32(self.qmax)
+        none = scale < np.finfo(np.float32).tiny if self.native else ranges <= np.float32(SMALLEST_AMAX)
+        found: NDArray[np.float32] = np.where(none, _NO_RANGE, scale)
+        return found
 
     def amax_of(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """The range, shape () or (channels,); of the values themselves where none is fixed."""
@@ -63,7 +68,8 @@ class Grid:
         if self.axis is None:
             return np.asarray(np.abs(values).max(), dtype=np.float32)
         others = tuple(axis for axis in range(values.ndim) if axis != self.axis % values.ndim)
-        return np.abs(values).max(axis=others).astype(np.float32)
+        found: NDArray[np.float32] = np.abs(values).max(axis=others).astype(np.float32)
+        return found
 
     def integers(self, values: NDArray[np.float32]) -> NDArray[np.int8] | NDArray[np.uint8]:
         """Constant ``values`` on the grid, by the formula by which the model itself rounds them."""
@@ -74,12 +80,13 @@ class Grid:
         found: Tensor
         if self.native:
             scale = ranges / self.qmax
-            found = (work * torch.where(scale > 0, 1.0 / scale, 0.0)).round_()
+            usable = scale >= torch.finfo(torch.float32).tiny
+            found = (work * torch.where(usable, 1.0 / scale, 0.0)).round_()
             found = found.clamp_(0 if self.unsigned else -128, self.qmax)
         else:
             found = quantize(work, ranges, 8, self.unsigned, self.narrow_range)
         kind = torch.uint8 if self.unsigned else torch.int8
-        return found.to(kind).numpy()  # type: ignore[no-any-return]
+        return found.to(kind).numpy()
 
 
 def read_grids(qmodel: PreTrainedModel, target: Target) -> dict[str, Grid]:
@@ -156,7 +163,7 @@ def _grid(name: str, quantizer: TensorQuantizer) -> Grid:
     if amax is not None:
         amax = amax.detach().float().cpu()
         wide = [at for at, size in enumerate(amax.shape) if size != 1]
-        axis = wide[0] if wide else None
+        axis = wide[0] - amax.ndim if wide else None  # as it broadcasts
         amax = amax.reshape(-1) if wide else amax.reshape(())
     return Grid(
         name,

@@ -20,7 +20,7 @@ from qdq_surgery.deploy.grids import Grid
 from qdq_surgery.deploy.sites import Site
 from qdq_surgery.tagging import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["Lowered", "lower", "typed_scale"]
 
 
 @dataclass
@@ -86,10 +86,11 @@ class _Lowering:
             return
         name = self._unique(grid.name)
         parameters = [
-            self._constant(f"{name}/scale", scale.astype(_numpy_type(value))),
+            self._constant(f"{name}/scale", typed_scale(scale, _numpy_type(value))),
             self._zero_point(np.full(scale.shape, middle, kind)),
         ]
-        attributes = {} if grid.axis is None else {"axis": grid.axis}
+        assert value.shape is not None
+        attributes = {} if grid.axis is None else {"axis": grid.axis % len(value.shape)}
         quantize = ir.node("QuantizeLinear", [value, *parameters], attributes, name=f"{name}/QuantizeLinear")
         quantize.outputs[0].name, quantize.outputs[0].shape = f"{name}/integers", value.shape
         quantize.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if kind is np.uint8 else ir.DataType.INT8)
@@ -108,7 +109,9 @@ class _Lowering:
         turned = bool(readers) and all(_is_transpose(reader) for reader in readers)
         name = self._unique(grid.name)
         parameters = self._stored(value, grid, turned)
-        axis = None if grid.axis is None else 1 - grid.axis % 2 if turned else grid.axis
+        assert value.shape is not None
+        axis = None if grid.axis is None else grid.axis % len(value.shape)
+        axis = 1 - axis if turned and axis is not None else axis
         attributes = {} if axis is None else {"axis": axis}
         dequantize = self._dequantize(name, list(parameters), attributes, (readers[0] if turned else node).outputs[0])
         self.graph.insert_before(node, dequantize)
@@ -123,14 +126,15 @@ class _Lowering:
 
     def _stored(self, value: ir.Value, grid: Grid, turned: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Integers, scale and zero point; one copy of a weight that several layers share."""
-        assert value.name is not None and value.const_value is not None
+        assert value.name is not None
+        assert value.const_value is not None
         key = (value.name, grid.name + ("/turned" if turned else ""))
         if key not in self._weights:
             values = self.weights.get(value.name)
             if values is None:
                 values = value.const_value.numpy().astype(np.float32)
             integers = grid.integers(values)
-            scale = grid.scale(grid.amax_of(values)).astype(_numpy_type(value))
+            scale = typed_scale(grid.scale(grid.amax_of(values)), _numpy_type(value))
             self._weights[key] = (
                 self._constant(f"{key[1]}/weight", np.ascontiguousarray(integers.T if turned else integers)),
                 self._constant(f"{key[1]}/scale", scale),
@@ -166,12 +170,21 @@ class _Lowering:
 
 def _named(dequantize: ir.Node) -> tuple[str, str]:
     name, value = dequantize.name, dequantize.outputs[0].name
-    assert name is not None and value is not None
+    assert name is not None
+    assert value is not None
     return name, value
 
 
-def _numpy_type(value: ir.Value) -> type[np.floating]:  # type: ignore[type-arg]
+def _numpy_type(value: ir.Value) -> type[np.floating]:
     return np.float16 if value.dtype == ir.DataType.FLOAT16 else np.float32
+
+
+def typed_scale(scale: NDArray[np.floating], kind: type[np.floating]) -> NDArray[np.floating]:
+    """``scale`` as ``kind``, > 0 there too: what float32 can hold for a range of 0, half precision rounds to 0."""
+    limits = np.finfo(kind)
+    least = limits.smallest_subnormal if kind is np.float16 else limits.tiny
+    typed: NDArray[np.floating] = np.maximum(scale.astype(kind), least)
+    return typed
 
 
 def _is_transpose(node: ir.Node) -> bool:
@@ -185,13 +198,13 @@ def _as_matmul(graph: ir.Graph, weight: ir.Node) -> None:
     """
     for use in list(weight.outputs[0].uses()):
         node = use.node
-        if node.op_type != "Gemm" or use.idx != 1 or node.attributes.get_int("transA", 0):
+        if node.op_type != "Gemm" or use.idx != 1 or node.attributes.get_int("transA", False):
             continue
         if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
             continue
         made: list[ir.Node] = []
         factor = weight.outputs[0]
-        if node.attributes.get_int("transB", 0):
+        if node.attributes.get_int("transB", False):
             made.append(ir.node("Transpose", [factor], {"perm": [1, 0]}))
             factor = made[-1].outputs[0]
         made.append(ir.node("MatMul", [node.inputs[0], factor], metadata_props=dict(node.metadata_props)))

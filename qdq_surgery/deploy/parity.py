@@ -7,9 +7,9 @@ site is fetched, PyTorch runs with these values in place of its own quantizers' 
 is held against the runtime's. What differs then arose between two neighbouring sites.
 
 A site agrees if every element is the same but for elements that lie half-way between two steps, which may be one step
-apart. With optimisations on, values inside are fused away; there the outputs are compared. Ties alone can move them by a
-third of what quantization itself changes (all-MiniLM-L6-v2, ONNX Runtime without optimisations), so they agree if they
-differ by no more than half of that, or are as near to the float model's as PyTorch's quantized ones are.
+apart. With optimisations on, values inside are fused away; there the outputs are compared. Ties alone can move them
+by a third of what quantization itself changes (all-MiniLM-L6-v2, ONNX Runtime without optimisations), so they agree if
+they differ by no more than half of that, or are as near to the float model's as PyTorch's quantized ones are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.convert import quantization_disabled, quantizers
+from qdq_surgery.deploy.chunks import unchunked
 from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.probing import Runtime, probe, runtimes
 from qdq_surgery.deploy.sites import Site
@@ -40,11 +41,14 @@ from qdq_surgery.render import Rendered
 
 __all__ = ["Check", "Parity", "SiteCheck", "certify"]
 
-#: How far from the middle between two steps a value may lie that two float computations round apart, in steps. A float32
-#: product of 3072 terms is off by about 1e-6 of its range, which is 127 steps wide. In half precision any value may be.
+#: How far from the middle between two steps a value may lie that two float computations round apart, in steps. A
+#: float32 product of 3072 terms is off by about 1e-6 of its range, which is 127 steps wide. In half precision any
+#: value may be.
 _TIE = {torch.float32: 0.02, torch.float16: 1.0}
 #: How far from the grid a runtime's value may lie, in steps: only the multiplication by the scale is between.
 _OFF_GRID = {torch.float32: 2e-3, torch.float16: 0.25}
+#: How far apart two values may always lie: half precision rounds a scale, times 128, by as much near its smallest numbers.
+_NOTHING = {torch.float32: 0.0, torch.float16: 2.0**-17}
 #: Largest difference of outputs over their largest magnitude, when all quantizers agree.
 _OUTPUT = {torch.float32: 1e-4, torch.float16: 2e-2}
 #: Optimised: norm of the difference over norm of what quantization changes.
@@ -286,11 +290,11 @@ class _Forced:
         self._calls[name] += 1
         value = self._values[site.value].astype(np.float32) / np.float32(site.factor)
         theirs = torch.from_numpy(value.T.copy() if site.transposed else value).reshape(output.shape)
-        self.checks.append(self._compare(name, quantizer, inputs.float().cpu(), output.float().cpu(), theirs))
+        self.checks.append(self._compare(name, quantizer, inputs.float().cpu(), output.float().cpu(), theirs, site))
         return theirs.to(output)
 
     def _compare(
-        self, name: str, quantizer: TensorQuantizer, inputs: Tensor, ours: Tensor, theirs: Tensor
+        self, name: str, quantizer: TensorQuantizer, inputs: Tensor, ours: Tensor, theirs: Tensor, site: Site
     ) -> SiteCheck:
         scale = _scale(quantizer, inputs)
         steps = (theirs - ours) / scale
@@ -298,7 +302,7 @@ class _Forced:
         on_grid = (steps - whole).abs() <= _OFF_GRID[self._kind]
         place = inputs / scale
         near_tie = (place - place.floor() - 0.5).abs() <= _TIE[self._kind]
-        same = on_grid & (whole == 0)
+        same = on_grid & (whole == 0) | ((theirs - ours).abs() <= _NOTHING[self._kind] / min(site.factor, 1.0))
         tied = on_grid & (whole.abs() == 1) & near_tie
         wrong = ~(same | tied) | steps.isnan()
         return SiteCheck(
@@ -314,7 +318,7 @@ def _scale(quantizer: TensorQuantizer, inputs: Tensor) -> Tensor:
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    with torch.no_grad():
+    with torch.no_grad(), unchunked(model):
         returned = model(**inputs)
     made: dict[str, NDArray[Any]] = {}
 

@@ -57,7 +57,7 @@ def probe(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str],
         values: Names of values. That they are asked for keeps a runtime from fusing them away.
 
     Raises:
-        ExportError: The runtime cannot run the file; says what it said.
+        ExportError: The runtime cannot run the file, and says why, or an input is missing.
     """
     run = _run_onnxruntime if runtime.name == "onnxruntime" else _run_openvino
     try:
@@ -81,9 +81,16 @@ def _run_onnxruntime(path: Path, inputs: Mapping[str, NDArray[Any]], values: Seq
     with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
         file = _with_outputs(path, values, Path(folder)) if values else path
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        taken = {each.name: inputs[each.name] for each in session.get_inputs()}
+        taken = _taken(path, [each.name for each in session.get_inputs()], inputs)
         names = [each.name for each in session.get_outputs()]
         return dict(zip(names, session.run(names, taken), strict=True))
+
+
+def _taken(path: Path, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    absent = [name for name in names if name not in inputs]
+    if absent:
+        raise ExportError(f"{path.name} takes {', '.join(absent)}, which the inputs lack ({', '.join(inputs)})")
+    return {name: inputs[name] for name in names}
 
 
 def _with_outputs(path: Path, values: Sequence[str], folder: Path) -> Path:
@@ -106,7 +113,7 @@ def _run_openvino(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequen
         model.add_outputs(list(values))
     # By itself it computes what is not INT8 in bfloat16 where the CPU can, which is another model.
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    taken = {each.any_name: inputs[each.any_name] for each in compiled.inputs}
+    taken = _taken(path, [each.any_name for each in compiled.inputs], inputs)
     found = compiled(taken)
     # An output that is also a probe has both names.
     return {name: np.array(found[port]) for port in compiled.outputs for name in port.names}

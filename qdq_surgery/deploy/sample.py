@@ -42,7 +42,7 @@ def sample_inputs(qmodel: PreTrainedModel, given: Mapping[str, Any] | None, dyna
     tensors = {name: value for name, value in made.items() if isinstance(value, Tensor) and value.ndim > 0}
     if not dynamic or not tensors:
         return made
-    short = next((name for name, value in tensors.items() if value.ndim > 1 and value.shape[1] < 2), None)
+    short = next((name for name, value in tensors.items() if value.ndim in (2, 3) and value.shape[1] < 2), None)
     if short is not None:
         raise ExportError(
             f"example_inputs['{short}'] has the shape {tuple(tensors[short].shape)}, and torch takes an axis of 1 for a "

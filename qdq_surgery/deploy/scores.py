@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from qdq_surgery.deploy.lowering import Lowered
+from qdq_surgery.deploy.lowering import Lowered, typed_scale
 
 __all__ = ["fold_score_factors"]
 
@@ -60,7 +61,7 @@ def _fold(graph: ir.Graph, product: ir.Node, pairs: dict[ir.Value, Lowered]) -> 
 def _into_linear(
     graph: ir.Graph, value: ir.Value, reader: ir.Node, factor: float, pairs: dict[ir.Value, Lowered]
 ) -> bool:
-    """Whether ``value`` is a linear's output, moved about, for ``reader`` alone; then its weight and bias are scaled."""
+    """Scale weight and bias, if ``value`` is a linear's output, moved about, for ``reader`` alone; whether it was."""
     while True:
         node = value.producer()
         if node is None or _only_reader(value) is not reader:
@@ -93,7 +94,7 @@ def _factor(node: ir.Node, product: ir.Value) -> float | None:
     """What ``node`` multiplies ``product`` by, if that is one number."""
     if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
         return None
-    others = [value for value in node.inputs if value is not product]
+    others = [value for value in node.inputs if value is not None and value is not product]
     if len(others) != 1 or (node.op_type == "Div" and node.inputs[0] is not product):
         return None
     number = ir.convenience.get_const_tensor(others[0])
@@ -106,20 +107,23 @@ def _factor(node: ir.Node, product: ir.Value) -> float | None:
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = value.uses()
+    uses = tuple(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def _scale_constant(graph: ir.Graph, node: ir.Node, at: int, factor: float) -> None:
     """Give ``node`` a constant of its own: the one it reads, times ``factor``."""
     value = node.inputs[at]
-    assert value is not None and value.const_value is not None
+    assert value is not None
+    assert value.const_value is not None
     array = value.const_value.numpy()
-    scaled = (array.astype(np.float64) * factor).astype(array.dtype)
+    scaled: NDArray[np.floating] = array.astype(np.float64) * factor
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        scaled = typed_scale(scaled, array.dtype.type)
     node.replace_input_with(at, _constant(graph, f"{value.name}/scaled", scaled, value))
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray, like: ir.Value) -> ir.Value:  # type: ignore[type-arg]
+def _constant(graph: ir.Graph, name: str, array: NDArray[np.floating], like: ir.Value) -> ir.Value:
     kind = np.float16 if like.dtype == ir.DataType.FLOAT16 else np.float32
     count = 1
     while name in graph.initializers:  # a constant that several nodes read is scaled for each of them

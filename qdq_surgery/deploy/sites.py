@@ -6,7 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["Site", "dump_sites", "load_sites"]
+__all__ = ["METADATA", "Site", "dump_sites", "load_sites"]
+
+#: Keys of the file's metadata begin with this.
+METADATA = "qdq_surgery."
 
 
 @dataclass

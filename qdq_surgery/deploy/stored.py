@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdq_surgery.deploy.building import METADATA
-from qdq_surgery.deploy.sites import Site, load_sites
+from qdq_surgery.deploy.sites import METADATA, Site, load_sites
 from qdq_surgery.errors import ExportError
 
 __all__ = ["read_metadata", "read_sites", "stored_weights"]

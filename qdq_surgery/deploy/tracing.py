@@ -7,6 +7,7 @@ is not needed here: every architecture that can be converted traces without them
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import warnings
@@ -17,16 +18,20 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.convert import quantizers
-from qdq_surgery.errors import ExportError
+from qdq_surgery.deploy.chunks import unchunked
+from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
 from qdq_surgery.tagging import tagged
 
 __all__ = ["Traced", "trace"]
 
 _EXPORTER = "torch.onnx._internal.exporter"
+
+#: How much a message holds of what torch says, in characters: the reason stands in the second or third line.
+_LONGEST = 400
 
 
 @dataclass(frozen=True)
@@ -52,20 +57,20 @@ def trace(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynami
         dynamic: Keep batch and sequence open. Otherwise the file takes tensors of these shapes only.
 
     Raises:
+        ModelError: The model does not take the inputs.
         ExportError: torch cannot export the model; says what it said.
     """
-    names = {each: name for name, each in quantizers(qmodel).items()}
-    with torch.no_grad(), _quiet():
-        # Also records a kind of call that is new to a converted model, which cannot happen while it is traced.
-        returned = qmodel(**inputs)
+    names: dict[nn.Module, str] = {each: name for name, each in quantizers(qmodel).items()}
+    with torch.no_grad(), _quiet(), unchunked(qmodel):
+        returned = _called(qmodel, inputs)
         fields = _fields(returned, type(qmodel).__name__)
-        shapes = {name: _open_axes(value) if dynamic else None for name, value in inputs.items()}
+        shapes = _shapes(qmodel, inputs) if dynamic else None
         try:
             with tagged(names):
                 program = torch.export.export(qmodel, (), dict(inputs), dynamic_shapes=shapes, strict=False)
             made = torch.onnx.export(program, (), opset_version=opset, output_names=fields, verbose=False)
         except Exception as error:  # whatever torch.export makes of a model's code
-            raise ExportError(f"{type(qmodel).__name__} cannot be traced: {_first_line(error)}") from error
+            raise ExportError(f"{type(qmodel).__name__} cannot be traced: {_cause(error)}") from error
     assert made is not None
     graph = made.model
     graph.graph.name = type(qmodel).__name__
@@ -73,6 +78,19 @@ def trace(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynami
         _name_axes(graph.graph, inputs)
     output_class = type(returned)
     return Traced(graph, f"{output_class.__module__}.{output_class.__qualname__}", tuple(fields))
+
+
+def _called(qmodel: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
+    """What the model returns. Also records a kind of call that is new to it, which cannot happen while it is traced."""
+    try:
+        return qmodel(**inputs)
+    except QdqSurgeryError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{type(qmodel).__name__} does not run on the example inputs ({', '.join(inputs)}): "
+            f"{type(error).__name__}: {error}; pass example_inputs= that it takes"
+        ) from error
 
 
 def _fields(returned: Any, model: str) -> list[str]:
@@ -91,12 +109,30 @@ def _flat(name: str, value: Any, model: str) -> Iterator[str]:
         raise ExportError(f"{model} returned '{name}', a {type(value).__name__}; call it with use_cache=False")
 
 
-def _open_axes(value: Any) -> dict[int, Any] | None:
+def _shapes(qmodel: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Which axes stay open, by argument."""
+    parameters = inspect.signature(qmodel.forward).parameters
+    further = [name for name in inputs if name not in parameters]
+    if further:
+        raise ExportError(
+            f"{type(qmodel).__name__} takes '{further[0]}' through **kwargs, where torch.export keeps no shape open; "
+            "leave it out (what it asks for may be set in model.config), or pass dynamic=False"
+        )
+    return {name: _open_axes(name, value) for name, value in inputs.items()}
+
+
+def _open_axes(name: str, value: Any) -> dict[int, Any] | None:
     if not isinstance(value, Tensor):
         return None
-    # The last axis of states is the width of the model.
-    axes = value.ndim - 1 if value.is_floating_point() and value.ndim > 2 else value.ndim
-    return {axis: torch.export.Dim.DYNAMIC for axis in range(axes)}
+    # An axis of 1 is one that broadcasts, such as the first of position_ids (1, tokens).
+    axes = [axis for axis, size in enumerate(value.shape) if size > 1]
+    if _is_states(name, value):  # the last axis is the width of the model
+        axes = [axis for axis in axes if axis < value.ndim - 1]
+    return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+
+
+def _is_states(name: str, value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim > 2 and "mask" not in name
 
 
 def _name_axes(graph: ir.Graph, inputs: Mapping[str, Any]) -> None:
@@ -109,9 +145,10 @@ def _name_axes(graph: ir.Graph, inputs: Mapping[str, Any]) -> None:
         for axis, size in enumerate(value.shape):
             if not isinstance(size, ir.SymbolicDim) or size.value is None or size.value in names:
                 continue
-            last = axis == len(value.shape) - (2 if example.is_floating_point() and example.ndim > 2 else 1)
+            last = axis == len(value.shape) - (2 if _is_states(str(value.name), example) else 1)
             name = "batch" if axis == 0 else "sequence" if last else "choices"
-            while name in names.values():
+            # A mask is looked up row by row, so that torch does not see that it has as many rows as there are texts.
+            while name in names.values() and axis > 0:
                 name = f"{name}_of_{value.name}"
             names[size.value] = name
     pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)")
@@ -128,16 +165,16 @@ def _name_axes(graph: ir.Graph, inputs: Mapping[str, Any]) -> None:
             )
 
 
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:  # torch.onnx wraps what happened several times
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    words = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {words[:_LONGEST]}{'...' if len(words) > _LONGEST else ''}"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns about torchvision, which is not needed, and about names of axes."""
+    """The exporter warns about torchvision, which is not needed, and about names of axes."""
     log = logging.getLogger(_EXPORTER)
     before = log.level
     log.setLevel(logging.ERROR)
