@@ -190,6 +190,6 @@ def _deploy(
     console.print(receipt(path))
     cosine, neighbours = agreement(wanted, embed(load_onnx(path), tokenizer, texts, "ONNX Runtime"))
     console.print(
-        f"\nthe file on ONNX Runtime against the float model, {len(texts)} held-out docstrings: cosine {cosine:.4f}, same "
-        f"top-1 neighbour {neighbours:.3f}"
+        f"\nthe file on ONNX Runtime against the float model, {len(texts)} held-out docstrings: cosine {cosine:.4f}, "
+        f"same top-1 neighbour {neighbours:.3f}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.positions import longest_text
 
 __all__ = ["read_texts", "text_batches"]
 
@@ -66,9 +67,4 @@ def text_batches(folder: str | Path, texts: Sequence[str], rows: int, length: in
 def _positions(folder: str | Path) -> int:
     """How many tokens the model takes."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        return sys.maxsize
-    # RoBERTa and its kin begin to count behind the padding token.
-    counts_on = config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "mpnet")
-    return positions - config.pad_token_id - 1 if counts_on else positions
+    return longest_text(config) or sys.maxsize

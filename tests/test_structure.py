@@ -52,6 +52,7 @@ LAYERS = [
     "training",
     "trainer",
     "folder",
+    "positions",
     "texts",
     "deploy.__init__",
     "deploy.extras",
@@ -61,6 +62,7 @@ LAYERS = [
     "deploy.sample",
     "deploy.chunks",
     "deploy.grids",
+    "deploy.half",
     "deploy.writing",
     "deploy.tracing",
     "deploy.lowering",
@@ -69,11 +71,25 @@ LAYERS = [
     "deploy.naming",
     "deploy.building",
     "deploy.stored",
+    "deploy.chunks",
     "deploy.probing",
     "deploy.parity",
     "deploy.engines",
     "deploy.feeding",
     "deploy.runner",
+    "deploy.findings",
+    "deploy.placement",
+    "deploy.lint_onnxruntime",
+    "deploy.lint_openvino",
+    "deploy.lint_tensorrt",
+    "deploy.lint",
+    "deploy.gemms",
+    "deploy.executed",
+    "deploy.multiply_adds",
+    "deploy.optimized_onnxruntime",
+    "deploy.optimized_openvino",
+    "deploy.layers_tensorrt",
+    "deploy.receipt",
     "deploy.export",
     "demo",
     "cli",
@@ -98,7 +114,8 @@ HOMES = {
         "calibrate",
         "trainer",
         "folder",
-        "texts",
+        "positions",
+    "texts",
         "demo",
         "cli",
     },
@@ -115,7 +132,10 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name}: imports are absolute"
             assert node.module is not None
             assert [alias.name for alias in node.names] != ["*"]
-            found.add(node.module)
+            if node.module == "qdq_surgery.deploy":  # its modules, by name
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                found.add(node.module)
     return found
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from qdq_surgery.convert import plan_of
-from qdq_surgery.deploy.fusing import plain_bias_gelu, plain_skip_norm
+from qdq_surgery.deploy.fusing import plain_bias, plain_skip_norm
 from qdq_surgery.deploy.grids import Grid
 from qdq_surgery.deploy.lowering import lower
 from qdq_surgery.deploy.naming import name_nodes
@@ -24,6 +24,7 @@ from qdq_surgery.deploy.tracing import Traced
 from qdq_surgery.version import __version__
 
 __all__ = ["Built", "build"]
+
 
 @dataclass(frozen=True)
 class Built:
@@ -52,8 +53,8 @@ def build(
     model, graph = traced.model, traced.model.graph
     pairs = lower(graph, grids, activations, weights)
     fold_score_factors(graph, pairs)
-    if target.plain_bias_gelu:
-        plain_bias_gelu(graph)
+    if target.plain_bias:
+        plain_bias(graph)
     if target.plain_skip_norm:
         plain_skip_norm(graph)
     common.RemoveUnusedNodesPass()(model)

@@ -24,6 +24,7 @@ from qdq_surgery.deploy.lint import lint
 from qdq_surgery.deploy.sample import sample_inputs
 from qdq_surgery.deploy.sites import Site
 from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, Target, get_target
+from qdq_surgery.deploy.twin import twin
 from qdq_surgery.deploy.writing import DATA_SUFFIX, LARGEST, draft, writable
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.render import Rendered
@@ -136,7 +137,7 @@ def export_onnx(
     from qdq_surgery.deploy.building import build
     from qdq_surgery.deploy.tracing import trace
 
-    source, weights = qmodel, {}
+    source, weights = twin(qmodel), {}
     if precision == "float16":
         weights = _float_weights(qmodel)
         source = half_copy(qmodel, grids)
@@ -145,10 +146,11 @@ def export_onnx(
             for name, value in inputs.items()
         }
     built = build(trace(source, inputs, opset, dynamic), qmodel, grids, chosen, activations, weights)
+    findings = lint(built.model)
     with draft(file) as temporary:
         _save(built, temporary)
         certificate = _certified(source, temporary, inputs, chosen) if parity else None
-    return Export(file, target, opset, built.sites, lint(built.model), certificate)
+    return Export(file, target, opset, built.sites, findings, certificate)
 
 
 def _save(built: Built, file: Path) -> None:

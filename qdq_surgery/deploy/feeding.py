@@ -18,6 +18,7 @@ from torch import Tensor
 from qdq_surgery.deploy.engines import Port
 from qdq_surgery.deploy.origin import Origin
 from qdq_surgery.errors import ModelError
+from qdq_surgery.positions import longest_text
 
 __all__ = ["make_feed"]
 
@@ -43,9 +44,6 @@ _ZERO_TYPES = frozenset(
         "xlm-roberta",
     )
 )
-
-#: Those that count positions from the one behind the padding token's.
-_COUNTS_ON = frozenset(("camembert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"))
 
 
 def make_feed(path: Path, ports: Sequence[Port], origin: Origin, given: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -149,7 +147,7 @@ def _check_tokens(path: Path, origin: Origin, arrays: Mapping[str, NDArray[Any]]
             raise ModelError(
                 f"'{name}' has shape {arrays[name].shape}, and the tokens are {lead}; give one for each token"
             )
-    longest = _longest(origin.config)
+    longest = longest_text(origin.config)
     if longest is not None and lead[-1] > longest:
         raise ModelError(f"{lead[-1]} tokens are given, and {path} knows {longest} positions; truncate the texts")
     for name, limit in ((_IDS, "vocab_size"), (_TYPES, "type_vocab_size")):
@@ -162,14 +160,3 @@ def _check_tokens(path: Path, origin: Origin, arrays: Mapping[str, NDArray[Any]]
                     f"'{name}' holds {found}, and {path} knows 0 to {size - 1} ({limit} of its config); use the "
                     "model's own tokenizer"
                 )
-
-
-def _longest(config: Any) -> int | None:
-    """How many tokens there are positions for; ``None`` if any number."""
-    positions = getattr(config, "max_position_embeddings", None)
-    rotary = getattr(config, "rope_parameters", None) is not None
-    if rotary or getattr(config, "position_biased_input", True) is False or not isinstance(positions, int):
-        return None
-    if config.model_type in _COUNTS_ON:
-        positions -= config.pad_token_id + 1
-    return positions if positions > 0 else None

@@ -10,21 +10,25 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["plain_bias_gelu", "plain_skip_norm"]
+__all__ = ["plain_bias", "plain_skip_norm"]
 
 
-def plain_bias_gelu(graph: ir.Graph) -> int:
-    """A bias in front of a GELU gets one more axis, so that it counts as no bias; returns how many."""
+def plain_bias(graph: ir.Graph) -> int:
+    """The bias behind a product gets the axes of what it is added to, so that it counts as no bias; returns how many.
+
+    As a bias it is fused with a GELU behind it, and where all shapes are fixed with the product, to a Gemm in float.
+    """
     done = 0
     for node in graph:
-        if node.op_type != "Add" or not any(use.node.op_type == "Gelu" for use in node.outputs[0].uses()):
+        if node.op_type != "Add":
             continue
         for at, value in enumerate(node.inputs):
             constant = None if value is None else value.const_value
             other = node.inputs[1 - at]
             if value is None or constant is None or len(constant.shape) != 1 or other is None or other.shape is None:
                 continue
-            if len(other.shape) < 2:
+            product = other.producer()
+            if product is None or product.op_type != "MatMul" or len(other.shape) < 2:
                 continue
             array = constant.numpy().reshape([1] * (len(other.shape) - 1) + [-1])
             name = f"{value.name}/wide/{node.name}"

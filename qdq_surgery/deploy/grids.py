@@ -112,9 +112,9 @@ def _check_ranges(acting: dict[str, TensorQuantizer]) -> None:
     without = [name for name, each in acting.items() if each.amax is None and _role(name, each) != "weight"]
     if without:
         names = "\n  ".join(without)
+        count = f"{len(without)} quantizers have" if len(without) > 1 else "a quantizer has"
         raise CalibrationError(
-            f"{len(without)} quantizers have no range; calibrate the model (qdq_surgery.calibrate), or disable them:\n"
-            f"  {names}"
+            f"{count} no range; calibrate the model (qdq_surgery.calibrate), or disable them:\n  {names}"
         )
     broken = [
         name for name, each in acting.items() if each.amax is not None and not bool(torch.isfinite(each.amax).all())
@@ -188,4 +188,4 @@ def _axes(amax: Tensor) -> int:
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return f"{len(names)} quantizers ({shown}) are"
+    return f"{len(names)} quantizers ({shown}) are" if len(names) > 1 else f"the quantizer {shown} is"

@@ -19,8 +19,8 @@ MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Iden
 #: And through these, with a constant.
 FACTORS = ("Mul", "Div")
 
-#: What may stand between scores and softmax in a fused attention.
-_BETWEEN = ("Add", "Sum", "Mul", "Div")
+#: What between scores and softmax keeps the two products apart (DeBERTa's reshape does).
+_APART = ("Reshape",)
 
 _ATTENTION = "INT8 fused attention"
 _PLACES = ("queries", "keys", "probabilities", "values")
@@ -74,7 +74,7 @@ class _Rules:
         if product.constant:
             return "idle", "nothing", "the product of two constants is computed once, when the file is opened", ""
         attention = self.attentions.get(product.node)
-        apart = [] if attention is None else [node for node in attention.between if node.op_type not in _BETWEEN]
+        apart = [] if attention is None else [node for node in attention.between if node.op_type in _APART]
         if attention is not None and not apart:
             return self._attention(pair, product, attention)
         fusion = "INT8 FullyConnected" if product.weighted else "INT8 MatMul"

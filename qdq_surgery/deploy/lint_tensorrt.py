@@ -50,6 +50,13 @@ class _Rules:
             if not self.problems[attention.scores.node]
         }
 
+        self.reshaped = {
+            product.node
+            for attention in placement.attentions
+            for product in (attention.scores, attention.context)
+            if any(node.op_type == "Reshape" for node in attention.between)
+        }
+
     def site(self, pair: Pair) -> Iterator[Finding]:
         grid = _grid_problem(pair)
         if grid is not None:
@@ -110,7 +117,10 @@ class _Rules:
                     return "blocks", _GEMM, reason, "axis: 0 in the weights' spec"
                 return "idle", _GEMM, f"the scales of its {which} input are along what is summed over", ""
         if node in self.fused:
-            return "enables", _ATTENTION, "all of its conditions hold", ""
+            reason = "all of its conditions hold"
+            if node in self.reshaped:
+                reason += ", but a Reshape between scores and softmax, of which the guides say nothing"
+            return "enables", _ATTENTION, reason, ""
         return "enables", _GEMM if product.weighted else f"{_GEMM} (batched)", "both inputs have Q/DQ", ""
 
     def _problems(self, attention: Attention) -> list[tuple[str, str]]:
@@ -182,7 +192,8 @@ class _Rules:
             yield Finding("note", _ATTENTION, reason, f"build the engine with --maxShapes of {LONGEST} tokens at most")
 
     def _precision(self, opset: int) -> Iterator[Finding]:
-        kinds = {pair.value.dtype for pair in self.placement.pairs}
+        scales = [pair.dequantize.inputs[1] for pair in self.placement.pairs]
+        kinds = {scale.dtype for scale in scales if scale is not None}
         if ir.DataType.FLOAT16 in kinds and opset < _HALF_SCALES:
             reason = (
                 f"scales are half precision, which QuantizeLinear takes from opset {_HALF_SCALES} on; this is {opset}"

@@ -81,8 +81,7 @@ class _Lowering:
         known = self._activations.get(key)
         if known is not None:
             known.site.quantizers.append(grid.name)
-            ir.convenience.replace_all_uses_with(node.outputs[0], known.dequantize.outputs[0])
-            self.graph.remove(node, safe=True)
+            self._replace(node, known.dequantize.outputs[0])
             return
         name = self._unique(grid.name)
         parameters = [
@@ -96,8 +95,7 @@ class _Lowering:
         quantize.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if kind is np.uint8 else ir.DataType.INT8)
         dequantize = self._dequantize(name, [quantize.outputs[0], *parameters], attributes, node.outputs[0])
         self.graph.insert_before(node, [quantize, dequantize])
-        ir.convenience.replace_all_uses_with(node.outputs[0], dequantize.outputs[0])
-        self.graph.remove(node, safe=True)
+        self._replace(node, dequantize.outputs[0])
         self._record(Lowered(Site([grid.name], grid.role, quantize.name, *_named(dequantize)), dequantize, quantize))
         self._activations[key] = self.pairs[-1]
 
@@ -124,6 +122,20 @@ class _Lowering:
         site = Site([grid.name], "weight", None, *_named(dequantize), transposed=turned)
         self._record(Lowered(site, dequantize))
 
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Everyone reads ``value`` instead of what ``node`` gives; an output of the graph keeps its name."""
+        if node.outputs[0].is_graph_output():
+            same = ir.node("Identity", [value])
+            same.outputs[0].shape, same.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+            self.graph.insert_before(node, same)
+            name, value = node.outputs[0].name, same.outputs[0]
+            ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+            self.graph.remove(node, safe=True)
+            value.name = name
+            return
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        self.graph.remove(node, safe=True)
+
     def _stored(self, value: ir.Value, grid: Grid, turned: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Integers, scale and zero point; one copy of a weight that several layers share."""
         assert value.name is not None
@@ -133,12 +145,15 @@ class _Lowering:
             values = self.weights.get(value.name)
             if values is None:
                 values = value.const_value.numpy().astype(np.float32)
-            integers = grid.integers(values)
+            integers, middle = grid.integers(values), 0
+            if grid.role != "weight" and self.unsigned and not grid.unsigned:
+                # A constant where others have an activation: the kernels want it as they want those.
+                integers, middle = (integers.astype(np.int16) + 128).astype(np.uint8), 128
             scale = typed_scale(grid.scale(grid.amax_of(values)), _numpy_type(value))
             self._weights[key] = (
                 self._constant(f"{key[1]}/weight", np.ascontiguousarray(integers.T if turned else integers)),
                 self._constant(f"{key[1]}/scale", scale),
-                self._zero_point(np.zeros(scale.shape, integers.dtype)),
+                self._zero_point(np.full(scale.shape, middle, integers.dtype)),
             )
         return self._weights[key]
 

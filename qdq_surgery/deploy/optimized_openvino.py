@@ -142,7 +142,7 @@ class _Runtime:
 
     def _claim(self) -> dict[str, _Node]:
         claimed: dict[str, _Node] = {}
-        for rank in (self._by_name, self._by_weight, self._by_alias, self._by_factors):
+        for rank in (_by_name, _by_longer_name, self._by_weight, _by_alias, self._by_factors):
             taken = {id(node) for node in claimed.values() if node.kind != "Subgraph"}
             found = {
                 gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
@@ -156,25 +156,17 @@ class _Runtime:
                     claimed[name] = nodes[0]
         return claimed
 
-    def _by_name(self, node: _Node, gemm: FileGemm) -> bool:
-        return node.kind in _GEMMS and any(_is(name, gemm.name) for name in node.names)
-
     def _by_weight(self, node: _Node, gemm: FileGemm) -> bool:
         if node.kind not in _PLAIN or len(node.inputs) < 2:
             return False
         weight = node.inputs[1]
         while True:
-            if any(_is(name, gemm.name) for name in weight.names):
+            if any(name.startswith(f"{gemm.name}/") for name in weight.names):
                 return True
             if weight.kind not in (*_MOVES, "Convert") or not weight.inputs:
                 break
             weight = weight.inputs[0]
         return weight.kind == "Const" and any(name in self._own_constants(gemm) for name in weight.names)
-
-    def _by_alias(self, node: _Node, gemm: FileGemm) -> bool:
-        # A linear's result is moved about inside a fused attention; it is not computed there.
-        kinds = _GEMMS if gemm.kind == "attention" else _PLAIN
-        return node.kind in kinds and any(name in gemm.aliases for name in node.names)
 
     def _own_constants(self, gemm: FileGemm) -> set[str]:
         """Stored values of the file that come to this product alone."""
@@ -300,9 +292,21 @@ class _Runtime:
         return "" if node is None else str(node.input[0])
 
 
-def _is(name: str, gemm: str) -> bool:
-    """Whether OpenVINO's name is the product's, perhaps with a suffix."""
-    return name == gemm or name.startswith(f"{gemm}/")
+def _by_name(node: _Node, gemm: FileGemm) -> bool:
+    return node.kind in _GEMMS and gemm.name in node.names
+
+
+def _by_longer_name(node: _Node, gemm: FileGemm) -> bool:
+    return node.kind in _kinds(gemm) and any(name.startswith(f"{gemm.name}/") for name in node.names)
+
+
+def _by_alias(node: _Node, gemm: FileGemm) -> bool:
+    return node.kind in _kinds(gemm) and any(name in gemm.aliases for name in node.names)
+
+
+def _kinds(gemm: FileGemm) -> tuple[str, ...]:
+    """What may run it: a linear's result is moved and scaled inside a fused attention, and not computed there."""
+    return _GEMMS if gemm.kind == "attention" else _PLAIN
 
 
 def _gives_integers(node: _Node) -> bool:

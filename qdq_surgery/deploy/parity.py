@@ -47,7 +47,7 @@ __all__ = ["Check", "Parity", "SiteCheck", "certify"]
 _TIE = {torch.float32: 0.02, torch.float16: 1.0}
 #: How far from the grid a runtime's value may lie, in steps: only the multiplication by the scale is between.
 _OFF_GRID = {torch.float32: 2e-3, torch.float16: 0.25}
-#: How far apart two values may always lie: half precision rounds a scale, times 128, by as much near its smallest numbers.
+#: How far apart two values may always lie: by what half precision rounds the smallest scales, times 128.
 _NOTHING = {torch.float32: 0.0, torch.float16: 2.0**-17}
 #: Largest difference of outputs over their largest magnitude, when all quantizers agree.
 _OUTPUT = {torch.float32: 1e-4, torch.float16: 2e-2}

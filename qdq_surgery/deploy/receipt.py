@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -19,9 +21,13 @@ from qdq_surgery.deploy.multiply_adds import count_multiply_adds
 from qdq_surgery.deploy.optimized_onnxruntime import run_by_onnxruntime
 from qdq_surgery.deploy.optimized_openvino import run_by_openvino
 from qdq_surgery.errors import ModelError, ReceiptError
+from qdq_surgery.positions import longest_text
 from qdq_surgery.render import Rendered
 
 __all__ = ["Gemm", "Leftover", "Receipt", "receipt"]
+
+#: Tokens of the text that multiply-adds are counted for.
+_TOKENS = 128
 
 _RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
 
@@ -209,7 +215,7 @@ def receipt(
     path: str | Path,
     runtime: str | None = None,
     *,
-    shape: tuple[int, int] = (1, 128),
+    shape: tuple[int, int] | None = None,
     layers: str | Path | Mapping[str, Any] | None = None,
     precision: str | None = None,
 ) -> Receipt:
@@ -219,8 +225,8 @@ def receipt(
         path: A file that :func:`~qdq_surgery.export_onnx` wrote.
         runtime: ``"onnxruntime"`` or ``"openvino"``, which open the file on the CPU, or ``"tensorrt"``; the one that
             the file was made for if left out.
-        shape: Batch and tokens to count multiply-adds for. A file with fixed axes is counted as it is; a model that
-            takes several choices gets two.
+        shape: Batch and tokens to count multiply-adds for; (1, 128) if left out, or what the model takes. A file with
+            fixed axes is counted as it is; a model that takes several choices gets two.
         layers: For TensorRT, what ``trtexec --exportLayerInfo=layers.json --profilingVerbosity=detailed`` wrote when it
             built the engine: the path, or the data.
         precision: For OpenVINO, what is not INT8 is computed in, as in :func:`~qdq_surgery.load_onnx`.
@@ -230,12 +236,12 @@ def receipt(
         ModelError: There is no such runtime, it is not installed, it cannot open the file, or the model does not take
             that shape.
     """
-    if len(shape) != 2 or min(shape) < 1:
+    if shape is not None and (len(shape) != 2 or min(shape) < 1):
         raise ModelError(f"shape is {shape}; give batch and tokens, such as (1, 128)")
     graph = FileGraph(Path(path))
     asked = runtime or ("tensorrt" if layers is not None else graph.metadata.get("target", _RUNTIMES[0]))
     executed = _executed(graph, asked, layers, precision)
-    macs, counted = count_multiply_adds(graph, shape)
+    macs, counted = count_multiply_adds(graph, shape or (1, min(_TOKENS, _longest(graph) or _TOKENS)))
     return Receipt(
         graph.path,
         asked,
@@ -246,6 +252,10 @@ def receipt(
         tuple(executed.steps),
         tuple(executed.unclaimed),
     )
+
+
+def _longest(graph: FileGraph) -> int | None:
+    return longest_text(SimpleNamespace(**json.loads(graph.metadata["config"])))
 
 
 def _executed(

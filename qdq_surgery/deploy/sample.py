@@ -45,8 +45,8 @@ def sample_inputs(qmodel: PreTrainedModel, given: Mapping[str, Any] | None, dyna
     short = next((name for name, value in tensors.items() if value.ndim in (2, 3) and value.shape[1] < 2), None)
     if short is not None:
         raise ExportError(
-            f"example_inputs['{short}'] has the shape {tuple(tensors[short].shape)}, and torch takes an axis of 1 for a "
-            "constant; give an example of two tokens or more, or dynamic=False"
+            f"example_inputs['{short}'] has the shape {tuple(tensors[short].shape)}, and torch takes an axis of 1 for "
+            "a constant; give an example of two tokens or more, or dynamic=False"
         )
     if all(value.shape[0] == 1 for value in tensors.values()):
         made.update({name: torch.cat([value, value]) for name, value in tensors.items()})

@@ -40,6 +40,8 @@ def _fold(graph: ir.Graph, product: ir.Node, pairs: dict[ir.Value, Lowered]) -> 
     factor = None if scaled is None else _factor(scaled, product.outputs[0])
     if scaled is None or factor is None or _only_reader(query.dequantize.outputs[0]) is not product:
         return False
+    if scaled.outputs[0].is_graph_output():
+        return False
     if query.quantize.outputs[0].uses() and len(query.quantize.outputs[0].uses()) > 1:
         return False
     source = query.quantize.inputs[0]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, set_seed
 import qdq_surgery as qs
 from qdq_surgery.deploy.runner import OnnxModel
 from qdq_surgery.folder import RULES_NAME
+from qdq_surgery.positions import longest_text
 from tasks.errors import OptionError
 from tasks.features import Collator, Feature, calibration_batches
 from tasks.models import Head, label_order, load, load_file, load_teacher, load_tokenizer, save
@@ -138,13 +139,8 @@ def _show_labels(model: PreTrainedModel | OnnxModel, head: Head, console: Consol
 
 
 def _check_length(model: PreTrainedModel | OnnxModel, options: Options) -> None:
-    config = model.config
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        return
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "mpnet"):
-        limit -= config.pad_token_id + 1  # their positions begin after that of padding
-    if options.max_seq_length > limit > 0:
+    limit = longest_text(model.config)
+    if limit is not None and options.max_seq_length > limit:
         raise OptionError(
             f"--max_seq_length {options.max_seq_length}: {options.model_name_or_path} knows {limit} positions; "
             f"give at most {limit}"
