@@ -198,7 +198,7 @@ class _Rules:
         left_out = tuple(product.node.name or "" for product in self.placement.products if not product.pairs)
         if left_out:
             reason = "neither input comes from a DequantizeLinear; they run in float"
-            yield Finding("note", f"{len(left_out)} GEMMs without Q/DQ", reason, nodes=left_out)
+            yield Finding("note", "GEMMs without Q/DQ", reason, nodes=left_out)
         unsigned = any(pair.integers == "uint8" for product in self.placement.products for pair in product.pairs)
         if unsigned and self.x86:
             yield Finding(

@@ -148,7 +148,7 @@ def _name_axes(graph: ir.Graph, inputs: Mapping[str, Any]) -> None:
             last = axis == len(value.shape) - (2 if _is_states(str(value.name), example) else 1)
             name = "batch" if axis == 0 else "sequence" if last else "choices"
             # A mask is looked up row by row, so that torch does not see that it has as many rows as there are texts.
-            while name in names.values() and axis > 0:
+            while name in names.values() and last:
                 name = f"{name}_of_{value.name}"
             names[size.value] = name
     pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)")
