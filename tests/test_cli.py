@@ -17,6 +17,7 @@ from transformers import BertForTokenClassification
 import qdq_surgery as qs
 from qdq_surgery import progress
 from qdq_surgery.cli import main
+from qdq_surgery.folder import load_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,8 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["convert", "{folder}", "/proc/nothing/here"], "here cannot be written"),
         (
             ["plan", "{folder}", "--rules", "qdqbrt"],
-            "'qdqbrt' is neither a shipped rule set nor a file; shipped: fuse-qkv, linear-only, qdqbert",
+            "'qdqbrt' is neither a shipped rule set nor a file; shipped: fuse-qkv, linear-only, onnxruntime, "
+            "openvino, qdqbert, tensorrt-both, tensorrt-none, tensorrt",
         ),
         (
             ["plan", "{folder}", "--rules", "{tmp}/typo.yaml"],
@@ -154,7 +156,7 @@ def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.Captu
     assert "usage: qdq-surgery" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "convert", "calibrate", "diff", "plan", "rules", "demo"])
+@pytest.mark.parametrize("command", ["", "convert", "calibrate", "diff", "plan", "rules", "export", "demo"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
@@ -215,3 +217,29 @@ def test_nothing_in_a_folder_is_lost_silently(folder: Path, tmp_path: Path, caps
         "has no fitting weights for 2 parameters of BertForQuestionAnswering (first: qa_outputs.bias)"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    qmodel = qs.convert(load_model(folder), "onnxruntime")
+    file = tmp_path / "model.onnx"
+    save_model(qmodel, tmp_path / "bare")
+    assert main(["export", str(tmp_path / "bare"), str(file)]) == 1
+    assert "calibrate the model" in capsys.readouterr().err
+    assert not file.exists()
+    qs.calibrate(qmodel, [batch_for(qmodel, (2, 9))], "max")
+    save_model(qmodel, tmp_path / "calibrated")
+    assert main(["export", str(tmp_path / "calibrated"), str(file), "--receipt"]) == 0
+    printed = capsys.readouterr().out
+    assert "12 weights in int8, 16 Q/DQ pairs for 20 quantizers of activations" in printed
+    assert "agrees" in printed
+    assert "linears of the encoder" in printed
+    assert file.is_file()
+    options = ["--target", "tensorrt", "--precision", "float16", "--no-parity", "--json"]
+    assert main(["export", str(tmp_path / "calibrated"), str(file), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["target"], found["opset"], found["parity"]) == ("tensorrt", 19, None)
+    assert len(found["sites"]) == 28
+    assert main(["export", str(folder), str(file)]) == 1
+    assert "is not converted" in capsys.readouterr().err

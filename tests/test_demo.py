@@ -57,7 +57,7 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     # The residual adds are what costs most on this checkpoint.
     assert cosines["max", "float"] > 0.95
     assert cosines["max", "quantized"] < cosines["max", "float"]
-    assert "36 weights in int8, 60 Q/DQ pairs for 84 quantizers of activations" in printed
+    assert "36 weights in int8, 48 Q/DQ pairs for 60 quantizers of activations" in printed
     assert "agrees" in printed
     assert "the file on ONNX Runtime against the float model" in printed
     # The word embeddings, 47 MB, stay float.

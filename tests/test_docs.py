@@ -68,7 +68,7 @@ def test_the_table_of_models_is_what_the_tests_find() -> None:
 
 def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     commands = re.findall(r"^qdq-surgery (\w+)", "\n".join(blocks("bash")), re.MULTILINE)
-    assert commands == ["plan", "diff", "convert", "calibrate", "rules"]
+    assert commands == ["plan", "diff", "convert", "calibrate", "export", "rules"]
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
@@ -84,17 +84,19 @@ def test_the_example_s_commands_parse() -> None:
     lines = [line for line in walk.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
     data = next(line.partition("=")[2].strip('"') for line in lines if line.startswith("data="))
     runs = [line.replace("$data", data).split() for line in lines if "run_qa.py" in line]
-    assert [run[1] for run in runs] == ["scripts/run_qa.py"] * 4
+    assert [run[1] for run in runs] == ["scripts/run_qa.py"] * 5
     given = [parse("", run[2:], answers=True) for run in runs]
-    assert [each.fp32 for each in given] == [True, False, False, False]
+    assert [each.fp32 for each in given] == [True, False, False, False, False]
     assert [(each.do_calib, each.do_train, each.do_eval, each.save_onnx) for each in given] == [
         (False, True, True, False),
         (True, False, True, False),
         (False, True, True, False),
         (False, False, False, True),
+        (False, False, True, False),
     ]
-    for before, after in itertools.pairwise(given):
+    for before, after in itertools.pairwise(given[:-1]):
         assert after.model_name_or_path == before.output_dir
+    assert given[-1].onnx == given[-2].output_dir / "model.onnx"
 
 
 def test_the_picture_is_the_diff() -> None:
