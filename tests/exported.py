@@ -8,6 +8,7 @@ import functools
 import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from transformers import PreTrainedModel
 import qdq_surgery as qs
 from qdq_surgery.deploy.export import Export, export_onnx
 from qdq_surgery.deploy.parity import Check, certify
+from qdq_surgery.deploy.sample import sample_inputs
+from qdq_surgery.deploy.tracing import Traced, trace
 from qdq_surgery.tagging import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="qdq-surgery-tests-")
@@ -78,6 +81,23 @@ def exported(
     made: tuple[PreTrainedModel, Export]
     made = _export(model_type, head or BASE[model_type], target, tuple(sorted(options.items())))
     return made
+
+
+@functools.cache
+def _traced(names: tuple[str, ...], opset: int) -> Traced:
+    model = calibrated(num_hidden_layers=1)
+    assert tuple(qs.quantizers(model)) == names
+    return trace(model, sample_inputs(model, None, True), opset, True)
+
+
+def traced_once(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynamic: bool) -> Traced:
+    """In place of ``trace``, for ``calibrated(num_hidden_layers=1)`` and the example from its config."""
+    assert dynamic
+    assert {name: value.shape for name, value in inputs.items()} == {
+        name: value.shape for name, value in sample_inputs(qmodel, None, True).items()
+    }
+    found = _traced(tuple(qs.quantizers(qmodel)), opset)
+    return replace(found, model=found.model.clone())
 
 
 def assert_parity(qmodel: PreTrainedModel, path: Path, inputs: Mapping[str, Any], *runtimes: str) -> None:

@@ -66,6 +66,8 @@ def probe(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str],
         raise
     except Exception as error:  # each runtime has exceptions of its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # OpenVINO says first where in its own sources it stopped.
+        lines = [line for line in lines if not line.startswith(("Exception from ", "Check '"))] or lines
         raise ExportError(
             f"{runtime.words} cannot run {path.name}: {lines[0] if lines else type(error).__name__}"
         ) from error
