@@ -43,4 +43,5 @@ def _module(node: ir.Node) -> str:
     except (SyntaxError, ValueError):
         return ""
     # The last one is the operator.
-    return str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
+    module = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
+    return "" if module.startswith("_empty_nn_module_stack") else module  # torch's word for none
