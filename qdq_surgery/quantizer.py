@@ -249,7 +249,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """Calibrate on ``inputs``, quantize them, both or neither, as enabled."""
         if self._disabled:
             return inputs
-        left = tag(self, inputs) if self._if_quant else None
+        # torch.compile has no export under way, and would break its graph to ask.
+        left = tag(self, inputs) if self._if_quant and not torch.compiler.is_dynamo_compiling() else None
         if left is not None:
             return left
         if self._if_calib:

@@ -6,6 +6,7 @@ import atexit
 import copy
 import functools
 import inspect
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,9 @@ from qdq_surgery.deploy.parity import Check, certify
 from qdq_surgery.deploy.sample import sample_inputs
 from qdq_surgery.deploy.tracing import Traced, trace
 from qdq_surgery.tagging import FAKE_QUANT, FAKE_QUANT_DOMAIN
+
+# torch says what it does at every step of a trace, to pytest, which keeps it: a third of an export's time.
+logging.getLogger("torch.__trace").disabled = True
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="qdq-surgery-tests-")
 atexit.register(_FOLDER.cleanup)

@@ -33,7 +33,7 @@ def test_agreement() -> None:
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "onnx", None)
-        with pytest.raises(qs.ModelError, match=r"the demo needs onnx, .* qdq-surgery\[onnx\]"):
+        with pytest.raises(qs.ModelError, match=r"the demo needs onnx, .*'qdq-surgery\[onnx\]"):
             demo.run_demo(texts=2)
     real = importlib.util.find_spec
 

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import BY_TYPE, batch_for, tensors_of
+from architectures import BY_TYPE, batch_for, build, tensors_of
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.deploy import export as module
-from qdq_surgery.deploy import lowering, probing, tracing
 from qdq_surgery.deploy.export import Export, export_onnx
+from qdq_surgery.deploy.grids import read_grids
+from qdq_surgery.deploy.sample import sample_inputs
 from qdq_surgery.deploy.stored import read_metadata, read_sites, stored_weights
 from qdq_surgery.deploy.targets import TARGETS
 from qdq_surgery.deploy.writing import LARGEST
@@ -30,8 +31,12 @@ from qdq_surgery.deploy.writing import LARGEST
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
 onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
 from exported import assert_parity, calibrated, exported, inputs_for, run, traced_once  # noqa: E402
+
+from qdq_surgery.deploy import lowering, probing, tracing  # noqa: E402
+from qdq_surgery.deploy.building import build as build_graph  # noqa: E402
 
 #: Values half-way between two steps may go either way, which moves what comes after; more than this on average is more.
 TIES = 0.02
@@ -77,7 +82,10 @@ DEEP = ("bert", "albert", "modernbert")
 
 @pytest.mark.parametrize(("model_type", "target"), EVERY_ARCHITECTURE)
 def test_every_architecture(model_type: str, target: str) -> None:
-    depth = {} if model_type in DEEP else {"n_layers" if model_type == "distilbert" else "num_hidden_layers": 1}
+    deep = model_type in DEEP and (model_type, target) == next(
+        each for each in EVERY_ARCHITECTURE if model_type in each
+    )
+    depth = {} if deep else {"n_layers" if model_type == "distilbert" else "num_hidden_layers": 1}
     qmodel, file = exported(model_type, target=target, **depth)
     assert file.parity is not None
     assert file.parity.agrees
@@ -92,9 +100,15 @@ def test_every_architecture(model_type: str, target: str) -> None:
     # Every quantizer is in the file.
     assert {name for site in file.sites for name in site.quantizers} == set(qs.quantizers(qmodel))
     assert len({node.name for node in graph}) == len(graph)
+    zeros = {
+        (node.inputs[2].dtype, int(node.inputs[2].const_value.numpy()))
+        for node in graph
+        if node.op_type == "QuantizeLinear"
+    }
+    assert zeros == {{"uint8": (ir.DataType.UINT8, 128), "int8": (ir.DataType.INT8, 0)}[TARGETS[target].activations[0]]}
 
 
-@pytest.mark.parametrize("model_type", ["bert", "modernbert", "albert"])
+@pytest.mark.parametrize("model_type", ["bert", "albert"])
 def test_each_weight_stands_as_integers_in_front_of_its_product(model_type: str) -> None:
     _, file = exported(model_type)
     graph = graph_of(file.path)
@@ -124,25 +138,11 @@ def test_each_weight_stands_as_integers_in_front_of_its_product(model_type: str)
             assert tuple(value.shape) not in sizes | {size[::-1] for size in sizes}, name
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_zero_points_suit_the_target(target: str) -> None:
-    _, file = exported("bert", target=target)
-    wanted = {"uint8": (ir.DataType.UINT8, 128), "int8": (ir.DataType.INT8, 0)}[TARGETS[target].activations[0]]
-    found = set()
-    for node in graph_of(file.path):
-        if node.op_type == "QuantizeLinear":
-            zero = node.inputs[2].const_value
-            found.add((zero.dtype, int(zero.numpy())))
-    assert found == {wanted}
-
-
 HEADS: list[tuple[str, str, dict[str, Any]]] = [
     *(("bert", head, {}) for head in BY_TYPE["bert"].heads() if head not in ("BertModel", "BertLMHeadModel")),
     ("bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
     ("bert", "BertModel", {"output_hidden_states": True}),
     ("bert", "BertForMaskedLM", {"chunk_size_feed_forward": 3}),
-    ("roberta", "RobertaForCausalLM", {"is_decoder": True}),
-    ("electra", "ElectraForPreTraining", {}),
     ("distilbert", "DistilBertForMultipleChoice", {"n_layers": 1, "num_hidden_layers": None}),
     ("mobilebert", "MobileBertForNextSentencePrediction", {}),
     ("modernbert", "ModernBertForMaskedLM", {}),
@@ -174,9 +174,8 @@ def test_names_of_inputs_and_outputs() -> None:
     assert {str(value.shape) for value in graph.inputs} == {"[batch,sequence]"}
 
 
-@pytest.mark.parametrize("opset", [19, 21, 22, 23])
-def test_every_opset(opset: int) -> None:
-    """20 is the usual one."""
+@pytest.mark.parametrize("opset", [19, 23])
+def test_the_first_and_the_last_opset(opset: int) -> None:
     pytest.importorskip("openvino")
     qmodel, file = exported("bert", target="openvino", opset=opset, num_hidden_layers=1)
     assert file.opset == opset
@@ -194,10 +193,12 @@ def test_closed_shapes(tmp_path: Path) -> None:
         run(file.path, inputs_for(qmodel, (1, 10)))
 
 
-def test_signed_and_unsigned_activations_give_the_same() -> None:
-    qmodel, file = exported("bert", num_hidden_layers=1, activations="uint8")
-    _, other = exported("bert", num_hidden_layers=1, activations="int8")
-    inputs = inputs_for(qmodel, SHAPES[0])
+@pytest.mark.usefixtures("quick")
+def test_signed_and_unsigned_activations_give_the_same(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    file, other = (
+        export_onnx(tiny, tmp_path / f"{kind}.onnx", activations=kind, parity=False) for kind in ("uint8", "int8")
+    )
+    inputs = inputs_for(tiny, SHAPES[0])
     one, two = run(file.path, inputs), run(other.path, inputs)
     assert all(np.array_equal(one[name], two[name]) for name in one)
     kinds = [
@@ -210,31 +211,26 @@ def test_signed_and_unsigned_activations_give_the_same() -> None:
 # --- what becomes of the quantizers -------------------------------------------------------------------------------
 
 
-def test_one_pair_in_front_of_queries_keys_and_values() -> None:
-    qmodel, file = exported("bert")
+def test_one_pair_in_front_of_queries_keys_and_values(tiny: PreTrainedModel) -> None:
+    _, file = exported("bert")
     for layer in range(2):
         names = [f"encoder.layer.{layer}.attention.self.{part}._input_quantizer" for part in ("query", "key", "value")]
         sites = [site for site in file.sites if set(names) & set(site.quantizers)]
         assert [site.quantizers for site in sites] == [names]
         assert sites[0].quantize == f"{names[0]}/QuantizeLinear"
     # With another range for one of them it is another pair.
-    other = copy.deepcopy(qmodel)
-    key = qs.quantizers(other)["encoder.layer.0.attention.self.key._input_quantizer"]
+    before = len(_pairs(tiny))
+    key = qs.quantizers(tiny)["encoder.layer.0.attention.self.key._input_quantizer"]
     assert key.amax is not None
     key.amax = key.amax * 0.5
-    assert len(_pairs(other)) == len(_pairs(qmodel)) + 1
+    assert len(_pairs(tiny)) == before + 1
 
 
 def _pairs(qmodel: PreTrainedModel) -> list[Any]:
-    """The pairs of activations, from the tracer and the passes alone."""
-    from qdq_surgery.deploy.building import build
-    from qdq_surgery.deploy.grids import read_grids
-    from qdq_surgery.deploy.sample import sample_inputs
-    from qdq_surgery.deploy.tracing import trace
-
+    """The pairs of activations, from the passes alone."""
     target = TARGETS["onnxruntime"]
-    traced = trace(qmodel, sample_inputs(qmodel, None, True), target.opset, True)
-    built = build(traced, qmodel, read_grids(qmodel, target), target, "int8", {})
+    traced = traced_once(qmodel, sample_inputs(qmodel, None, True), target.opset, True)
+    built = build_graph(traced, qmodel, read_grids(qmodel, target), target, "int8", {})
     return [site for site in built.sites if site.role != "weight"]
 
 
@@ -288,9 +284,10 @@ def stored_as(qmodel: PreTrainedModel, file: Export) -> dict[str, tuple[Any, Any
 ROUNDED = 3e-7
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("native", [False, True])
-def test_weights_are_what_pytorch_rounds_them_to(native: bool, tmp_path: Path) -> None:
-    qmodel = calibrated(num_hidden_layers=1)
+def test_weights_are_what_pytorch_rounds_them_to(native: bool, tiny: PreTrainedModel, tmp_path: Path) -> None:
+    qmodel = tiny
     for name, each in qs.quantizers(qmodel).items():
         each.use_fb_fake_quant = native
         if name.endswith("weight_quantizer"):
@@ -414,6 +411,7 @@ def test_a_tied_embedding_is_looked_up_in_float(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("quick")
 def test_shared_ranges(tmp_path: Path) -> None:
     qmodel = calibrated(rules="fuse-qkv", num_hidden_layers=1)
     file = export_onnx(qmodel, tmp_path / "model.onnx", target="tensorrt")
@@ -551,9 +549,12 @@ def assert_unchanged(model: PreTrainedModel, before: dict[str, Any]) -> None:
 
 
 def test_the_model_stays_as_it_is(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    """Whatever block the call stands in."""
     inputs, before = inputs_for(tiny, SHAPES[0]), state(tiny)
     wanted = outputs_of(tiny, inputs)
-    export_onnx(tiny, tmp_path / "model.onnx")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        file = export_onnx(tiny, tmp_path / "model.onnx")
+    assert {value.dtype for value in graph_of(file.path).outputs} == {ir.DataType.FLOAT}
     assert_unchanged(tiny, before)
     assert all(np.array_equal(value, wanted[name]) for name, value in outputs_of(tiny, inputs).items())
 
@@ -627,8 +628,6 @@ def test_paths_that_cannot_be_written(tiny: PreTrainedModel, folder: Path, monke
 
 
 def test_models_that_cannot_be_exported(tiny: PreTrainedModel, folder: Path) -> None:
-    from architectures import build
-
     assert refusal(build("bert", "BertModel", num_hidden_layers=1), folder, qs.ModelError) == (
         "this BertModel is not converted; call qdq_surgery.convert(model) first"
     )
@@ -682,8 +681,6 @@ def test_quantizers_that_cannot_be_exported(
 
 
 def test_every_uncalibrated_quantizer_is_named(folder: Path) -> None:
-    from architectures import build
-
     qmodel = qs.convert(build("bert", "BertModel"))
     said = refusal(qmodel, folder, qs.CalibrationError)
     inputs = [name for name in qs.quantizers(qmodel) if not name.endswith("weight_quantizer")]

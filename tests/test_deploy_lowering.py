@@ -15,6 +15,7 @@ from exported import compute, graph, operators  # noqa: E402
 
 from qdq_surgery.deploy.grids import Grid  # noqa: E402
 from qdq_surgery.deploy.lowering import Lowered, lower, typed_scale  # noqa: E402
+from qdq_surgery.errors import ExportError  # noqa: E402
 from qdq_surgery.tagging import FAKE_QUANT_DOMAIN  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
@@ -387,6 +388,21 @@ def test_scales_stay_above_zero(kind: type) -> None:
     assert made.dtype == kind
     assert (made > 0).all()
     assert made[2] == kind(0.5)
+
+
+def test_a_weight_that_is_computed() -> None:
+    text = """
+    computed (float[b,4] x) => (float[b,3] y) {
+      t = Transpose<perm = [1, 0]>(w)
+      v = qdq_surgery.FakeQuant<quantizer = "l._weight_quantizer">(t)
+      y = MatMul(x, v)
+    }"""
+    with pytest.raises(ExportError, match=r"^l\._weight_quantizer quantizes a weight that is computed in the graph"):
+        lowered(graph(text, w=W), weight())
+    model, grid = graph(text, w=W), weight(axis=-1, amax=[1.0, 2.0, 3.0])
+    (pair,) = lowered(model, grid)
+    assert pair.quantize is not None
+    np.testing.assert_allclose(compute(model, x=X)[0], X @ rounded(W.T, grid), **CLOSE)
 
 
 def test_a_quantizer_on_an_output() -> None:

@@ -23,8 +23,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import qdq_surgery as qs
 from qdq_surgery.deploy.engines import RUNTIMES
 from qdq_surgery.deploy.export import export_onnx
-from qdq_surgery.deploy.feeding import _ZERO_TYPES, _longest
+from qdq_surgery.deploy.feeding import _ZERO_TYPES
 from qdq_surgery.deploy.runner import OnnxModel, load_onnx
+from qdq_surgery.positions import longest_text
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -279,7 +280,7 @@ def test_what_the_models_take_for_what_is_left_out(architecture: Any) -> None:
         assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, plain)
         if has_types:
             assert torch.equal(model(ids, token_type_ids=torch.zeros_like(ids)).logits, plain)
-        longest = _longest(model.config)
+        longest = longest_text(model.config)
         assert (longest is None) == (architecture.model_type == "modernbert")
         model(torch.full((1, longest or 50), 5))
         if longest is not None:

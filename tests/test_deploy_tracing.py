@@ -285,6 +285,19 @@ def test_a_twin_shares_all_tensors_and_no_module(bert: PreTrainedModel) -> None:
         assert torch.equal(other(**batch).last_hidden_state, bert(**batch).last_hidden_state)
 
 
+def test_a_twin_on_another_device() -> None:
+    model = calibrated(head="BertForMaskedLM", num_hidden_layers=1)
+    qs.learn_ranges(model)
+    model.cls.predictions.decoder.weight.requires_grad_(False)
+    other = twin(model, "meta")
+    assert {tensor.device.type for tensor in (*other.parameters(), *other.buffers())} == {"meta"}
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == {
+        name: each.requires_grad for name, each in other.named_parameters()
+    }
+    assert other.cls.predictions.decoder.weight is other.bert.embeddings.word_embeddings.weight
+
+
 def test_a_tied_weight_stays_tied() -> None:
     model = calibrated(head="BertForMaskedLM", num_hidden_layers=1)
     other = twin(model)

@@ -132,15 +132,15 @@ def export_onnx(
         raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
     _check_dtype(qmodel, precision)
     grids = read_grids(qmodel, chosen)
-    inputs = sample_inputs(qmodel, example_inputs, dynamic)
+    source, weights = twin(qmodel), {}
+    inputs = sample_inputs(source, example_inputs, dynamic)
 
     from qdq_surgery.deploy.building import build
     from qdq_surgery.deploy.tracing import trace
 
-    source, weights = twin(qmodel), {}
     if precision == "float16":
-        weights = _float_weights(qmodel)
-        source = half_copy(qmodel, grids)
+        weights = _float_weights(source)
+        source = half_copy(source, grids)
         inputs = {
             name: value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from qdq_surgery.deploy.grids import Grid
 from qdq_surgery.deploy.sites import Site
+from qdq_surgery.errors import ExportError
 from qdq_surgery.tagging import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
 __all__ = ["Lowered", "lower", "typed_scale"]
@@ -73,7 +74,11 @@ class _Lowering:
         self._names: dict[str, int] = {}
 
     def activation(self, node: ir.Node, value: ir.Value, grid: Grid) -> None:
-        assert grid.amax is not None
+        if grid.amax is None:
+            raise ExportError(
+                f"{grid.name} quantizes a weight that is computed in the graph, and has no range; give it one with "
+                "qdq_surgery.recalibrate_weights"
+            )
         # One grid moved by 128 is the same grid: what runs on unsigned integers is quantized to the same values.
         kind, middle = (np.uint8, 0) if grid.unsigned else (np.uint8, 128) if self.unsigned else (np.int8, 0)
         scale = grid.scale(grid.amax)

@@ -320,7 +320,7 @@ def _scale(quantizer: TensorQuantizer, inputs: Tensor) -> Tensor:
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    with torch.no_grad(), unchunked(model):
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), unchunked(model):
         returned = model(**inputs)
     made: dict[str, NDArray[Any]] = {}
 

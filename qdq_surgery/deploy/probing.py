@@ -19,6 +19,9 @@ __all__ = ["Runtime", "probe", "runtimes"]
 
 Arrays = dict[str, NDArray[Any]]
 
+#: How much a message holds of what a runtime says, in characters.
+_LONGEST = 300
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -67,10 +70,9 @@ def probe(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str],
     except Exception as error:  # each runtime has exceptions of its own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # OpenVINO says first where in its own sources it stopped.
-        lines = [line for line in lines if not line.startswith(("Exception from ", "Check '"))] or lines
-        raise ExportError(
-            f"{runtime.words} cannot run {path.name}: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        said = " ".join(line for line in lines if not line.startswith(("Exception from ", "Check '")))
+        said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+        raise ExportError(f"{runtime.words} cannot run {path.name}: {said or type(error).__name__}") from error
 
 
 def _run_onnxruntime(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], runtime: Runtime) -> Arrays:
@@ -113,8 +115,10 @@ def _run_openvino(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequen
     model = openvino.Core().read_model(path)
     if values:
         model.add_outputs(list(values))
-    # By itself it computes what is not INT8 in bfloat16 where the CPU can, which is another model.
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    # By itself it computes what is not INT8 in bfloat16 where the CPU can, and rounds the float inputs of an int8
+    # weight to integers, which is another model.
+    options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = openvino.Core().compile_model(model, "CPU", options)
     taken = _taken(path, [each.any_name for each in compiled.inputs], inputs)
     found = compiled(taken)
     # An output that is also a probe has both names.

@@ -255,7 +255,7 @@ def receipt(
 
 
 def _longest(graph: FileGraph) -> int | None:
-    return longest_text(SimpleNamespace(**json.loads(graph.metadata["config"])))
+    return longest_text(SimpleNamespace(**json.loads(graph.metadata.get("config", "{}"))))
 
 
 def _executed(

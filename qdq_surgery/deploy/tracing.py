@@ -61,7 +61,8 @@ def trace(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynami
         ExportError: torch cannot export the model; says what it said.
     """
     names: dict[nn.Module, str] = {each: name for name, each in quantizers(qmodel).items()}
-    with torch.no_grad(), _quiet(), unchunked(qmodel):
+    # The file has its own precision, whatever the caller's block casts to.
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet(), unchunked(qmodel):
         returned = _called(qmodel, inputs)
         fields = _fields(returned, type(qmodel).__name__)
         shapes = _shapes(qmodel, inputs) if dynamic else None
