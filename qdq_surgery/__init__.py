@@ -8,7 +8,8 @@ print(qs.diff(model, qmodel))
 
 from qdq_surgery.calibrate import Calibration, calibrate
 from qdq_surgery.collect import Statistics, collect
-from qdq_surgery.convert import convert, plan, quantization_disabled, quantizers
+from qdq_surgery.convert import convert, plan
+from qdq_surgery.converted import quantization_disabled, quantizers
 from qdq_surgery.deploy.export import Export, export_onnx
 from qdq_surgery.deploy.findings import Finding, Findings
 from qdq_surgery.deploy.lint import lint

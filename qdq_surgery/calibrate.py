@@ -22,7 +22,7 @@ from qdq_surgery.calibrator import (
     choose,
 )
 from qdq_surgery.collect import Seen, Statistics, activation_quantizers, collect, unwrapped, weight_quantizers
-from qdq_surgery.convert import plan_of, quantizers
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer

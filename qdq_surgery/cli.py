@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.calibrate import calibrate
 from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
-from qdq_surgery.convert import convert, plan, plan_of, quantizers
+from qdq_surgery.convert import convert, plan
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.demo import DEMO_TEXTS, run_demo
 from qdq_surgery.deploy.export import export_onnx
 from qdq_surgery.deploy.receipt import receipt

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.calibrator import DEFAULT_PERCENTILE, HistogramCalibrator, MaxCalibrator, Watch, choose
-from qdq_surgery.convert import plan_of, quantizers
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.examples import checked_examples
 from qdq_surgery.gather import agree, gather_histograms, gather_maxima, gather_sums

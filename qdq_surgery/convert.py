@@ -1,31 +1,21 @@
-"""The steps in order: check, record, match, operate. And what one asks a converted model."""
+"""The steps in order: check, record, match, operate."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pytorch_quantization import nn as quant_nn
-from torch import nn
-from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from qdq_surgery.errors import AlreadyConvertedError, ModelError, TraceError
-from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resized, without_mask
-from qdq_surgery.matching import match
+from qdq_surgery.analysis import analyse, recordings_of
 from qdq_surgery.plan import Plan
-from qdq_surgery.quantizer import TensorQuantizer
-from qdq_surgery.routine import Routine, join_path
 from qdq_surgery.rule_file import load_rules
 from qdq_surgery.spec import RuleSet
-from qdq_surgery.surgery import PLAN_ATTRIBUTE, operate
-from qdq_surgery.survey import Survey, survey
+from qdq_surgery.surgery import operate
 
-__all__ = ["convert", "plan", "plan_of", "quantization_disabled", "quantizers"]
+__all__ = ["convert", "plan"]
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
@@ -57,8 +47,8 @@ def convert(
         TraceError: A block that is to be rewritten cannot be, in training mode or without a mask.
     """
     rule_set = load_rules(rules)
-    look, made = _analyse(model, rule_set, example_inputs)
-    recordings = _recordings(model, look, made)
+    look, made = analyse(model, rule_set, example_inputs)
+    recordings = recordings_of(model, look, made)
     target = model if inplace else copy.deepcopy(model)
     operate(target, made, recordings)
     return target
@@ -71,172 +61,4 @@ def plan(
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What :func:`convert` would do. Edits nothing; same arguments and errors."""
-    return _analyse(model, load_rules(rules), example_inputs)[1]
-
-
-def plan_of(qmodel: nn.Module) -> Plan:
-    """The plan that a converted model was made by.
-
-    Raises:
-        ModelError: The model was not made by :func:`convert`.
-    """
-    made = vars(qmodel).get(PLAN_ATTRIBUTE)
-    if not isinstance(made, Plan):
-        raise ModelError(f"this {type(qmodel).__name__} is not converted; call qdq_surgery.convert(model) first")
-    return made
-
-
-def quantizers(qmodel: nn.Module) -> dict[str, TensorQuantizer]:
-    """All quantizers of a converted model by qualified name; a module that is shared has one name."""
-    return {name: module for name, module in qmodel.named_modules() if isinstance(module, TensorQuantizer)}
-
-
-@contextmanager
-def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
-    """While this holds, every quantizer lets its input pass; then each is as it was."""
-    found = quantizers(qmodel)
-    if not found:
-        raise ModelError(f"this {type(qmodel).__name__} has no quantizers; call qdq_surgery.convert(model) first")
-    before = {name: quantizer._disabled for name, quantizer in found.items()}
-    try:
-        for quantizer in found.values():
-            quantizer.disable()
-        yield
-    finally:
-        for name, quantizer in found.items():
-            quantizer._disabled = before[name]
-
-
-@dataclass(frozen=True)
-class _Look:
-    """A model seen on two examples of different shape, so that what only holds for one shape shows."""
-
-    inputs: dict[str, Any]
-    others: dict[str, Any]
-    first: Survey
-    second: Survey
-
-
-def _analyse(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None) -> tuple[_Look, Plan]:
-    _check(model)
-    if example_inputs is None:
-        inputs = make_examples(model, SHAPES[0])
-        candidates: Iterable[dict[str, Any]] = [make_examples(model, SHAPES[1])]
-    else:
-        inputs = checked_examples(model, example_inputs)
-        candidates = resized(inputs)
-    first = survey(model, inputs)
-    others, second = _second(model, candidates)
-    _compare(first, second)
-    return _Look(inputs, others, first, second), match(model, first, rules)
-
-
-def _second(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Survey]:
-    """The first of the candidates that the model takes, and what it shows."""
-    failure: ModelError | None = None
-    for inputs in candidates:
-        try:
-            return inputs, survey(model, inputs)
-        except ModelError as error:
-            failure = failure or error
-    raise failure or ModelError("example_inputs has no tensor of token ids or states, (batch, tokens, ...)")
-
-
-def _check(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        remedy = "convert it before torch.compile" if hasattr(model, "_orig_mod") else "load it with transformers"
-        raise ModelError(f"found a {type(model).__name__}, wanted a Hugging Face PreTrainedModel; {remedy}")
-    for name, module in model.named_modules():
-        if isinstance(module, quant_nn.TensorQuantizer):
-            raise AlreadyConvertedError(
-                f"this {type(model).__name__} holds quantizers already (first: {name}); convert the float model"
-            )
-    if getattr(model.config, "output_attentions", False):
-        raise ModelError(
-            "config.output_attentions is set, which transformers allows with the attention implementation called "
-            "'eager' only; unset it, and pass output_attentions=True to the calls that want them"
-        )
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta:
-            raise ModelError(f"the parameter {name} has no data (meta device); load the weights first")
-
-
-def _compare(first: Survey, other: Survey) -> None:
-    """Mark the routines of ``first`` whose graph is another one for another batch and length: a size is baked in."""
-    seen: set[int] = set()
-    for unit, again in zip(first.units, other.units, strict=True):
-        if unit.tree is None or again.tree is None or id(unit.tree) in seen:
-            continue
-        seen.add(id(unit.tree))
-        twins = {(twin.path, twin.kind): twin for twin in again.tree.walk()}
-        for routine in unit.tree.walk():
-            twin = twins.get((routine.path, routine.kind))
-            if routine.failure is not None:
-                continue
-            difference = "in another one it has none"
-            if twin is not None and twin.failure is None:
-                same = routine.signature == twin.signature
-                difference = (_difference(routine.graph, twin.graph) or "") if same else "another is called otherwise"
-            if difference:
-                routine.specialised = (
-                    f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
-                )
-
-
-def _difference(graph: Graph, other: Graph) -> str | None:
-    lines, others = (str(g.python_code("self").src).splitlines() for g in (graph, other))
-    if lines == others:
-        return None
-    first = next((pair for pair in zip(lines, others, strict=False) if pair[0] != pair[1]), None)
-    return (
-        f"{len(lines)} lines, then {len(others)}"
-        if first is None
-        else f"'{first[0].strip()}', then '{first[1].strip()}'"
-    )
-
-
-def _recordings(model: PreTrainedModel, look: _Look, made: Plan) -> dict[tuple[str, str], list[Routine]]:
-    """The routines of all blocks that the plan rewrites: with and without a mask, in eval and in training mode.
-
-    Raises:
-        TraceError: A block has a graph in one of these that holds for one shape only, or none at all.
-    """
-    wanted = {(site.owner, site.routine) for site in made.sites if site.routine != "module"}
-    if not wanted:
-        return {}
-    surveys = {"eval mode": look.first}
-    pairs = [("training mode", look.inputs, look.others, look.first.calls, look.second.calls)]
-    if "attention_mask" in look.inputs:
-        bare, other = without_mask(look.inputs), without_mask(look.others)
-        surveys["eval mode without a mask"] = survey(model, bare)
-        calls = survey(model, other)
-        _compare(surveys["eval mode without a mask"], calls)
-        pairs.append(
-            ("training mode without a mask", bare, other, surveys["eval mode without a mask"].calls, calls.calls)
-        )
-    for name, inputs, others, calls_first, calls_second in pairs:
-        surveys[name] = survey(model, inputs, training=True, calls=calls_first)
-        _compare(surveys[name], survey(model, others, training=True, calls=calls_second))
-    found: dict[tuple[str, str], list[Routine]] = {key: [] for key in wanted}
-    for mode, taken in surveys.items():
-        for unit in taken.units:
-            for routine in unit.tree.walk() if unit.tree is not None else ():
-                key = (join_path(unit.path, routine.path), routine.kind)
-                if key not in wanted:
-                    continue
-                if routine.failure is not None or routine.specialised is not None:
-                    raise TraceError(f"{key[0]}, in {mode}: {routine.failure or routine.specialised}")
-                found[key].append(routine)
-    return {key: _distinct(routines) for key, routines in found.items()}
-
-
-def _distinct(routines: list[Routine]) -> list[Routine]:
-    """One routine for each kind of call."""
-    kept: list[Routine] = []
-    for routine in routines:
-        if not any(
-            (one.signature, one.argument_paths, one.reads) == (routine.signature, routine.argument_paths, routine.reads)
-            for one in kept
-        ):
-            kept.append(routine)
-    return kept
+    return analyse(model, load_rules(rules), example_inputs)[1]

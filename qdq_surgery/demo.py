@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from qdq_surgery.calibrate import calibrate
 from qdq_surgery.collect import collect
-from qdq_surgery.convert import convert, quantizers
+from qdq_surgery.convert import convert
+from qdq_surgery.converted import quantizers
 from qdq_surgery.deploy.export import export_onnx
 from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.receipt import receipt

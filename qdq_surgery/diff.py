@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from qdq_surgery.convert import plan_of
+from qdq_surgery.converted import plan_of
 from qdq_surgery.errors import ModelError
 from qdq_surgery.examples import SHAPES, checked_examples, make_examples
 from qdq_surgery.listing import Line, list_routine

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
-from qdq_surgery.convert import plan_of, quantizers
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import ModelError
 from qdq_surgery.plan import Refusal
 from qdq_surgery.quantizer import TensorQuantizer

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE, Calibration
-from qdq_surgery.convert import convert, plan_of, quantizers
+from qdq_surgery.convert import convert
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import AlreadyConvertedError, ModelError
 from qdq_surgery.rule_file import shipped_rules
 from qdq_surgery.version import __version__

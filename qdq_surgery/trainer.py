@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, Trainer
 
 from qdq_surgery.collect import unwrapped
-from qdq_surgery.convert import plan_of, quantizers
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.training import recalibrate_weights
 

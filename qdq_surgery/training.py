@@ -6,7 +6,7 @@ from torch import nn
 
 from qdq_surgery.calibrate import share_ranges_found, weight_range
 from qdq_surgery.collect import unwrapped, weight_quantizers
-from qdq_surgery.convert import plan_of, quantizers
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 
 __all__ = ["fix_ranges", "learn_ranges", "recalibrate_weights"]

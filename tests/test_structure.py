@@ -42,6 +42,8 @@ LAYERS = [
     "sharing",
     "matching",
     "surgery",
+    "converted",
+    "analysis",
     "convert",
     "listing",
     "diff",

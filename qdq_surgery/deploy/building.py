@@ -11,7 +11,7 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from qdq_surgery.convert import plan_of
+from qdq_surgery.converted import plan_of
 from qdq_surgery.deploy.fusing import plain_bias, plain_skip_norm
 from qdq_surgery.deploy.grids import Grid
 from qdq_surgery.deploy.lowering import lower

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from qdq_surgery.convert import plan_of
+from qdq_surgery.converted import plan_of
 from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.findings import Findings
 from qdq_surgery.deploy.grids import read_grids

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.convert import quantizers
+from qdq_surgery.converted import quantizers
 from qdq_surgery.deploy.targets import Target
 from qdq_surgery.errors import CalibrationError, ExportError
 from qdq_surgery.numerics import SMALLEST_AMAX, quantize

@@ -29,7 +29,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.convert import quantization_disabled, quantizers
+from qdq_surgery.converted import quantization_disabled, quantizers
 from qdq_surgery.deploy.chunks import unchunked
 from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.probing import Runtime, probe, runtimes

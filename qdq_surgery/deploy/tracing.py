@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdq_surgery.convert import quantizers
+from qdq_surgery.converted import quantizers
 from qdq_surgery.deploy.chunks import unchunked
 from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
 from qdq_surgery.tagging import tagged

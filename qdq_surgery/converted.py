@@ -1,0 +1,48 @@
+"""What one asks a converted model: its plan, its quantizers, and its behaviour without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from qdq_surgery.errors import ModelError
+from qdq_surgery.plan import Plan
+from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.surgery import PLAN_ATTRIBUTE
+
+__all__ = ["plan_of", "quantization_disabled", "quantizers"]
+
+
+def plan_of(qmodel: nn.Module) -> Plan:
+    """The plan that a converted model was made by.
+
+    Raises:
+        ModelError: The model was not made by :func:`convert`.
+    """
+    made = vars(qmodel).get(PLAN_ATTRIBUTE)
+    if not isinstance(made, Plan):
+        raise ModelError(f"this {type(qmodel).__name__} is not converted; call qdq_surgery.convert(model) first")
+    return made
+
+
+def quantizers(qmodel: nn.Module) -> dict[str, TensorQuantizer]:
+    """All quantizers of a converted model by qualified name; a module that is shared has one name."""
+    return {name: module for name, module in qmodel.named_modules() if isinstance(module, TensorQuantizer)}
+
+
+@contextmanager
+def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
+    """While this holds, every quantizer lets its input pass; then each is as it was."""
+    found = quantizers(qmodel)
+    if not found:
+        raise ModelError(f"this {type(qmodel).__name__} has no quantizers; call qdq_surgery.convert(model) first")
+    before = {name: quantizer._disabled for name, quantizer in found.items()}
+    try:
+        for quantizer in found.values():
+            quantizer.disable()
+        yield
+    finally:
+        for name, quantizer in found.items():
+            quantizer._disabled = before[name]
