@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.analysis import analyse, recordings_of
 from qdq_surgery.plan import Plan
+from qdq_surgery.pretrained.plugin import adopt
 from qdq_surgery.rule_file import load_rules
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.surgery import operate
@@ -51,6 +52,7 @@ def convert(
     recordings = recordings_of(model, look, made)
     target = model if inplace else copy.deepcopy(model)
     operate(target, made, recordings)
+    adopt(target)
     return target
 
 

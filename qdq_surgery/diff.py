@@ -189,7 +189,7 @@ def _row_json(row: Row) -> dict[str, Any]:
     if row.after is not None and row.after.quantizer is not None:
         made["quantizer"] = row.after.quantizer
         if row.after.provenance is not None:
-            made["provenance"] = vars(row.after.provenance)
+            made["provenance"] = row.after.provenance._asdict()
     return made
 
 

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qdq_surgery.layered import star
 from qdq_surgery.render import Rendered
 from qdq_surgery.spec import QuantSpec, RuleSet
 
@@ -190,17 +191,10 @@ class Plan(Rendered):
         """Refusals that differ only in the layer's number count as one."""
         groups: dict[tuple[str, str], int] = {}
         for refusal in self.refusals:
-            where = refusal.path if refusal.layer is None else _starred(refusal.path, refusal.layer)
+            where = star(refusal.path, refusal.layer)
             key = (where, refusal.reason)
             groups[key] = groups.get(key, 0) + refusal.count
         return groups
-
-
-def _starred(path: str, layer: int) -> str:
-    parts = path.split(".")
-    if str(layer) in parts:
-        parts[parts.index(str(layer))] = "*"
-    return ".".join(parts)
 
 
 def _table(*columns: str) -> Table:

@@ -8,10 +8,10 @@ traced; and each quantizer knows the rule that put it there.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_quantization import calib, tensor_quant
@@ -35,9 +35,11 @@ __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
 #: A learned range does not fall below this.
 _SMALLEST = 1e-6
 
+#: What every module has of its own: tables of parameters, children and hooks, and their types.
+_TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
 
-@dataclass(frozen=True)
-class Provenance:
+
+class Provenance(NamedTuple):
     """Why a quantizer is where it is.
 
     Attributes:
@@ -70,11 +72,15 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         descriptor: As pytorch-quantization defines it.
         spec: The spec it was made from; its calibrator's method is what :meth:`load_calib_amax` uses by itself.
         provenance: Why it is where it is.
-        device: Where ranges that are loaded later go.
+        device: Where ranges that are loaded or computed later go; follows ``.to(device)``.
     """
 
     _amax: Tensor
     _calibrator: Any
+    #: There is nothing here for transformers to initialise when it loads a model.
+    _is_hf_initialized = True
+    #: The descriptor that a rule's ``default`` meant when this was made; ``None`` where a spec says it all.
+    default: tensor_quant.QuantDescriptor | None = None
 
     def __init__(
         self,
@@ -87,8 +93,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         super().__init__(descriptor)
         self.spec, self.provenance = spec, provenance
         self._learns = False
-        # Follows .to(device): the place where a range that is loaded or computed later belongs.
-        self.register_buffer("_anchor", torch.empty(0, device=device), persistent=False)
+        self._device = torch.device("cpu") if device is None else device
         if hasattr(self, "_amax"):  # the descriptor's own
             fixed = self._amax
             del self._amax
@@ -126,13 +131,50 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         with torch.inference_mode(False):
             if not hasattr(self, "_amax") or self._amax.shape != amax.shape:
                 self.reset_amax()
-                self.register_buffer("_amax", torch.empty(amax.shape, dtype=torch.float32, device=self._anchor.device))
+                self.register_buffer("_amax", torch.empty(amax.shape, dtype=torch.float32, device=self._device))
             self._amax.data.copy_(amax)
+
+    def settle(self, device: torch.device, training: bool, amax: Tensor | None) -> None:
+        """Take the place that a module has in a model that was just loaded.
+
+        Args:
+            device: Where its range belongs, a fixed one or one that is loaded or computed later.
+            training: The module's mode.
+            amax: From a checkpoint: float32, checked already, of whatever shape, and this quantizer's own. ``None``:
+                the range stays.
+        """
+        own = vars(self)  # nn.Module's way to set an attribute takes longer than all the rest
+        own["training"], own["_device"] = training, device
+        if amax is not None:
+            if self.amax is not None:
+                self.reset_amax()
+            self._buffers["_amax"] = amax if amax.device == device else amax.to(device)
+            self._learn_by_rule()
+        elif self.amax is not None and self._amax.device != device:
+            self.to(device)
+
+    def sibling(self, provenance: Provenance) -> TensorQuantizer:
+        """A new quantizer of the same make, at another place: what the constructor gives, in a tenth of its time.
+
+        Only for one that was never used, and has neither a range nor a clip.
+        """
+        made = TensorQuantizer.__new__(TensorQuantizer)
+        own = vars(made)
+        own.update(vars(self))
+        for name, kind in _TABLES.items():
+            own[name] = kind()
+        own["provenance"] = provenance
+        if isinstance(self._calibrator, ChannelMseCalibrator):
+            own["_calibrator"] = copy.deepcopy(self._calibrator)
+        elif self._calibrator is not None:
+            own["_calibrator"] = self.fresh_calibrator(isinstance(self._calibrator, HistogramCalibrator))
+        return made
 
     @property
     def amax(self) -> Tensor | None:
         """The range, float32, in the units of the tensor; ``None`` while it is found anew for each tensor."""
-        return getattr(self, "_amax", None)
+        own: Tensor | None = self._buffers.get("_amax", self._parameters.get("_amax"))  # type: ignore[assignment]
+        return own
 
     @amax.setter
     def amax(self, value: Tensor | float | list[float]) -> None:
@@ -296,6 +338,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         # torch gives a parameter's gradient the parameter's dtype, also for a moment.
         kept_grad = None if amax is None or amax.grad is None else amax.grad.data
         super()._apply(fn, recurse)
+        self._device = fn(torch.empty(0, device=self._device)).device
         if amax is not None and self._amax.dtype != torch.float32:
             if isinstance(self._amax, nn.Parameter):
                 self._amax.grad = None
@@ -335,7 +378,9 @@ def make_quantizer(
         default: pytorch-quantization's default descriptor for this kind of operand.
     """
     if spec is None:
-        return TensorQuantizer(default, provenance=provenance, device=device)
+        made = TensorQuantizer(default, provenance=provenance, device=device)
+        made.default = default
+        return made
     descriptor = tensor_quant.QuantDescriptor(
         num_bits=spec.num_bits,
         axis=None if spec.axis is None else (spec.axis,),

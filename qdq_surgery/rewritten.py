@@ -27,13 +27,13 @@ from qdq_surgery.recorder import record, recording_of
 from qdq_surgery.routine import SELF, DecisionChangedError, Leaf, Routine, describe_leaf, flatten_call
 from qdq_surgery.shadow import shadow
 
-__all__ = ["Edit", "Rewritten", "Variant", "compile_variant", "insert_quantizers"]
+__all__ = ["Edit", "Rewritten", "Variant", "Variants", "compile_variant", "insert_quantizers"]
 
 Origin = tuple[Any, ...]
 
 _LABELS = itertools.count()
 
-#: Kinds of calls that a block remembers; the one recorded longest ago is forgotten first.
+#: Kinds of calls that are remembered for each block; the one recorded longest ago is forgotten first.
 _MAX_VARIANTS = 64
 
 #: Operators that must not turn up in a variant at a place that the plan has not seen.
@@ -177,6 +177,28 @@ def compile_variant(routine: Routine) -> Variant:
     return variant
 
 
+class Variants:
+    """The variants of all blocks that are alike: what one of them recorded, the others need not record again.
+
+    Compiled variants hold no state of a block: copies may share them. A pickle leaves them behind, and they are
+    recorded again when they are needed.
+    """
+
+    def __init__(self, found: list[Variant] | None = None) -> None:
+        self.found = [] if found is None else found
+        self.blocks = 0
+
+    def add(self, variant: Variant) -> None:
+        # A new list: another thread may be looking through the old one.
+        self.found = [variant, *self.found][: _MAX_VARIANTS * max(self.blocks, 1)]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Variants:
+        return Variants(list(self.found))  # the blocks that are copied along count themselves
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "found": []}
+
+
 class Rewritten:
     """The rewritten forward, or attention function, of one block.
 
@@ -184,6 +206,7 @@ class Rewritten:
         original: The function that the graphs were recorded from, called with the block first.
         edits: Where quantizers belong.
         known: Origins of all matmul-like calls that the plan has seen, quantized or not.
+        variants: Shared with the blocks that are alike.
     """
 
     def __init__(
@@ -192,11 +215,12 @@ class Rewritten:
         original: Callable[..., Any],
         edits: tuple[Edit, ...],
         known: frozenset[Origin],
-        variants: list[Variant],
+        variants: Variants,
     ) -> None:
         self.kind, self.original = kind, original
         self.edits, self.known = edits, known
         self.variants = variants
+        variants.blocks += 1
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the variant that holds for this call.
@@ -206,7 +230,7 @@ class Rewritten:
         """
         values, paths = flatten_call(args, kwargs)
         signature = tuple(describe_leaf(value) for value in values)
-        for variant in self.variants:
+        for variant in self.variants.found:
             if variant.holds(module, signature, tuple(paths)):
                 if not variant.decides:
                     return variant.run(module, values)
@@ -243,8 +267,7 @@ class Rewritten:
             args, kwargs = _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
         variant = self.specialised(routine)
-        self.variants.insert(0, variant)
-        del self.variants[_MAX_VARIANTS:]
+        self.variants.add(variant)
         return variant
 
     def specialised(self, routine: Routine) -> Variant:
@@ -269,13 +292,8 @@ class Rewritten:
             )
         return compile_variant(routine)
 
-    # Compiled variants hold no state of the block: copies may share them. A pickle leaves them behind, and they are
-    # recorded again when they are needed.
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
-        return Rewritten(self.kind, self.original, self.edits, self.known, list(self.variants))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": []}
+        return Rewritten(self.kind, self.original, self.edits, self.known, copy.deepcopy(self.variants, memo))
 
 
 def _copies(value: Any) -> Any:

@@ -9,21 +9,33 @@ import copy
 import functools
 import types
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from pytorch_quantization import nn as quant_nn
 from torch import nn
 from transformers import PreTrainedModel
 
-from qdq_surgery.attention import check_not_bypassed, eager_function
+from qdq_surgery.attention import QDQ_ATTENTION, check_not_bypassed, eager_function
 from qdq_surgery.linear import QuantLinear
+from qdq_surgery.making import Defaults, Maker, device_of
 from qdq_surgery.plan import Plan, Site
-from qdq_surgery.quantizer import Provenance, TensorQuantizer, make_quantizer
-from qdq_surgery.rewritten import GUARDED, Edit, Rewritten, Variant
+from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.rewritten import GUARDED, Edit, Origin, Rewritten, Variant, Variants
 from qdq_surgery.routine import Routine
 
-__all__ = ["PLAN_ATTRIBUTE", "Recordings", "operate", "quantized_class"]
+__all__ = [
+    "PLAN_ATTRIBUTE",
+    "Implant",
+    "Known",
+    "Recordings",
+    "base_class",
+    "implant",
+    "operate",
+    "prepare",
+    "quantized_class",
+    "restore",
+]
 
 #: Where a converted model keeps its plan.
 PLAN_ATTRIBUTE = "_qdq_plan"
@@ -31,35 +43,88 @@ PLAN_ATTRIBUTE = "_qdq_plan"
 #: (path of the block, kind) -> the routines recorded for it, one for each kind of call.
 Recordings = Mapping[tuple[str, str], Iterable[Routine]]
 
+#: (path of the block, kind) -> origins of all matmul-like calls in it: a block whose graphs are recorded at its first
+#: call needs no more.
+Known = Mapping[tuple[str, str], frozenset[Origin]]
 
-def operate(model: PreTrainedModel, plan: Plan, recordings: Recordings) -> None:
+
+@dataclass(frozen=True)
+class Implant:
+    """A quantizer, and the module that is to get it; ``None`` where a linear has one operand in float."""
+
+    owner: nn.Module
+    name: str
+    site: Site | None
+    quantizer: TensorQuantizer | None
+
+
+def operate(
+    model: PreTrainedModel,
+    plan: Plan,
+    recordings: Recordings | None,
+    known: Known | None = None,
+    defaults: Defaults | None = None,
+) -> None:
     """Put the plan's quantizers into ``model``.
 
     Args:
-        recordings: For every block whose graph the plan edits. The graphs are edited.
+        recordings: For every block whose graph the plan edits. The graphs are edited. ``None``: each kind of call is
+            recorded when it first comes.
+        known: In place of the recordings.
+        defaults: Left out, those of now.
 
     Raises:
         Exception: Whatever goes wrong half-way is raised again after every step was taken back.
     """
+    implant(prepare(model, plan, recordings, known, defaults))
+
+
+def prepare(
+    model: PreTrainedModel,
+    plan: Plan,
+    recordings: Recordings | None,
+    known: Known | None = None,
+    defaults: Defaults | None = None,
+) -> list[Implant]:
+    """All of :func:`operate` but the last step, :func:`implant`, without which the model does not run.
+
+    Between the two a model can be loaded, and whoever loads it sees the modules and the names of the float model.
+    """
     undo: list[Callable[[], None]] = []
     try:
-        _Surgeon(model, plan, recordings, undo).run()
+        return _Surgeon(model, plan, recordings, known or {}, defaults or Defaults.now(), undo).run()
     except BaseException:
         for step in reversed(undo):
             step()
         raise
 
 
+def implant(implants: Iterable[Implant]) -> None:
+    """Put quantizers into the modules that were prepared for them."""
+    for each in implants:
+        each.owner._modules[each.name] = each.quantizer
+
+
 class _Surgeon:
     def __init__(
-        self, model: PreTrainedModel, plan: Plan, recordings: Recordings, undo: list[Callable[[], None]]
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        recordings: Recordings | None,
+        known: Known,
+        defaults: Defaults,
+        undo: list[Callable[[], None]],
     ) -> None:
-        self.model, self.plan, self.recordings, self.undo = model, plan, recordings, undo
+        self.model, self.plan, self.recordings, self.known = model, plan, recordings, known
+        self.undo = undo
+        self.maker = Maker(plan, defaults)
+        self.modules = dict(model.named_modules())
         self.compiled: dict[int, Variant] = {}
+        self.variants: dict[tuple[Any, ...], Variants] = {}
+        self.implants: list[Implant] = []
 
-    def run(self) -> None:
-        if self.plan.attention is not None:
-            self._switch_attention(self.plan.attention)
+    def run(self) -> list[Implant]:
+        self._own_configs(self.plan.attention)
         blocks: dict[tuple[str, str], list[Site]] = {}
         linears: dict[str, list[Site]] = {}
         for site in self.plan.sites:
@@ -68,74 +133,60 @@ class _Surgeon:
             else:
                 blocks.setdefault((site.owner, site.routine), []).append(site)
         for owner, sites in linears.items():
-            self._swap_linear(self.model.get_submodule(owner), sites)
+            self._swap_linear(self.modules[owner], sites)
         for (owner, kind), sites in blocks.items():
             self._rewrite(owner, kind, sites)
         self._set(self.model, PLAN_ATTRIBUTE, self.plan)
+        return self.implants
 
-    def _switch_attention(self, implementation: str) -> None:
-        # Two models made from one config object share it: this one gets a config of its own.
+    def _own_configs(self, attention: str | None) -> None:
+        # Two models made from one config object share it: this one gets a config of its own, with its attention.
         configs: dict[int, Any] = {}
-        for module in self.model.modules():
+        for module in self.modules.values():
             config = vars(module).get("config")
             if config is not None and hasattr(config, "_attn_implementation_internal"):
                 own = copy.deepcopy(config, configs)
-                own._attn_implementation_internal = implementation
+                if attention is not None:
+                    own._attn_implementation_internal = attention
                 self._set(module, "config", own)
 
     def _swap_linear(self, linear: nn.Module, sites: list[Site]) -> None:
         self._set_class(linear, QuantLinear)
         by_role = {site.role: site for site in sites}
-        for role in ("input", "weight"):
-            site = by_role.get(role)
-            self._add(linear, f"_{role}_quantizer", None if site is None else self._quantizer(linear, site))
+        device = device_of(linear, self.model)
+        self._add(linear, "_input_quantizer", by_role.get("input"), device)
+        self._add(linear, "_weight_quantizer", by_role.get("weight"), device)
 
     def _rewrite(self, owner: str, kind: str, sites: list[Site]) -> None:
-        block = self.model.get_submodule(owner)
-        base = _base_class(type(block))
+        block = self.modules[owner]
+        base = base_class(type(block))
         original = base.forward if kind == "forward" else eager_function(base)
-        routines = list(self.recordings[owner, kind])
+        routines = [] if self.recordings is None else list(self.recordings[owner, kind])
         edits = tuple(Edit(site.origin, site.position, site.name) for site in sites)
-        known = frozenset(
+        known = self.known.get((owner, kind), frozenset()) | frozenset(
             node.meta["origin"]
             for routine in routines
             for node in routine.graph.nodes
             if node.meta.get("op") in GUARDED
         )
-        rewritten = Rewritten(kind, original, edits, known, [])
-        for site in sites:
-            self._add(block, site.name, self._quantizer(block, site))
+        # Blocks of one make share what they record; every use asks again whether it holds for the block.
+        make = (kind, edits, known, tuple((name, type(child)) for name, child in block.named_modules()))
+        variants = self.variants.setdefault(make, Variants())
+        rewritten = Rewritten(kind, original, edits, known, variants)
         for routine in routines:
-            variant = self.compiled.get(id(routine))
-            if variant is None:
-                variant = self.compiled[id(routine)] = rewritten.specialised(routine)
-            rewritten.variants.append(variant)
+            if id(routine) not in self.compiled:
+                self.compiled[id(routine)] = rewritten.specialised(routine)
+            if self.compiled[id(routine)] not in variants.found:
+                variants.found.append(self.compiled[id(routine)])
         self._set_class(block, quantized_class(base))
         self._set(block, f"_qdq_{kind}", rewritten)
+        device = device_of(block, self.model)
+        for site in sites:
+            self._add(block, site.name, site, device)
 
-    def _quantizer(self, owner: nn.Module, site: Site) -> TensorQuantizer:
-        # The defaults are read now: what set_default_quant_desc_* was given last is what a rule's "default" means.
-        weight = site.role == "weight"
-        default = (
-            quant_nn.QuantLinear.default_quant_desc_weight if weight else quant_nn.QuantLinear.default_quant_desc_input
-        )
-        rule = self.plan.rules.rule(site.rule)
-        provenance = Provenance(
-            quantizer=site.quantizer,
-            role=site.role,
-            rule=rule.name,
-            rules=self.plan.rules.name,
-            why=rule.why,
-            declared=rule.source,
-            operand=f"{site.operator}({site.capture})",
-            source=site.source,
-            descriptor=_describe(default) if site.spec is None else str(site.spec),
-        )
-        tensor = next((p for p in owner.parameters()), None)
-        device = self.model.device if tensor is None else tensor.device
-        quantizer = make_quantizer(site.spec, default, provenance, torch.device(device))
-        quantizer.train(owner.training)
-        return quantizer
+    def _add(self, owner: nn.Module, name: str, site: Site | None, device: torch.device) -> None:
+        quantizer = None if site is None else self.maker.make(site, device, owner.training)
+        self.implants.append(Implant(owner, name, site, quantizer))
 
     # -- steps that can be taken back --------------------------------------------------------------------------
 
@@ -151,19 +202,26 @@ class _Surgeon:
     def _set_class(self, target: nn.Module, cls: type[nn.Module]) -> None:
         before = type(target)
         self.undo.append(lambda: setattr(target, "__class__", before))
-        target.__class__ = cls
-
-    def _add(self, target: nn.Module, name: str, child: nn.Module | None) -> None:
-        self.undo.append(lambda: target._modules.__delitem__(name))
-        target.register_module(name, child)
+        object.__setattr__(target, "__class__", cls)  # a tenth of the time that nn.Module's own way takes
 
 
-def _describe(descriptor: Any) -> str:
-    grid = f"{'u' if descriptor.unsigned else ''}int{descriptor.num_bits}{' narrow' if descriptor.narrow_range else ''}"
-    axis = descriptor.axis
-    axes = axis if isinstance(axis, (tuple, list)) else [axis]
-    where = "per-tensor" if axis is None else f"axis {', '.join(map(str, axes))}"
-    return f"{grid} {where} {descriptor.calib_method} (default)"
+def restore(model: PreTrainedModel) -> None:
+    """Make a converted model the float model again, with transformers' eager attention; weights stay as they are."""
+    for module in model.modules():
+        for name in [name for name, child in module._modules.items() if isinstance(child, TensorQuantizer)]:
+            del module._modules[name]
+        if isinstance(module, QuantLinear):
+            for name in ("_input_quantizer", "_weight_quantizer"):
+                module._modules.pop(name, None)  # None where a rule quantizes one operand only
+            module.__class__ = nn.Linear
+        elif "_qdq_base" in vars(type(module)):
+            module.__class__ = base_class(type(module))
+            for name in ("_qdq_forward", "_qdq_attention"):
+                vars(module).pop(name, None)
+        config = vars(module).get("config")
+        if getattr(config, "_attn_implementation_internal", None) == QDQ_ATTENTION:
+            config._attn_implementation_internal = "eager"
+    vars(model).pop(PLAN_ATTRIBUTE, None)
 
 
 # ---------------------------------------------------------------------------------------------- rewritten classes
@@ -171,7 +229,7 @@ def _describe(descriptor: Any) -> str:
 _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _base_class(cls: type[nn.Module]) -> type[nn.Module]:
+def base_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The Hugging Face class of a block, rewritten or not."""
     return cast("type[nn.Module]", cls.__dict__.get("_qdq_base", cls))
 

@@ -147,16 +147,16 @@ def test_a_call_that_was_not_recorded_is_recorded_when_it_comes() -> None:
     model = build("mpnet", "MPNetModel")
     qmodel = qs.convert(model)
     attention = qmodel.encoder.layer[0].attention.attn
-    before = len(attention._qdq_forward.variants)
+    before = len(attention._qdq_forward.variants.found)
     hooked: list[int] = []
     handle = attention.q.register_forward_hook(lambda *_: hooked.append(1))
     batch = batch_for(model, (2, 5))
     assert_same(model, qmodel, batch, output_attentions=True)
-    assert len(attention._qdq_forward.variants) == before + 1
+    assert len(attention._qdq_forward.variants.found) == before + 1
     # Recording it ran a copy: hooks saw one call.
     assert len(hooked) == 1
     assert_same(model, qmodel, batch, output_attentions=True)
-    assert len(attention._qdq_forward.variants) == before + 1
+    assert len(attention._qdq_forward.variants.found) == before + 1
     handle.remove()
 
 

@@ -192,7 +192,7 @@ def test_threads_may_share_a_model() -> None:
     # Every call is of a kind that was not recorded yet, so threads record at the same time.
     for module in qmodel.modules():
         if getattr(module, "_qdq_forward", None) is not None:
-            module._qdq_forward.variants.clear()
+            module._qdq_forward.variants.found.clear()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda shape: states(qmodel, batch_for(qmodel, shape)), shapes))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -300,7 +300,7 @@ def test_casting_a_model_keeps_ranges_in_float32(amax: Any, cast: Callable[[nn.M
     target = result[1]
     assert isinstance(target, TensorQuantizer)
     assert torch.equal(amax_of(target), torch.tensor(amax))  # float32 is part of that; tolerance 0.0
-    assert set(dict(target.named_buffers())) == {"_amax", "_anchor"}
+    assert set(dict(target.named_buffers())) == {"_amax"}
     target.reset_amax()
     target.amax = 0.3
     assert torch.equal(amax_of(target), torch.tensor(0.3))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qdq_surgery.errors import TraceError
 from qdq_surgery.recorder import record
-from qdq_surgery.rewritten import Rewritten, compile_variant
+from qdq_surgery.rewritten import Rewritten, Variants, compile_variant
 from qdq_surgery.routine import DecisionChangedError, Routine, flatten_call
 from qdq_surgery.shadow import shadow
 
@@ -217,12 +217,12 @@ def test_a_decision_that_changes_is_noticed(kind: type[nn.Module]) -> None:
 @pytest.mark.parametrize("kind", [Branches, Length, Whole])
 def test_a_rewritten_block_records_again_when_a_decision_changes(kind: type[nn.Module]) -> None:
     block = kind()
-    rewritten = Rewritten("forward", kind.forward, (), frozenset(), [])
+    rewritten = Rewritten("forward", kind.forward, (), frozenset(), Variants())
     with torch.no_grad():
         for size in (6, 3, 6, 3):
             x = torch.randn(size, size)
             assert torch.equal(rewritten(block, (x,), {}), block(x))
-    assert len(rewritten.variants) == 2
+    assert len(rewritten.variants.found) == 2
 
 
 class Reads(nn.Module):
@@ -238,7 +238,7 @@ def test_attributes_that_were_read_are_guarded() -> None:
     block = Reads().eval()
     routine = recorded(block, torch.randn(2, 3))
     assert routine.reads == {("", "factor"): 3.0, ("", "training"): False, ("inner", "p"): 0.25}
-    rewritten = Rewritten("forward", Reads.forward, (), frozenset(), [])
+    rewritten = Rewritten("forward", Reads.forward, (), frozenset(), Variants())
     x = torch.randn(2, 3)
     for change in (
         lambda: None,
@@ -248,7 +248,7 @@ def test_attributes_that_were_read_are_guarded() -> None:
     ):
         change()
         assert torch.equal(rewritten(block, (x,), {}), block(x))
-    assert len(rewritten.variants) == 4
+    assert len(rewritten.variants.found) == 4
 
 
 # --- refusals

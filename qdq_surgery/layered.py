@@ -1,0 +1,70 @@
+"""Names that differ only in the number of their encoder layer, as one: ``encoder.layer.*.output`` in layers 0-11."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+__all__ = ["expand", "fold", "join_layers", "split_layers", "star", "unstar"]
+
+#: Stands for the number of the encoder layer.
+_STAR = "*"
+
+
+def star(name: str, layer: int | None) -> str:
+    """``name`` with the number of its layer replaced, if it holds it."""
+    parts = name.split(".")
+    if layer is not None and str(layer) in parts:
+        parts[parts.index(str(layer))] = _STAR
+    return ".".join(parts)
+
+
+def unstar(name: str, layer: int | None) -> str:
+    """The name that :func:`star` was given."""
+    return name if layer is None else name.replace(_STAR, str(layer))
+
+
+def join_layers(layers: Iterable[int]) -> str:
+    """``0-3, 5`` for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def split_layers(text: str) -> list[int]:
+    """What :func:`join_layers` joined.
+
+    Raises:
+        ValueError: It is no such text.
+    """
+    layers: list[int] = []
+    for run in text.split(", "):
+        first, _, last = run.partition("-")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return layers
+
+
+def fold(names: Mapping[str, int | None]) -> dict[str, str | None]:
+    """Names with their layers, folded: starred name to layers; ``None`` for a name outside the layers."""
+    layers: dict[str, list[int]] = {}
+    for name, layer in names.items():
+        found = layers.setdefault(star(name, layer), [])
+        if layer is not None:
+            found.append(layer)
+    return {name: join_layers(found) if found else None for name, found in layers.items()}
+
+
+def expand(folded: Mapping[str, str | None]) -> list[str]:
+    """The names that :func:`fold` folded.
+
+    Raises:
+        ValueError: The layers are no such text.
+    """
+    return [
+        unstar(name, layer)
+        for name, layers in folded.items()
+        for layer in ([None] if layers is None else split_layers(layers))
+    ]

@@ -1,0 +1,1 @@
+"""Converted models in transformers' own ways: saved, loaded and reported like any other model."""

@@ -1,0 +1,90 @@
+"""The ``quantization_config`` of a converted model: what ``from_pretrained`` takes and ``config.json`` keeps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qdq_surgery.errors import ModelError
+from qdq_surgery.layered import expand
+from qdq_surgery.pretrained.record import Record
+from qdq_surgery.rule_data import rules_from_data, rules_to_data
+from qdq_surgery.rule_file import load_rules
+from qdq_surgery.spec import RuleSet
+
+__all__ = ["QUANT_METHOD", "QDQConfig"]
+
+#: The name under which transformers knows this kind of quantization.
+QUANT_METHOD = "qdq_surgery"
+
+#: Version of the form in ``config.json``.
+_SCHEMA = 1
+
+_LISTS = ("sites", "disabled", "quant_disabled", "learned", "without_range")
+
+
+@register_quantization_config(QUANT_METHOD)
+class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How a model is converted.
+
+    ``AutoModelForX.from_pretrained(float_checkpoint, quantization_config=QDQConfig("linear-only"))`` converts while it
+    loads. A converted model has one as ``model.config.quantization_config``, and ``save_pretrained`` keeps it.
+
+    Args:
+        rules: A shipped rule set, the path of a rule file, or a rule set.
+        record: What a saved model says about its quantizers; ``None`` for a model that is to be converted.
+
+    Raises:
+        RuleFileError: The rules are wrong.
+    """
+
+    def __init__(self, rules: str | Path | RuleSet = "qdqbert", record: Record | None = None) -> None:
+        super().__init__(QUANT_METHOD)
+        self.rules = load_rules(rules)
+        self.record = record
+
+    def __deepcopy__(self, _: dict[int, Any]) -> QDQConfig:
+        # Rules and record do not change, and transformers copies configs several times while it loads one.
+        return copy.copy(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What :meth:`to_dict` gave; called by transformers.
+
+        Raises:
+            RuleFileError: The rules are wrong.
+            ModelError: It is of another version, or damaged.
+        """
+        data = {name: value for name, value in config_dict.items() if name != "quant_method"}
+        schema = data.pop("schema", _SCHEMA)
+        if schema != _SCHEMA:
+            raise ModelError(
+                f"the model's quantization_config has schema {schema!r}, and this release of qdq_surgery reads "
+                f"{_SCHEMA}; install the release that wrote it"
+            )
+        rules = data.pop("rules", "qdqbert")
+        made = cls(rules_from_data(rules) if isinstance(rules, Mapping) else rules, _record(data) if data else None)
+        return (made, kwargs) if return_unused_kwargs else made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        record = {} if self.record is None else self.record.to_data()
+        return {"quant_method": QUANT_METHOD, "schema": _SCHEMA, "rules": rules_to_data(self.rules), **record}
+
+
+def _record(data: Mapping[str, Any]) -> Record:
+    try:
+        record = Record(**data)
+        for name in _LISTS:
+            expand(getattr(record, name))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"the model's quantization_config is damaged ({error}); save the model again, or remove all of it but "
+            "'quant_method' and 'rules', which converts the model anew"
+        ) from error
+    return record

@@ -1,0 +1,117 @@
+"""The plan of a saved model, kept with its weights, so that loading need not look for the sites again.
+
+It stands in the metadata of the safetensors files and holds only under the circumstances it was made in: the same
+modelling code, the same config. Under any others it is passed over, and the rules are matched anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_quantization
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdq_surgery.converted import plan_of
+from qdq_surgery.linear import QuantLinear
+from qdq_surgery.plan import Plan
+from qdq_surgery.plan_data import known_from_data, known_to_data, plan_from_data, plan_to_data
+from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.rewritten import Rewritten
+from qdq_surgery.spec import RuleSet
+from qdq_surgery.surgery import Known, base_class
+from qdq_surgery.version import __version__
+
+__all__ = ["METADATA", "Lock", "fingerprint", "lock_of", "read_lock"]
+
+#: Its key in the metadata of a safetensors file.
+METADATA = "qdq_surgery"
+
+#: What a config says that makes no difference to where an operator stands.
+_BESIDE = (
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "quantization_config",
+    "transformers_version",
+)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A plan, and of each block that it rewrites the places that it has seen."""
+
+    plan: Plan
+    known: Known
+
+
+def fingerprint(model: PreTrainedModel, named: Iterable[tuple[str, nn.Module]]) -> str:
+    """What a plan depends on: the code, the config, the modules. A converted model has that of its float model.
+
+    Args:
+        named: The model's modules.
+    """
+    own = vars(model.config).items()
+    config = {name: value for name, value in own if name not in _BESIDE and not name.startswith("_")}
+    modules = [(name, _plain_class(module)) for name, module in named]
+    facts = [
+        [transformers.__version__, torch.__version__, pytorch_quantization.__version__, __version__],
+        list(sys.version_info[:2]),
+        config,
+        [entry for entry in modules if entry[1] is not None],
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plain_class(module: nn.Module) -> str | None:
+    if isinstance(module, TensorQuantizer):
+        return None
+    cls = nn.Linear if type(module) is QuantLinear else base_class(type(module))
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def lock_of(qmodel: PreTrainedModel) -> str:
+    """The lock of a converted model, as JSON."""
+    plan = plan_of(qmodel)
+    layers = {site.owner: site.layer for site in plan.sites}
+    known: dict[tuple[str, str], frozenset[Any]] = {}
+    for name, module in qmodel.named_modules():
+        for kind in ("forward", "attention"):
+            rewritten = vars(module).get(f"_qdq_{kind}")
+            if isinstance(rewritten, Rewritten):
+                known[name, kind] = rewritten.known
+    data = {
+        "schema": 1,
+        "fits": fingerprint(qmodel, qmodel.named_modules()),
+        "plan": plan_to_data(plan),
+        "known": known_to_data(known, layers),
+    }
+    return json.dumps(data, separators=(",", ":"))
+
+
+def read_lock(files: Sequence[str] | None, model: PreTrainedModel, rules: RuleSet) -> Lock | None:
+    """The lock in a checkpoint's files; ``None`` if there is none, or none that holds for ``model``."""
+    if not files or not files[0].endswith(".safetensors"):
+        return None
+    with safe_open(files[0], framework="pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    try:
+        data = None if text is None else json.loads(text)
+        named = list(model.named_modules())
+        if not isinstance(data, Mapping) or data.get("schema") != 1 or data.get("fits") != fingerprint(model, named):
+            return None
+        order = {name: index for index, (name, _) in enumerate(named)}
+        return Lock(plan_from_data(data["plan"], rules, order.__getitem__), known_from_data(data["known"]))
+    except (KeyError, TypeError, ValueError):
+        return None  # it is no lock: the rules are matched anew, which needs none
