@@ -143,7 +143,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             amax: From a checkpoint: float32, checked already, of whatever shape, and this quantizer's own. ``None``:
                 the range stays.
         """
-        own = vars(self)  # nn.Module's way to set an attribute takes longer than all the rest
+        own = self.__dict__  # nn.Module's way to set an attribute takes longer than all the rest
         own["training"], own["_device"] = training, device
         if amax is not None:
             if self.amax is not None:
@@ -159,7 +159,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         Only for one that was never used, and has neither a range nor a clip.
         """
         made = TensorQuantizer.__new__(TensorQuantizer)
-        own = vars(made)
+        own = made.__dict__
         own.update(vars(self))
         for name, kind in _TABLES.items():
             own[name] = kind()
@@ -173,7 +173,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     @property
     def amax(self) -> Tensor | None:
         """The range, float32, in the units of the tensor; ``None`` while it is found anew for each tensor."""
-        own: Tensor | None = self._buffers.get("_amax", self._parameters.get("_amax"))  # type: ignore[assignment]
+        own: Tensor | None = self._buffers.get("_amax", self._parameters.get("_amax"))
         return own
 
     @amax.setter

@@ -126,13 +126,13 @@ def _rule(rule: Rule) -> dict[str, Any]:
     }
     if rule.optional:
         data["optional"] = True
-    expect = {
+    expect: dict[str, Any] = {
         key: _count(count)
         for key, count in (("per_layer", rule.expect.per_layer), ("total", rule.expect.total))
         if count is not None
     }
     if rule.expect.model_types:
-        expect["model_types"] = {name: _count(count) for name, count in rule.expect.model_types.items()}
+        expect["model_types"] = {name: _count(each) for name, each in rule.expect.model_types.items()}
     if expect:
         data["expect"] = expect
     return data
@@ -149,7 +149,7 @@ def _rule_of(data: Mapping[str, Any]) -> Rule:
         expect=Expect(
             per_layer=_count_of(expect["per_layer"]) if "per_layer" in expect else None,
             total=_count_of(expect["total"]) if "total" in expect else None,
-            model_types={name: _count_of(count) for name, count in expect.get("model_types", {}).items()},
+            model_types={name: _count_of(each) for name, each in expect.get("model_types", {}).items()},
         ),
         optional=data.get("optional", False),
         source=data["source"],

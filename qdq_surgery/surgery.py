@@ -213,9 +213,9 @@ def restore(model: PreTrainedModel) -> None:
         if isinstance(module, QuantLinear):
             for name in ("_input_quantizer", "_weight_quantizer"):
                 module._modules.pop(name, None)  # None where a rule quantizes one operand only
-            module.__class__ = nn.Linear
+            object.__setattr__(module, "__class__", nn.Linear)
         elif "_qdq_base" in vars(type(module)):
-            module.__class__ = base_class(type(module))
+            object.__setattr__(module, "__class__", base_class(type(module)))
             for name in ("_qdq_forward", "_qdq_attention"):
                 vars(module).pop(name, None)
         config = vars(module).get("config")

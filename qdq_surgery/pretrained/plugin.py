@@ -177,8 +177,8 @@ def adopt(model: PreTrainedModel, quantizer: QDQQuantizer | None = None) -> None
     """
     if quantizer is None:
         quantizer = QDQQuantizer(QDQConfig(plan_of(model).rules, record_of(model)))
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
-    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+    model.hf_quantizer = quantizer
+    model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
     # Fake quantization leaves the weights in float: nothing that transformers forbids packed integers applies.
     vars(model).pop("is_quantized", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -103,7 +103,7 @@ def record_of(qmodel: nn.Module) -> Record:
     )
 
 
-_TESTS = {
+_TESTS: dict[str, Callable[[TensorQuantizer], bool]] = {
     "disabled": lambda quantizer: not quantizer.enabled,
     "quant_disabled": lambda quantizer: not quantizer._if_quant,
     "learned": lambda quantizer: quantizer.learns,

@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.deploy.runner import OnnxModel, load_onnx
 from qdq_surgery.errors import ModelError
-from qdq_surgery.folder import RULES_NAME, load_model, save_model
+from qdq_surgery.folder import is_converted, load_model, save_model
+from qdq_surgery.pretrained.report import REPORT_NAME
 from tasks.errors import OptionError
 
 __all__ = ["Head", "label_order", "load", "load_file", "load_teacher", "load_tokenizer", "save"]
@@ -80,7 +81,7 @@ def load(folder: Path, head: Head) -> tuple[PreTrainedModel, bool]:
         ModelError: The folder holds no such model.
         OptionError: Its head has other labels than the data.
     """
-    if (folder / RULES_NAME).is_file() or _head_of(folder) == head.ending:
+    if is_converted(folder) or _head_of(folder) == head.ending:
         with _quiet():
             model = load_model(folder)
         _check_head(folder, model, head)
@@ -110,7 +111,7 @@ def load_teacher(folder: Path, head: Head, student: PreTrainedModel) -> PreTrain
     teacher, new = load(folder, head)
     if new:
         raise OptionError(f"--teacher {folder} has no trained {head.ending} head; fine-tune it with --fp32 first")
-    if (folder / RULES_NAME).is_file():
+    if is_converted(folder):
         raise OptionError(f"--teacher {folder} is quantized; give the float model")
     if head.labels and teacher.config.id2label != student.config.id2label:
         raise OptionError(
@@ -124,8 +125,7 @@ def save(model: PreTrainedModel, tokenizer: Any, source: Path, folder: Path, *, 
     """Write the model and its tokenizer into a folder, which may hold other files already."""
     folder.mkdir(parents=True, exist_ok=True)
     if not quantized:
-        for left in (RULES_NAME, "qdq_report.json"):
-            (folder / left).unlink(missing_ok=True)
+        (folder / REPORT_NAME).unlink(missing_ok=True)
         with _quiet():
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

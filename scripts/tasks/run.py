@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, set_seed
 
 import qdq_surgery as qs
 from qdq_surgery.deploy.runner import OnnxModel
-from qdq_surgery.folder import RULES_NAME
+from qdq_surgery.folder import is_converted
 from qdq_surgery.positions import longest_text
 from tasks.errors import OptionError
 from tasks.features import Collator, Feature, calibration_batches
@@ -117,7 +117,7 @@ def _read(task: Task[Example], path: Path | None, needed: bool) -> list[Example]
 
 def _load(options: Options, head: Head, console: Console) -> PreTrainedModel:
     folder = options.model_name_or_path
-    if options.fp32 and (folder / RULES_NAME).is_file():
+    if options.fp32 and is_converted(folder):
         raise OptionError(f"{folder} holds a quantized model; give the float model, or leave --fp32 out")
     model, new = load(folder, head)
     if new:
@@ -153,7 +153,7 @@ def _prepare(
     """Convert and calibrate as far as that is asked for and not done; says whether the model is quantized."""
     if options.fp32:
         return False
-    if (options.model_name_or_path / RULES_NAME).is_file():
+    if is_converted(options.model_name_or_path):
         if options.rules is not None:
             raise OptionError(
                 f"{options.model_name_or_path} is converted already, by its own rules; leave --rules out, or start "
