@@ -6,7 +6,10 @@ then; last come the ranges, from the same files. ``save_pretrained`` asks for th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +29,7 @@ from qdq_surgery.pretrained.hollow import hollow, real_tensors
 from qdq_surgery.pretrained.lock import METADATA, lock_of, read_lock
 from qdq_surgery.pretrained.ranges import RANGE_PATTERN, read_ranges
 from qdq_surgery.pretrained.record import Record, record_of
-from qdq_surgery.pretrained.report import restore_calibration
-from qdq_surgery.pretrained.saving import forget_saving, keep_saving, write_beside
+from qdq_surgery.pretrained.report import restore_calibration, write_report
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.surgery import Implant, implant, prepare, restore
 
@@ -160,12 +162,13 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             return None, {}  # only an adapter is saved
         config = QDQConfig(plan_of(model).rules, record_of(model))
         model.config.quantization_config = self.quantization_config = config
-        write_beside(model)
+        folder = _folder_of(inspect.currentframe())
+        if folder is not None:
+            write_report(model, folder)
         return None, {METADATA: lock_of(model)}
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         restore(model)
-        forget_saving(model)
         return model if dtype is None else model.to(dtype)
 
 
@@ -182,7 +185,21 @@ def adopt(model: PreTrainedModel, quantizer: QDQQuantizer | None = None) -> None
     model.config.quantization_config = quantizer.quantization_config
     # Fake quantization leaves the weights in float: nothing that transformers forbids packed integers applies.
     vars(model).pop("is_quantized", None)
-    keep_saving(model)
+
+
+def _folder_of(frame: FrameType | None) -> Path | None:
+    """The folder that a model is being saved in, if this process is the one that writes.
+
+    Args:
+        frame: The plug-in's method that ``save_pretrained`` called. transformers does not tell it the folder, and has no
+            other place between making the folder and uploading what is in it where a file of ours could be written.
+    """
+    caller = None if frame is None or frame.f_back is None else frame.f_back.f_locals
+    folder = None if caller is None else caller.get("save_directory")
+    if caller is None or folder is None:
+        logger.warning("this version of transformers hides the folder from its plug-ins: no qdq_report.json is written")
+        return None
+    return Path(folder) if caller.get("save_on_this_rank", caller.get("is_main_process", True)) else None
 
 
 def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
