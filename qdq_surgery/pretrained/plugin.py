@@ -191,8 +191,8 @@ def _folder_of(frame: FrameType | None) -> Path | None:
     """The folder that a model is being saved in, if this process is the one that writes.
 
     Args:
-        frame: The plug-in's method that ``save_pretrained`` called. transformers does not tell it the folder, and has no
-            other place between making the folder and uploading what is in it where a file of ours could be written.
+        frame: The plug-in's method that ``save_pretrained`` called. transformers does not tell it the folder, and has
+            no other place between making the folder and uploading it where a file of ours could be written.
     """
     caller = None if frame is None or frame.f_back is None else frame.f_back.f_locals
     folder = None if caller is None else caller.get("save_directory")
