@@ -21,7 +21,15 @@ from qdq_surgery.calibrator import (
     MaxCalibrator,
     choose,
 )
-from qdq_surgery.collect import Seen, Statistics, activation_quantizers, collect, unwrapped, weight_quantizers
+from qdq_surgery.collect import (
+    Seen,
+    Statistics,
+    activation_quantizers,
+    collect,
+    planned_name,
+    unwrapped,
+    weight_quantizers,
+)
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.progress import track
@@ -274,8 +282,9 @@ def share_ranges_found(model: PreTrainedModel, found: dict[str, tuple[TensorQuan
     Raises:
         CalibrationError: One of them has a range for each channel, or their grids differ.
     """
+    names = {planned_name(name, quantizer): name for name, (quantizer, *_) in found.items()}
     for group in plan_of(model).shared:
-        members = [name for name in group if name in found]
+        members = [names[name] for name in group if name in names]
         if len(members) < 2:
             continue
         wide = [name for name in members if found[name][1].numel() > 1]

@@ -33,7 +33,15 @@ from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
 
-__all__ = ["Seen", "Statistics", "activation_quantizers", "collect", "unwrapped", "weight_quantizers"]
+__all__ = [
+    "Seen",
+    "Statistics",
+    "activation_quantizers",
+    "collect",
+    "planned_name",
+    "unwrapped",
+    "weight_quantizers",
+]
 
 #: Seed of the dropout that rules may ask for.
 _SEED = 0
@@ -148,12 +156,14 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
 
 
 def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
-    """The converted model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    """The converted model inside DistributedDataParallel, DataParallel, ``torch.compile`` or a PEFT model."""
     model = qmodel
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = model.module
+        elif callable(get_base_model := getattr(model, "get_base_model", None)):
+            inner = get_base_model()
         if not isinstance(inner, nn.Module):
             break
         model = inner
@@ -170,6 +180,11 @@ def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, Tens
         if isinstance(module, QuantLinear) and module._weight_quantizer is not None
         if module._weight_quantizer.enabled
     }
+
+
+def planned_name(name: str, quantizer: TensorQuantizer) -> str:
+    """What the plan calls a quantizer: an adapter around its linear changes its path, and not this."""
+    return name if quantizer.provenance is None else quantizer.provenance.quantizer
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:

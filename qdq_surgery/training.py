@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qdq_surgery.calibrate import share_ranges_found, weight_range
-from qdq_surgery.collect import unwrapped, weight_quantizers
+from qdq_surgery.collect import planned_name, unwrapped, weight_quantizers
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 
@@ -29,8 +29,9 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
         ModelError: The model is not converted.
     """
     model = unwrapped(qmodel)
-    kept = {name for group in plan_of(model).shared for name in group}
-    kept |= set() if weights else set(weight_quantizers(model))
+    shared = {name for group in plan_of(model).shared for name in group}
+    kept = set() if weights else set(weight_quantizers(model))
+    kept |= {name for name, each in quantizers(model).items() if planned_name(name, each) in shared}
     chosen = {name: each for name, each in quantizers(model).items() if name not in kept and each.enabled}
     for name, each in chosen.items():
         if each.amax is None:
