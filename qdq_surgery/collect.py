@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +157,11 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
 
 
 def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
-    """The converted model inside DistributedDataParallel, DataParallel, ``torch.compile`` or a PEFT model."""
+    """The converted model inside DistributedDataParallel, DataParallel, ``torch.compile`` or a PEFT model.
+
+    Raises:
+        ModelError: There is none, or its tensors are offloaded.
+    """
     model = qmodel
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -168,6 +173,12 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
             break
         model = inner
     plan_of(model)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is not in memory (meta device), as in a model that accelerate has offloaded, and a range that "
+                "is set now would be lost; take its hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"
+            )
     assert isinstance(model, PreTrainedModel)
     return model
 
