@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from architectures import batch_for, build
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
@@ -73,3 +74,39 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert wanted
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
+
+
+# What worker processes run: here, since they import the module that it is in.
+
+
+def ddp_worker(rank: int, folder: str, qmodel: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+    """One of two processes: its half of the data; its gradients, ranges and logits go into ``folder``."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if rank == 1:  # the first process tells the others what ranges are
+        for each in qs.quantizers(qmodel).values():
+            each.amax.data.mul_(3.0)
+    # BertForSequenceClassification uses every parameter; ranges of weights among them.
+    parallel = nn.parallel.DistributedDataParallel(qmodel.train())
+    parallel(**batches[rank]).loss.backward()
+    gradients = {name: each.grad for name, each in qmodel.named_parameters()}
+    qmodel.eval()
+    with torch.no_grad():
+        logits = parallel(**batches[0]).logits
+    torch.save((gradients, ranges(qmodel), logits), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class Scored(Dataset[Tensor]):
+    """Logits: a model runs in the workers of the loader."""
+
+    def __init__(self, qmodel: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
+        self._qmodel, self._batches = qmodel, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = self._qmodel(**self._batches[index]).logits
+        return logits

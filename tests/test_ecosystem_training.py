@@ -15,7 +15,7 @@ from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.state import AcceleratorState
 from architectures import batch_for, build
-from ecosystem import CLASSIFIER, assert_equal, calibrated, called, ranges, state
+from ecosystem import CLASSIFIER, assert_equal, calibrated, called, ddp_worker, ranges, state
 from safetensors.torch import load_file
 from test_trainer import STILL, Texts, arguments, inputs_of
 from torch import Tensor, nn
@@ -194,7 +194,7 @@ def on_disk(model: nn.Module, folder: Path, **options: Any) -> None:
 
 
 def on_both(model: nn.Module, folder: Path, **options: Any) -> None:
-    dispatch_model(model, MIXED, main_device=CPU, offload_dir=str(folder), **options)
+    dispatch_model(model, MIXED, main_device="cpu", offload_dir=str(folder), **options)
 
 
 @pytest.mark.parametrize("offload", [on_cpu, on_disk, on_both])
@@ -262,6 +262,21 @@ def test_ranges_of_an_offloaded_model_cannot_be_set(call: Callable[..., Any]) ->
     call(qmodel)
 
 
+@pytest.mark.parametrize(("model_type", "head"), [("bert", CLASSIFIER), ("mpnet", "MPNetModel")])
+def test_a_dispatched_model_is_calibrated(model_type: str, head: str) -> None:
+    wanted = calibrated(model_type, head)
+    # Without what was recorded, so that calls are recorded under the hooks: each value counts once nevertheless.
+    qmodel = pickle.loads(pickle.dumps(qs.convert(build(model_type, head))))
+    dispatch_model(qmodel, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    block = next(module for module in qmodel.modules() if hasattr(module, "add_local_input_quantizer"))
+    assert "forward" in vars(block)
+    batches = [batch_for(qmodel, (4, 8))]
+    found, expected = qs.collect(qmodel, batches), qs.collect(wanted, batches)
+    assert found.to_json() == expected.to_json()
+    qs.calibrate(qmodel, found)
+    assert_equal(ranges(qmodel), ranges(wanted))
+
+
 def test_an_offloaded_model_is_not_converted() -> None:
     model = build("bert", CLASSIFIER)
     cpu_offload(model, CPU)
@@ -303,24 +318,6 @@ def test_data_parallel(model_type: str, head: str, kind: Callable[..., Any]) -> 
         assert torch.equal(wrapped(**batch)[0], wanted)
         assert torch.equal(twin(**batch)[0], wanted)
         assert len(called(twin, batch)) == len(qs.quantizers(qmodel))
-
-
-def ddp_worker(rank: int, folder: str, qmodel: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
-    """One of two processes: its half of the data; its gradients, ranges and logits go into ``folder``."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    if rank == 1:  # the first process tells the others what ranges are
-        for each in qs.quantizers(qmodel).values():
-            each.amax.data.mul_(3.0)
-    # BertForSequenceClassification uses every parameter; ranges of weights among them.
-    parallel = nn.parallel.DistributedDataParallel(qmodel.train())
-    parallel(**batches[rank]).loss.backward()
-    gradients = {name: each.grad for name, each in qmodel.named_parameters()}
-    qmodel.eval()
-    with torch.no_grad():
-        logits = parallel(**batches[0]).logits
-    torch.save((gradients, ranges(qmodel), logits), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
