@@ -124,7 +124,7 @@ def calibrate(
     """Give every enabled quantizer of a converted model its range.
 
     Args:
-        qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``.
+        qmodel: A converted model, on its own or in DistributedDataParallel, ``torch.compile`` or a PEFT model.
         batches: Dicts of the model's arguments; or what :func:`~qdq_surgery.collect.collect` made of them.
         method: For all activations with one range per tensor: ``max``, ``percentile``, ``entropy``, ``mse``, or
             ``best``: of max, 99.9, 99.99, 99.999 %, entropy and mse, the one with the smallest squared quantization

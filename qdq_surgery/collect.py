@@ -123,7 +123,7 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
     of all.
 
     Args:
-        qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``. It is not changed.
+        qmodel: A converted model, on its own or in DistributedDataParallel, ``torch.compile`` or a PEFT model. It is not changed.
         batches: Keyword arguments of the model's forward, such as a tokenizer gives; tensors may be on any device.
         histograms: Whether to keep histograms, as all methods but ``max`` need them.
 
@@ -176,8 +176,8 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise ModelError(
-                f"{name} is not in memory (meta device), as in a model that accelerate has offloaded, and a range that "
-                "is set now would be lost; take its hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"
+                f"{name} is not in memory (meta device), as in a model that accelerate has offloaded, and ranges set "
+                "now would be lost; take the hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"
             )
     assert isinstance(model, PreTrainedModel)
     return model

@@ -18,7 +18,8 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
     Ranges that quantizers share stay fixed: learned ones would part.
 
     Args:
-        qmodel: A calibrated model. An optimizer that exists already does not know the new parameters.
+        qmodel: A calibrated model. An optimizer that exists already does not know the new parameters; a file of PEFT
+            adapters does not hold them.
         weights: Whether weights' ranges are learned too.
 
     Returns:
@@ -52,7 +53,9 @@ def fix_ranges(qmodel: nn.Module) -> None:
 
 
 def recalibrate_weights(qmodel: nn.Module) -> None:
-    """Find the ranges of all linears' weights again, from the weights as they are now: training has moved them.
+    """Find the ranges of all linears' weights again, from the weights as they are now.
+
+    Training has moved them, or merging adapters has.
 
     Ranges that are learned stay. Rules with ``calibration: {recalibrate_weights: true}`` have it done when a
     :class:`~qdq_surgery.trainer.QATTrainer` ends.

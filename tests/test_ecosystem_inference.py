@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, EVERY_HEAD, batch_for, build, tensors_of
+from architectures import ARCHITECTURES, BY_TYPE, EVERY_HEAD, batch_for, build, tensors_of
 from ecosystem import Scored, assert_equal, calibrated, called, memory, ranges
 from test_coverage import BASE
 from test_float_exact import DECODERS
@@ -87,8 +87,6 @@ def test_a_decoder_with_cross_attention() -> None:
 
 
 def test_an_encoder_and_a_decoder_generate() -> None:
-    from architectures import BY_TYPE
-
     torch.manual_seed(0)
     halves = BY_TYPE["bert"].config(), BY_TYPE["bert"].config(is_decoder=True, add_cross_attention=True)
     config = EncoderDecoderConfig.from_encoder_decoder_configs(*halves)

@@ -1,4 +1,4 @@
-"""Converted encoders in sentence-transformers, by its own way to hold a model: ``SentenceTransformer(...)[0].model``."""
+"""Converted encoders in sentence-transformers, where it holds its model: ``SentenceTransformer(...)[0].model``."""
 
 from __future__ import annotations
 
