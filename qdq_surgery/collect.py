@@ -123,7 +123,8 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
     of all.
 
     Args:
-        qmodel: A converted model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model. It is not changed.
+        qmodel: A converted model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model. It is left as
+            it was.
         batches: Keyword arguments of the model's forward, such as a tokenizer gives; tensors may be on any device.
         histograms: Whether to keep histograms, as all methods but ``max`` need them.
 
