@@ -98,7 +98,7 @@ def ddp_worker(rank: int, folder: str, qmodel: PreTrainedModel, batches: list[di
 
 
 class Scored(Dataset[Tensor]):
-    """Logits: a model runs in the workers of the loader."""
+    """Logits, from a model that runs where the loader does its work."""
 
     def __init__(self, qmodel: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         self._qmodel, self._batches = qmodel, batches

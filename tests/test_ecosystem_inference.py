@@ -369,11 +369,11 @@ def test_a_model_compiled_in_place() -> None:
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-def test_models_in_the_workers_of_a_loader() -> None:
-    """They are pickled to new processes, where nothing is recorded yet."""
+def test_models_in_the_worker_of_a_loader() -> None:
+    """They are pickled to a new process, where nothing is recorded yet."""
     qmodel = calibrated()
     batches = [batch_for(qmodel, shape, mask=mask) for shape in ((2, 5), (3, 7)) for mask in (True, False)]
     data = Scored(qmodel, batches)
-    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="spawn")
     for found, index in zip(loader, range(4), strict=True):
         assert torch.equal(found, data[index])
