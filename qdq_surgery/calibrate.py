@@ -21,7 +21,15 @@ from qdq_surgery.calibrator import (
     MaxCalibrator,
     choose,
 )
-from qdq_surgery.collect import Seen, Statistics, activation_quantizers, collect, unwrapped, weight_quantizers
+from qdq_surgery.collect import (
+    Seen,
+    Statistics,
+    activation_quantizers,
+    collect,
+    planned_name,
+    unwrapped,
+    weight_quantizers,
+)
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.progress import track
@@ -116,7 +124,7 @@ def calibrate(
     """Give every enabled quantizer of a converted model its range.
 
     Args:
-        qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``.
+        qmodel: A converted model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model.
         batches: Dicts of the model's arguments; or what :func:`~qdq_surgery.collect.collect` made of them.
         method: For all activations with one range per tensor: ``max``, ``percentile``, ``entropy``, ``mse``, or
             ``best``: of max, 99.9, 99.99, 99.999 %, entropy and mse, the one with the smallest squared quantization
@@ -275,7 +283,7 @@ def share_ranges_found(model: PreTrainedModel, found: dict[str, tuple[TensorQuan
         CalibrationError: One of them has a range for each channel, or their grids differ.
     """
     for group in plan_of(model).shared:
-        members = [name for name in group if name in found]
+        members = sorted(name for name, (quantizer, *_) in found.items() if planned_name(name, quantizer) in group)
         if len(members) < 2:
             continue
         wide = [name for name in members if found[name][1].numel() > 1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,15 @@ from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
 
-__all__ = ["Seen", "Statistics", "activation_quantizers", "collect", "unwrapped", "weight_quantizers"]
+__all__ = [
+    "Seen",
+    "Statistics",
+    "activation_quantizers",
+    "collect",
+    "planned_name",
+    "unwrapped",
+    "weight_quantizers",
+]
 
 #: Seed of the dropout that rules may ask for.
 _SEED = 0
@@ -114,7 +123,8 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
     of all.
 
     Args:
-        qmodel: A converted model, on its own or in DistributedDataParallel or ``torch.compile``. It is not changed.
+        qmodel: A converted model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model. It is left as
+            it was.
         batches: Keyword arguments of the model's forward, such as a tokenizer gives; tensors may be on any device.
         histograms: Whether to keep histograms, as all methods but ``max`` need them.
 
@@ -148,16 +158,28 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
 
 
 def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
-    """The converted model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    """The converted model inside DistributedDataParallel, DataParallel, ``torch.compile`` or a PEFT model.
+
+    Raises:
+        ModelError: There is none, or its tensors are offloaded.
+    """
     model = qmodel
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = model.module
+        elif callable(get_base_model := getattr(model, "get_base_model", None)):
+            inner = get_base_model()
         if not isinstance(inner, nn.Module):
             break
         model = inner
     plan_of(model)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is not in memory (meta device), as in a model that accelerate has offloaded, and ranges set "
+                "now would be lost; take the hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"
+            )
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -170,6 +192,11 @@ def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, Tens
         if isinstance(module, QuantLinear) and module._weight_quantizer is not None
         if module._weight_quantizer.enabled
     }
+
+
+def planned_name(name: str, quantizer: TensorQuantizer) -> str:
+    """What the plan calls a quantizer: an adapter around its linear changes its path, and not this."""
+    return name if quantizer.provenance is None else quantizer.provenance.quantizer
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:

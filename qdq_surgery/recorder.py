@@ -73,7 +73,8 @@ def record(
         block: A shadow, see :mod:`qdq_surgery.shadow`.
         function: The block's forward as its class has it, or the attention function.
         path: The block's path within the recorded unit.
-        nested: Whether to record the blocks that are called on the way, too.
+        nested: Whether to record the blocks that are called on the way, too. If not, the block is one that is rewritten
+            already and being called: a forward of its own, as accelerate's hooks set one, has let the call through.
 
     Returns:
         The routine and what the function returned.
@@ -81,7 +82,7 @@ def record(
     Raises:
         TraceError: The function does something that a graph cannot hold, and it is the outermost one.
     """
-    if kind == "forward" and "forward" in vars(block):
+    if nested and kind == "forward" and "forward" in vars(block):
         raise TraceError(
             f"this {type(block).__name__} has a forward of its own (accelerate's hooks set one, for example); convert "
             "the model before it gets one"

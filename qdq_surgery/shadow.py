@@ -8,6 +8,8 @@ attribute on it does not reach the original. So examples can run through it with
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections import OrderedDict
 from typing import Any
 
@@ -34,9 +36,21 @@ def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
             # Hook tables, and sets of hook ids, by nn.Module's own naming.
             attributes[name] = type(value)() if isinstance(value, (dict, OrderedDict, set)) else value
     attributes["_compiled_call_impl"] = None  # of module.compile(): it would run the original
+    for name in ("forward", "_old_forward"):  # set by accelerate's hooks: bound to the original
+        if name in attributes:
+            attributes[name] = _bound_to(shell, module, attributes[name])
     # nn.Module.__setattr__ must not see these: it would register the tables themselves.
     vars(shell).update(attributes)
     return shell
+
+
+def _bound_to(shell: nn.Module, module: nn.Module, function: Any) -> Any:
+    """``function`` for ``shell`` where it was one for ``module``."""
+    if isinstance(function, functools.partial) and function.args[:1] == (module,):
+        return functools.partial(function.func, shell, *function.args[1:], **function.keywords)
+    if isinstance(function, types.MethodType) and function.__self__ is module:
+        return types.MethodType(function.__func__, shell)
+    return function
 
 
 def shadow(model: nn.Module) -> nn.Module:

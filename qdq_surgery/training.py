@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from qdq_surgery.calibrate import share_ranges_found, weight_range
-from qdq_surgery.collect import unwrapped, weight_quantizers
+from qdq_surgery.collect import planned_name, unwrapped, weight_quantizers
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
 
@@ -18,7 +18,8 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
     Ranges that quantizers share stay fixed: learned ones would part.
 
     Args:
-        qmodel: A calibrated model. An optimizer that exists already does not know the new parameters.
+        qmodel: A calibrated model. An optimizer that exists already does not know the new parameters; a file of PEFT
+            adapters does not hold them.
         weights: Whether weights' ranges are learned too.
 
     Returns:
@@ -29,8 +30,9 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
         ModelError: The model is not converted.
     """
     model = unwrapped(qmodel)
-    kept = {name for group in plan_of(model).shared for name in group}
-    kept |= set() if weights else set(weight_quantizers(model))
+    shared = {name for group in plan_of(model).shared for name in group}
+    kept = set() if weights else set(weight_quantizers(model))
+    kept |= {name for name, each in quantizers(model).items() if planned_name(name, each) in shared}
     chosen = {name: each for name, each in quantizers(model).items() if name not in kept and each.enabled}
     for name, each in chosen.items():
         if each.amax is None:
@@ -51,7 +53,9 @@ def fix_ranges(qmodel: nn.Module) -> None:
 
 
 def recalibrate_weights(qmodel: nn.Module) -> None:
-    """Find the ranges of all linears' weights again, from the weights as they are now: training has moved them.
+    """Find the ranges of all linears' weights again, from the weights as they are now.
+
+    Training has moved them, or merging adapters has.
 
     Ranges that are learned stay. Rules with ``calibration: {recalibrate_weights: true}`` have it done when a
     :class:`~qdq_surgery.trainer.QATTrainer` ends.

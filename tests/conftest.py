@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from pytorch_quantization import nn as quant_nn
 
 
@@ -12,3 +13,12 @@ def default_descriptors() -> Iterator[None]:
     before = quant_nn.QuantLinear.default_quant_desc_input, quant_nn.QuantLinear.default_quant_desc_weight
     yield
     quant_nn.QuantLinear.default_quant_desc_input, quant_nn.QuantLinear.default_quant_desc_weight = before
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The models are tiny: on a shared machine threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
