@@ -21,6 +21,7 @@ import torch
 from pytorch_quantization import nn as quant_nn
 from torch import nn
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from qdq_surgery.errors import TraceError
 from qdq_surgery.recorder import record, recording_of
@@ -177,6 +178,13 @@ def compile_variant(routine: Routine) -> Variant:
     return variant
 
 
+_NOT_YET = (
+    "qdq_surgery records the graphs of a block when a kind of call first comes, which cannot be in the middle of one "
+    "graph: call the model once, with inputs like these, before torch.compile(fullgraph=True) or "
+    "torch.export.export(strict=True)"
+)
+
+
 class Variants:
     """The variants of all blocks that are alike: what one of them recorded, the others need not record again.
 
@@ -251,7 +259,7 @@ class Rewritten:
 
         return function
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_NOT_YET)  # type: ignore[untyped-decorator]
     def _specialise(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         recorder = recording_of(module)
         if recorder is not None:
@@ -263,7 +271,11 @@ class Rewritten:
         devices = sorted(
             {value.device for value in flatten_call(args, kwargs)[0] if isinstance(value, torch.Tensor)}, key=str
         )
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        # Inside torch.export the recording must not become part of what is exported.
+        with (
+            torch.random.fork_rng([device for device in devices if device.type == "cuda"]),
+            disable_proxy_modes_tracing(),
+        ):
             args, kwargs = _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
         variant = self.specialised(routine)

@@ -42,6 +42,7 @@ _BESIDE = (
     "torch_dtype",
     "id2label",
     "label2id",
+    "model_type",  # an attribute of its own only where the config was read from a file
     "problem_type",
     "quantization_config",
     "transformers_version",
@@ -68,7 +69,7 @@ def fingerprint(model: PreTrainedModel, named: Iterable[tuple[str, nn.Module]]) 
     facts = [
         [transformers.__version__, torch.__version__, pytorch_quantization.__version__, __version__],
         list(sys.version_info[:2]),
-        config,
+        [model.config.model_type, config],
         [entry for entry in modules if entry[1] is not None],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
