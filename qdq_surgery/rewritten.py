@@ -180,8 +180,8 @@ def compile_variant(routine: Routine) -> Variant:
 
 _NOT_YET = (
     "qdq_surgery records the graphs of a block when a kind of call first comes, which cannot be in the middle of one "
-    "graph: call the model once, with inputs like these, before torch.compile(fullgraph=True) or "
-    "torch.export.export(strict=True)"
+    "graph: before torch.compile(fullgraph=True) or torch.export.export(strict=True), call the model once, in the same "
+    "mode and with padding in the batch (without any, transformers leaves the mask out, but not while it is compiled)"
 )
 
 
