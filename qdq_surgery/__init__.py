@@ -32,6 +32,7 @@ from qdq_surgery.errors import (
 )
 from qdq_surgery.explain import Explanation, explain
 from qdq_surgery.plan import Plan, Refusal, Site
+from qdq_surgery.pretrained.config import QDQConfig
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rule_file import load_rules, shipped_rules
 from qdq_surgery.spec import RuleSet
@@ -55,6 +56,7 @@ __all__ = [
     "Parity",
     "ParityError",
     "Plan",
+    "QDQConfig",
     "QdqSurgeryError",
     "Receipt",
     "ReceiptError",

@@ -259,7 +259,7 @@ class Rewritten:
 
         return function
 
-    @torch.compiler.disable(reason=_NOT_YET)  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=_NOT_YET)  # type: ignore[untyped-decorator, no-untyped-call]
     def _specialise(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Variant:
         recorder = recording_of(module)
         if recorder is not None:
