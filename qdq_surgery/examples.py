@@ -44,7 +44,7 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     tokens *= chunk
     longest = getattr(config, "max_position_embeddings", None) or tokens
     tokens = max(chunk, min(tokens, longest - 2) // chunk * chunk)
-    if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+    if any(base.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() for base in type(model).__mro__):
         size: tuple[int, ...] = (batch, 2, tokens)
     else:
         size = (batch, tokens)
