@@ -21,6 +21,7 @@ write, all of them if none is named.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,8 +205,9 @@ def run(case: Case, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]
         size = (config.num_attention_heads,)
         if case.head_mask == "layers":
             size = (config.num_hidden_layers, *size)
-        # Beside heads that stay and heads that go, as whoever looks for the gradient has them, heads in between.
-        memory["head_mask"] = torch.rand(size, generator=generator).mul(1.5).clamp(max=1.0).requires_grad_()
+        # Heads that go and heads that stay, and factors in between, as whoever asks for the gradient may have.
+        factors = torch.tensor([0.0, 0.7, 1.0, 0.3])
+        memory["head_mask"] = factors[: math.prod(size)].reshape(size).clone().requires_grad_()
         out["head_mask/head_mask"] = memory["head_mask"].detach().clone()
 
     output = model(**batch, **memory, output_hidden_states=True, output_attentions=True)

@@ -37,9 +37,13 @@ class Golden:
     def group(self, name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}/"): v for k, v in self.tensors.items() if k.startswith(f"{name}/")}
 
+    def config(self) -> dict[str, Any]:
+        made: dict[str, Any] = json.loads(self.meta["config"])
+        return made
+
     def model(self) -> PreTrainedModel:
         head = getattr(transformers, self.meta["head"])
-        model = head(transformers.BertConfig(**json.loads(self.meta["config"]), attn_implementation="eager")).eval()
+        model = head(transformers.BertConfig(**self.config(), attn_implementation="eager")).eval()
         missing, unexpected = model.load_state_dict(self.group("weights"), strict=False)
         assert not missing
         assert not unexpected

@@ -76,7 +76,7 @@ def _probabilities(index: int, layer: nn.Module) -> list[nn.Module]:
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         raise ModelError(
             "head_mask does not go with gradient checkpointing in training, which computes the layers again when the "
-            "mask is gone; call model.gradient_checkpointing_disable()"
+            "mask is gone; turn checkpointing off, or call without head_mask"
         )
     found = []
     for name in ("attention", "crossattention"):
