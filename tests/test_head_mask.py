@@ -134,7 +134,7 @@ def test_rules_without_the_quantizer_are_said() -> None:
     qmodel = qs.QDQBertModel(config)
     assert not any("matmul" in name for name in qs.quantizers(qmodel))
     qmodel(IDS)
-    with pytest.raises(qs.ModelError, match="needs the quantizer matmul_a_input_quantizer, .* layer 0's attention"):
+    with pytest.raises(qs.ModelError, match=r"needs the quantizer matmul_a_input_quantizer, .* layer 0's attention"):
         qmodel(IDS, head_mask=torch.ones(2))
 
 
