@@ -202,7 +202,9 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         if body is not None:
             body.__class__ = QDQBertModel
             _announce(body.config)
-        if not _LOADING.get():
+        if _LOADING.get():
+            self._wants_attentions, self.config._output_attentions = self.config._output_attentions, False
+        else:
             self._convert()
 
     def _convert(self) -> None:
@@ -248,7 +250,7 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 config.quantization_config = None
         token = _LOADING.set("config" if quantization_config is None else "argument")
         try:
-            return super().from_pretrained(
+            found = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *model_args,
                 config=config,
@@ -257,6 +259,10 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             )
         finally:
             _LOADING.reset(token)
+        model = found[0] if isinstance(found, tuple) else found  # with the loading info, if that was asked for
+        model.config._output_attentions = model._wants_attentions
+        del model._wants_attentions
+        return found
 
 
 def _announce(config: Any) -> None:
