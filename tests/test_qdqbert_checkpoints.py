@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
 import qdq_surgery as qs
+from qdq_surgery.pretrained.config import QDQConfig
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "reference" / "checkpoints"
 CALIBRATED = ["masked-lm-bin", "causal-lm", "question-answering-shards"]
@@ -214,12 +215,12 @@ def test_keywords_reach_the_config_and_the_class(bert: Path) -> None:
 
 @pytest.mark.parametrize("config", ["none", "QDQBertConfig", "BertConfig"])
 def test_an_explicit_quantization_config_wins(bert: Path, config: str) -> None:
-    explicit = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING["qdq_surgery"](rules="linear-only")
+    explicit = QDQConfig("linear-only")
     given = {} if config == "none" else {"config": (qs if config.startswith("QDQ") else transformers).__dict__[config]}
     given = {name: cls.from_pretrained(bert) for name, cls in given.items()}
     model = qs.QDQBertForMaskedLM.from_pretrained(bert, quantization_config=explicit, **given)
     assert len(qs.quantizers(model)) == 24
-    assert model.config.quantization_config.rules == "linear-only"
+    assert model.config.quantization_config.rules.name == "linear-only"
     assert len(qs.quantizers(qs.QDQBertForMaskedLM.from_pretrained(bert))) == 40
     if config == "QDQBertConfig":
         assert given["config"].quantization_config == OURS

@@ -42,6 +42,7 @@ from transformers import (
 
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
+from qdq_surgery.pretrained.config import QUANT_METHOD
 from qdq_surgery.pretrained.head_mask import head_factors, masked_heads, times
 from qdq_surgery.pretrained.legacy_cache import as_cache
 
@@ -58,7 +59,6 @@ __all__ = [
     "QDQBertPreTrainedModel",
 ]
 
-_METHOD = "qdq_surgery"
 _RULES = "qdqbert"
 
 #: While ``from_pretrained`` runs: which ``quantization_config`` transformers converts by, the config's own or the
@@ -67,7 +67,7 @@ _LOADING: ContextVar[Literal["", "config", "argument"]] = ContextVar("qdq_surger
 
 
 def _default() -> dict[str, Any]:
-    return {"quant_method": _METHOD, "rules": _RULES}
+    return {"quant_method": QUANT_METHOD, "rules": _RULES}
 
 
 class QDQBertConfig(BertConfig):  # type: ignore[misc]
@@ -214,7 +214,7 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             if isinstance(found, Mapping)
             else (getattr(found, "quant_method", None), getattr(found, "rules", None))
         )
-        if method != _METHOD:
+        if method != QUANT_METHOD:
             raise ModelError(
                 f"config.quantization_config is of the method '{method}', which {type(self).__name__} does not know; "
                 f"leave it out, or say {_default()}"
