@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import subprocess
@@ -44,6 +45,16 @@ def build(name: str, **config: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     made: PreTrainedModel = getattr(qs, name)(tiny(is_decoder=name == "QDQBertLMHeadModel", **config)).eval()
     return made
+
+
+@functools.cache
+def _built(name: str) -> PreTrainedModel:
+    return build(name)
+
+
+def built(name: str) -> PreTrainedModel:
+    """What :func:`build` makes, sooner."""
+    return copy.deepcopy(_built(name))
 
 
 def ids_for(name: str) -> Tensor:
@@ -140,6 +151,7 @@ class Real(Golden):
         return model
 
 
+@pytest.mark.usefixtures("threads_of_the_reference")
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_outputs_are_those_of_the_real_one(path: Path) -> None:
     golden = Real(path)
@@ -161,7 +173,7 @@ def test_the_state_dict_has_the_names_of_the_real_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_its_class_and_a_converted_bert(name: str) -> None:
-    model, ids = build(name), ids_for(name)
+    model, ids = built(name), ids_for(name)
     bert = getattr(transformers, name.removeprefix("QDQ"))
     assert type(model) is getattr(qs, name)
     assert isinstance(model, bert)
@@ -177,7 +189,7 @@ def test_a_model_is_its_class_and_a_converted_bert(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_and_pickles(name: str) -> None:
-    model, ids = build(name), ids_for(name)
+    model, ids = built(name), ids_for(name)
     wanted = model(ids)[0]
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(made) is type(model)
@@ -188,7 +200,7 @@ def test_copies_and_pickles(name: str) -> None:
 
 def test_a_fresh_process_knows_the_classes_and_reads_the_pickle(tmp_path: Path) -> None:
     path = tmp_path / "model.pickle"
-    path.write_bytes(pickle.dumps(build("QDQBertForMaskedLM")))
+    path.write_bytes(pickle.dumps(built("QDQBertForMaskedLM")))
     code = (
         "import pickle, sys, warnings; warnings.simplefilter('ignore')\n"
         "import torch, transformers, qdq_surgery\n"
@@ -218,7 +230,7 @@ def test_default_descriptors_hold() -> None:
 def test_the_rules_of_the_config_hold() -> None:
     model = build("QDQBertModel", quantization_config={**OURS, "rules": "linear-only"})
     assert len(qs.quantizers(model)) == 24
-    assert build("QDQBertModel").config.quantization_config.rules.name == "qdqbert"
+    assert built("QDQBertModel").config.quantization_config.rules.name == "qdqbert"
 
 
 def test_training_mode_and_random_numbers_stay() -> None:
@@ -232,7 +244,7 @@ def test_training_mode_and_random_numbers_stay() -> None:
 
 
 def test_made_from_the_config_of_another() -> None:
-    first = build("QDQBertForMaskedLM")
+    first = built("QDQBertForMaskedLM")
     second = qs.QDQBertForMaskedLM(first.config).eval()
     second.load_state_dict(first.state_dict())
     assert torch.equal(second(IDS).logits, first(IDS).logits)
@@ -240,7 +252,7 @@ def test_made_from_the_config_of_another() -> None:
 
 def test_heads_stay_tied() -> None:
     for name in ("QDQBertForMaskedLM", "QDQBertLMHeadModel"):
-        model = build(name)
+        model = built(name)
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
 
@@ -279,7 +291,7 @@ def test_registering_again_is_no_error() -> None:
 
 
 def test_the_order_of_arguments_is_that_of_qdqbert() -> None:
-    model = build("QDQBertForTokenClassification")
+    model = built("QDQBertForTokenClassification")
     mask, kinds, places = torch.ones_like(IDS), IDS % 2, torch.arange(5).flip(0).expand(2, 5)
     heads, labels = torch.tensor([0.5, 1.0]), IDS % 2
     found = model(IDS, mask, kinds, places, heads, None, labels, True, None, False)
@@ -296,7 +308,7 @@ def test_the_order_of_arguments_is_that_of_qdqbert() -> None:
 
 
 def test_arguments_that_do_not_fit_are_said() -> None:
-    model = build("QDQBertForTokenClassification")
+    model = built("QDQBertForTokenClassification")
     with pytest.raises(TypeError, match="at most 10 positional arguments, 11 were given"):
         model(IDS, *[None] * 10)
     with pytest.raises(TypeError, match="two values for 'input_ids'"):
@@ -328,7 +340,7 @@ def test_attentions_by_the_config(tmp_path: Path) -> None:
 
 
 def test_the_old_name_of_next_sentence_labels() -> None:
-    model = build("QDQBertForNextSentencePrediction")
+    model = built("QDQBertForNextSentencePrediction")
     labels = torch.tensor([0, 1])
     with pytest.warns(FutureWarning, match="pass labels"):
         found = model(IDS, next_sentence_label=labels)
@@ -346,6 +358,7 @@ def legacy(cache: Any) -> tuple[tuple[Tensor, ...], ...]:
     return tuple((layer.keys, layer.values) for layer in cache.layers)
 
 
+@pytest.mark.usefixtures("threads_of_the_reference")
 @pytest.mark.parametrize("name", ["decoder", "decoder-cross"])
 def test_a_step_from_tuples_is_that_of_the_real_one(name: str) -> None:
     [path] = [path for path in GOLDEN if path.stem == name]
@@ -396,4 +409,4 @@ def test_a_cache_stays_the_object_it_is() -> None:
 )
 def test_a_wrong_cache_is_said(past: Any, said: str) -> None:
     with pytest.raises(qs.ModelError, match=said):
-        build("QDQBertLMHeadModel")(IDS, past_key_values=past)
+        built("QDQBertLMHeadModel")(IDS, past_key_values=past)

@@ -66,6 +66,7 @@ def stored_ranges(name: str) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------- of the real QDQBERT
 
 
+@pytest.mark.usefixtures("threads_of_the_reference")
 @pytest.mark.parametrize("by", ["class", "auto"])
 @pytest.mark.parametrize("name", [*CALIBRATED, UNCALIBRATED])
 def test_an_old_checkpoint_computes_what_it_did(name: str, by: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,6 +22,8 @@ from qdq_surgery.ranges import entropy_amax
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "reference").glob("*.safetensors"))
 
+pytestmark = pytest.mark.usefixtures("threads_of_the_reference")
+
 #: Where transformers itself changed between 4.40.2 and 5, nothing of ours can be equal to the bit.
 ACROSS_VERSIONS = 1e-6
 
