@@ -61,7 +61,6 @@ LAYERS = [
     "pretrained.report",
     "pretrained.plugin",
     "convert",
-    "pretrained.__init__",
     "pretrained.head_mask",
     "pretrained.legacy_cache",
     "pretrained.qdqbert",
