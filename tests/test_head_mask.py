@@ -18,6 +18,8 @@ from qdq_surgery.pretrained.head_mask import head_factors, masked_heads
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "reference" / "head_mask").glob("*.safetensors"))
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Masked(Golden):
     """A golden file of calls with a ``head_mask``, for QDQBERT's class under its own name."""

@@ -24,6 +24,8 @@ import qdq_surgery as qs
 from qdq_surgery.pretrained import qdqbert
 from qdq_surgery.pretrained.legacy_cache import as_cache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES: dict[str, list[str]] = json.loads((Path(__file__).parent / "golden" / "reference" / "names.json").read_text())
 SIZES = {
     "vocab_size": 32,

@@ -19,6 +19,8 @@ from transformers import BertConfig, PreTrainedModel
 import qdq_surgery as qs
 from qdq_surgery.pretrained.config import QDQConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHECKPOINTS = Path(__file__).parent / "golden" / "reference" / "checkpoints"
 CALIBRATED = ["masked-lm-bin", "causal-lm", "question-answering-shards"]
 UNCALIBRATED = "classification-uncalibrated"

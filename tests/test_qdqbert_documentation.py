@@ -18,6 +18,8 @@ from transformers import BertConfig, BertForPreTraining, PreTrainedModel
 import qdq_surgery as qs
 from qdq_surgery.demo import checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT = (Path(__file__).parent / "qdqbert_documentation.md").read_text(encoding="utf-8")
 
 #: What transformers 4 documented, argument by argument. A promise: nothing is ever taken from this list.
