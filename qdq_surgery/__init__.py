@@ -33,6 +33,17 @@ from qdq_surgery.errors import (
 from qdq_surgery.explain import Explanation, explain
 from qdq_surgery.plan import Plan, Refusal, Site
 from qdq_surgery.pretrained.config import QDQConfig
+from qdq_surgery.pretrained.qdqbert import (
+    QDQBertConfig,
+    QDQBertForMaskedLM,
+    QDQBertForMultipleChoice,
+    QDQBertForNextSentencePrediction,
+    QDQBertForQuestionAnswering,
+    QDQBertForSequenceClassification,
+    QDQBertForTokenClassification,
+    QDQBertLMHeadModel,
+    QDQBertModel,
+)
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rule_file import load_rules, shipped_rules
 from qdq_surgery.spec import RuleSet
@@ -56,6 +67,15 @@ __all__ = [
     "Parity",
     "ParityError",
     "Plan",
+    "QDQBertConfig",
+    "QDQBertForMaskedLM",
+    "QDQBertForMultipleChoice",
+    "QDQBertForNextSentencePrediction",
+    "QDQBertForQuestionAnswering",
+    "QDQBertForSequenceClassification",
+    "QDQBertForTokenClassification",
+    "QDQBertLMHeadModel",
+    "QDQBertModel",
     "QDQConfig",
     "QdqSurgeryError",
     "Receipt",

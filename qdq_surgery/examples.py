@@ -44,7 +44,7 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     tokens *= chunk
     longest = getattr(config, "max_position_embeddings", None) or tokens
     tokens = max(chunk, min(tokens, longest - 2) // chunk * chunk)
-    if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+    if any(base.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() for base in type(model).__mro__):
         size: tuple[int, ...] = (batch, 2, tokens)
     else:
         size = (batch, tokens)
@@ -62,9 +62,9 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
         states = torch.randn(batch, tokens + 1, config.hidden_size, generator=generator)
         inputs["encoder_hidden_states"] = states.to(model.device, model.dtype)
-    if getattr(config, "is_decoder", False) and "use_cache" in names:
-        inputs["use_cache"] = False
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
+    if getattr(config, "is_decoder", False) and ("use_cache" in names or open_ended):
+        inputs["use_cache"] = False  # a head that does not name it hands it on
     return {name: value for name, value in inputs.items() if open_ended or name in names}
 
 
@@ -90,7 +90,7 @@ def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any], what: st
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
     decodes = getattr(model.config, "is_decoder", False) or getattr(model.config, "is_encoder_decoder", False)
-    if decodes and "use_cache" in parameters:
+    if decodes and ("use_cache" in parameters or open_ended):
         made.setdefault("use_cache", False)  # blocks that are handed a cache have no graph
     return made
 

@@ -8,12 +8,20 @@ One safetensors file per case, tensors named by group:
     float/      outputs with them off           gradients/  of the loss, legacy, training off
     calibration/  the batches that gave amax    cached/     a decoder's second step from its cache
 
-The config, the head and the calibration method are in the file's metadata. Run it through scripts/make_reference.sh.
+The config, the head and the calibration method are in the file's metadata. Beside these files:
+
+    head_mask/    the same for calls with a head_mask, which is in head_mask/, its gradient too
+    checkpoints/  folders that save_pretrained wrote, each with a file of what the model in it computes
+    names.json    the state dict's names, by class
+
+Run it through scripts/make_reference.sh. Arguments: the folder, and which of cases, head_mask, checkpoints and names to
+write, all of them if none is named.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +58,7 @@ class Case:
     calibrator: str = "max"
     padded: bool = True
     labels: str = ""
+    head_mask: str = ""
 
 
 CASES = [
@@ -71,6 +80,25 @@ CASES = [
     ),
     Case("decoder", "QDQBertLMHeadModel", {"is_decoder": True}, labels="tokens"),
     Case("decoder-cross", "QDQBertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}, labels="tokens"),
+]
+
+_SMALL = {"vocab_size": 16, "intermediate_size": 16}
+HEAD_MASKS = [
+    Case("model-heads", "QDQBertModel", _SMALL, head_mask="heads"),
+    Case(
+        "classification-layers",
+        "QDQBertForSequenceClassification",
+        {**_SMALL, "num_labels": 3},
+        labels="class",
+        head_mask="layers",
+    ),
+    Case(
+        "decoder-cross-layers",
+        "QDQBertLMHeadModel",
+        {**_SMALL, "num_hidden_layers": 1, "is_decoder": True, "add_cross_attention": True},
+        labels="tokens",
+        head_mask="layers",
+    ),
 ]
 
 
@@ -173,11 +201,22 @@ def run(case: Case, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     out.update({f"memory/{k}": v for k, v in memory.items()})
     out.update({f"amax/{name}": q._amax.clone().contiguous() for name, q in quantizers(model).items()})
 
+    if case.head_mask:
+        size = (config.num_attention_heads,)
+        if case.head_mask == "layers":
+            size = (config.num_hidden_layers, *size)
+        # Heads that go and heads that stay, and factors in between, as whoever asks for the gradient may have.
+        factors = torch.tensor([0.0, 0.7, 1.0, 0.3])
+        memory["head_mask"] = factors[: math.prod(size)].reshape(size).clone().requires_grad_()
+        out["head_mask/head_mask"] = memory["head_mask"].detach().clone()
+
     output = model(**batch, **memory, output_hidden_states=True, output_attentions=True)
     out.update({f"legacy/{k}": v for k, v in tensors(output).items()})
     target = output.loss if "loss" in output else output.last_hidden_state.pow(2).sum()
     target.backward()
     out.update({f"gradients/{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    if case.head_mask:
+        out["head_mask/gradient"] = memory["head_mask"].grad.clone()
     with torch.no_grad():
         quant_nn.TensorQuantizer.use_fb_fake_quant = True
         out.update({f"native/{k}": v for k, v in tensors(model(**batch, **memory)).items()})
@@ -202,15 +241,91 @@ def run(case: Case, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     return {k: v.contiguous() for k, v in out.items()}, meta
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder as ``save_pretrained`` wrote it."""
+
+    name: str
+    head: str
+    config: dict = field(default_factory=dict)
+    safe: bool = True
+    shards: bool = False
+    calibrated: bool = True
+    positions: bool = False
+
+
+CHECKPOINTS = [
+    # Its position ids are saved, as they were up to transformers 4.30.
+    Checkpoint("masked-lm-bin", "QDQBertForMaskedLM", safe=False, positions=True),
+    Checkpoint("causal-lm", "QDQBertLMHeadModel", {"is_decoder": True}),
+    Checkpoint("question-answering-shards", "QDQBertForQuestionAnswering", shards=True),
+    Checkpoint("classification-uncalibrated", "QDQBertForSequenceClassification", {"num_labels": 3}, calibrated=False),
+]
+
+_OLD = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 24,
+}
+
+
+def write_checkpoint(checkpoint: Checkpoint, seed: int, folder: Path) -> None:
+    torch.manual_seed(seed)
+    quant_nn.QuantLinear.set_default_quant_desc_input(QuantDescriptor(num_bits=8, calib_method="max"))
+    quant_nn.QuantLinear.set_default_quant_desc_weight(QuantDescriptor(num_bits=8, axis=((0,))))
+    config = QDQBertConfig(**{**_OLD, **checkpoint.config})
+    model = getattr(modeling_qdqbert, checkpoint.head)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    if checkpoint.positions:
+        embeddings = model.bert.embeddings
+        positions = embeddings.position_ids.clone()
+        del embeddings.position_ids
+        embeddings.register_buffer("position_ids", positions)
+    batch = {"input_ids": torch.randint(3, 99, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    batch["attention_mask"][1, -2:] = 0
+    if checkpoint.calibrated:
+        calibrate(model, Case("", checkpoint.head), [batch], {})
+    with torch.no_grad():
+        found = tensors(model(**batch, use_cache=False) if config.is_decoder else model(**batch))
+    size = {"max_shard_size": "60KB"} if checkpoint.shards else {}
+    model.save_pretrained(folder / checkpoint.name, safe_serialization=checkpoint.safe, **size)
+    recorded = {**{f"batch/{k}": v for k, v in batch.items()}, **{f"output/{k}": v for k, v in found.items()}}
+    save_file(recorded, folder / f"{checkpoint.name}.safetensors", metadata={"head": checkpoint.head})
+
+
+def state_dict_names() -> dict[str, list[str]]:
+    """Of every class, calibrated, with one layer."""
+    found = {}
+    for head in sorted({case.head for case in CASES}):
+        cross = {"is_decoder": True, "add_cross_attention": True} if head == "QDQBertLMHeadModel" else {}
+        model = getattr(modeling_qdqbert, head)(QDQBertConfig(**{**TINY, "num_hidden_layers": 1, **cross}))
+        for quantizer in quantizers(model).values():
+            quantizer.amax = 1.0
+        found[head] = sorted(model.state_dict())
+    return found
+
+
 def main() -> None:
     logging.set_verbosity(logging.ERROR)
     transformers.logging.set_verbosity_error()
     folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed, case in enumerate(CASES):
-        out, meta = run(case, seed)
-        save_file(out, folder / f"{case.name}.safetensors", metadata=meta)
-        print(f"{case.name}: {len(out)} tensors", flush=True)
+    parts = sys.argv[2:] or ["cases", "head_mask", "checkpoints", "names"]
+    for part, cases, place in (("cases", CASES, folder), ("head_mask", HEAD_MASKS, folder / "head_mask")):
+        for seed, case in enumerate(cases if part in parts else ()):
+            out, meta = run(case, seed)
+            place.mkdir(parents=True, exist_ok=True)
+            save_file(out, place / f"{case.name}.safetensors", metadata=meta)
+            print(f"{case.name}: {len(out)} tensors", flush=True)
+    for seed, checkpoint in enumerate(CHECKPOINTS if "checkpoints" in parts else ()):
+        write_checkpoint(checkpoint, seed, folder / "checkpoints")
+        print(f"{checkpoint.name}: a folder", flush=True)
+    if "names" in parts:
+        (folder / "names.json").write_text(json.dumps(state_dict_names(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from qdq_surgery.ranges import entropy_amax
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "reference").glob("*.safetensors"))
 
+pytestmark = pytest.mark.usefixtures("threads_of_the_reference")
+
 #: Where transformers itself changed between 4.40.2 and 5, nothing of ours can be equal to the bit.
 ACROSS_VERSIONS = 1e-6
 
@@ -37,9 +39,13 @@ class Golden:
     def group(self, name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}/"): v for k, v in self.tensors.items() if k.startswith(f"{name}/")}
 
+    def config(self) -> dict[str, Any]:
+        made: dict[str, Any] = json.loads(self.meta["config"])
+        return made
+
     def model(self) -> PreTrainedModel:
         head = getattr(transformers, self.meta["head"])
-        model = head(transformers.BertConfig(**json.loads(self.meta["config"]), attn_implementation="eager")).eval()
+        model = head(transformers.BertConfig(**self.config(), attn_implementation="eager")).eval()
         missing, unexpected = model.load_state_dict(self.group("weights"), strict=False)
         assert not missing
         assert not unexpected
