@@ -65,6 +65,13 @@ def _check(model: PreTrainedModel) -> None:
             raise AlreadyConvertedError(
                 f"this {type(model).__name__} holds quantizers already (first: {name}); convert the float model"
             )
+    other = getattr(model, "hf_quantizer", None)
+    if other is not None:
+        raise ModelError(
+            f"this {type(model).__name__} is quantized by the method '{_method(other)}' already; load its float weights"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
+        raise ModelError("the model has adapters; convert it first and add them then, or merge them")
     if getattr(model.config, "output_attentions", False):
         raise ModelError(
             "config.output_attentions is set, which transformers allows with the attention implementation called "
@@ -73,6 +80,11 @@ def _check(model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ModelError(f"the parameter {name} has no data (meta device); load the weights first")
+
+
+def _method(hf_quantizer: Any) -> str:
+    method = hf_quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
 
 
 def _compare(first: Survey, other: Survey) -> None:

@@ -23,7 +23,9 @@ def plan_of(qmodel: nn.Module) -> Plan:
     """
     made = vars(qmodel).get(PLAN_ATTRIBUTE)
     if not isinstance(made, Plan):
-        raise ModelError(f"this {type(qmodel).__name__} is not converted; call qdq_surgery.convert(model) first")
+        inside = hasattr(qmodel, "get_base_model")  # PEFT's
+        remedy = "pass model.get_base_model()" if inside else "call qdq_surgery.convert(model) first"
+        raise ModelError(f"this {type(qmodel).__name__} is not converted; {remedy}")
     return made
 
 

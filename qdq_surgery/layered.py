@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping
 
 __all__ = ["expand", "fold", "join_layers", "split_layers", "star", "unstar"]
 
+#: No model has more layers than this: a text that says so is damaged, and would fill the memory.
+_MOST_LAYERS = 100_000
+
 #: Stands for the number of the encoder layer.
 _STAR = "*"
 
@@ -43,7 +46,10 @@ def split_layers(text: str) -> list[int]:
     layers: list[int] = []
     for run in text.split(", "):
         first, _, last = run.partition("-")
-        layers.extend(range(int(first), int(last or first) + 1))
+        start, end = int(first), int(last or first)
+        if not start <= end < _MOST_LAYERS:
+            raise ValueError(f"'{run}' are no layers")
+        layers.extend(range(start, end + 1))
     return layers
 
 

@@ -29,6 +29,61 @@ from qdq_surgery.spec import (
 
 __all__ = ["rules_from_data", "rules_to_data"]
 
+_Form = dict[str, tuple[type, ...]]
+
+_TEXT, _TEXTS, _FLAG, _MAPPING, _LIST = (str,), (list,), (bool,), (dict,), (list,)
+_SCOPE: _Form = {"within": _TEXTS, "layers": (str, list)}
+_COUNT = (int, list, dict)
+
+#: What there may be, by level, and of which types. A key that nobody reads would be a wish that nobody grants.
+_FORMS: dict[str, _Form] = {
+    "rules": {
+        "schema": (int,),
+        "name": _TEXT,
+        "why": _TEXT,
+        "specs": _MAPPING,
+        "rules": _LIST,
+        "calibration": _MAPPING,
+        "extends": _TEXT,
+        "exclude": _LIST,
+        "share": _LIST,
+    },
+    "spec": {
+        "num_bits": (int,),
+        "axis": (int, type(None)),
+        "unsigned": _FLAG,
+        "narrow_range": _FLAG,
+        "calibrator": _MAPPING,
+        "max_amax": (int, float, type(None)),
+        "learn": _FLAG,
+    },
+    "calibrator": {"name": _TEXT, "percentile": (int, float), "num_bins": (int,)},
+    "rule": {
+        "name": _TEXT,
+        "why": _TEXT,
+        "match": _MAPPING,
+        "quantize": _LIST,
+        "source": _TEXT,
+        "optional": _FLAG,
+        "expect": _MAPPING,
+    },
+    "match": {"pattern": _TEXT, **_SCOPE},
+    "place": {"operand": _TEXT, "spec": _TEXT, "as": _TEXT},
+    "expectation": {"per_layer": _COUNT, "total": _COUNT, "model_types": _MAPPING},
+    "count": {"min": (int,), "max": (int,)},
+    "exclusion": {"why": _TEXT, **_SCOPE, "sites": _TEXTS, "rules": _TEXTS, "source": _TEXT},
+    "share": {
+        "why": _TEXT,
+        **_SCOPE,
+        "sites": _TEXTS,
+        "rules": _TEXTS,
+        "captures": _TEXTS,
+        "source": _TEXT,
+        "optional": _FLAG,
+    },
+    "calibration": {"dropout": _FLAG, "recalibrate_weights": _FLAG},
+}
+
 _REMEDY = "save the model again with this release, or give the rules anew: QDQConfig(rules=...)"
 
 
@@ -65,17 +120,15 @@ def rules_from_data(data: Mapping[str, Any]) -> RuleSet:
     if data.get("schema") != SCHEMA:
         raise RuleFileError(f"the stored rules have schema {data.get('schema')!r}", f"this release reads {SCHEMA}")
     try:
+        data = _checked(data, "rules")
         return RuleSet(
             name=data["name"],
             why=data["why"],
-            specs={
-                name: None if spec == DEFAULT_SPEC else QuantSpec(**{**spec, "calibrator": _calibrator(spec)})
-                for name, spec in data["specs"].items()
-            },
-            rules=tuple(_rule_of(rule) for rule in data["rules"]),
+            specs={name: None if spec == DEFAULT_SPEC else _spec_of(spec) for name, spec in data["specs"].items()},
+            rules=tuple(_rule_of(_checked(rule, "rule")) for rule in data["rules"]),
             exclude=tuple(
                 Exclude(e["why"], _scope_of(e), _tuple(e.get("sites")), _tuple(e.get("rules")), e["source"])
-                for e in data.get("exclude", ())
+                for e in (_checked(each, "exclusion") for each in data.get("exclude", ()))
             ),
             extends=data.get("extends"),
             share=tuple(
@@ -88,9 +141,9 @@ def rules_from_data(data: Mapping[str, Any]) -> RuleSet:
                     e["optional"],
                     e["source"],
                 )
-                for e in data.get("share", ())
+                for e in (_checked(each, "share") for each in data.get("share", ()))
             ),
-            calibration=CalibrationOptions(**data.get("calibration", {})),
+            calibration=CalibrationOptions(**_checked(data.get("calibration", {}), "calibration")),
         )
     except RuleFileError:
         raise
@@ -104,12 +157,32 @@ def _refuse(found: str, cause: Exception) -> NoReturn:
     raise RuleFileError(found, _REMEDY) from cause
 
 
+def _checked(data: Any, what: str) -> Mapping[str, Any]:
+    """``data``, which has the form of ``what``.
+
+    Raises:
+        RuleFileError: It has not.
+    """
+    if not isinstance(data, Mapping):
+        raise RuleFileError(f"found a {type(data).__name__} in place of a stored {what}", _REMEDY)
+    form = _FORMS[what]
+    for key, value in data.items():
+        if key not in form:
+            raise RuleFileError(f"a stored {what} has the unknown key '{key}'", f"known: {', '.join(form)}")
+        if type(value) not in form[key]:
+            raise RuleFileError(f"'{key}' of a stored {what} is the {type(value).__name__} {value!r}", _REMEDY)
+        if form[key] is _TEXTS and not all(isinstance(text, str) for text in value):
+            raise RuleFileError(f"'{key}' of a stored {what} is no list of texts: {value!r}", _REMEDY)
+    return data
+
+
 def _spec(spec: QuantSpec) -> dict[str, Any]:
     return {**asdict(spec), "calibrator": {k: v for k, v in asdict(spec.calibrator).items() if v is not None}}
 
 
-def _calibrator(spec: Mapping[str, Any]) -> CalibratorSpec:
-    return CalibratorSpec(**spec["calibrator"])
+def _spec_of(data: Any) -> QuantSpec:
+    spec = _checked(data, "spec")
+    return QuantSpec(**{**spec, "calibrator": CalibratorSpec(**_checked(spec["calibrator"], "calibrator"))})
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
@@ -139,13 +212,15 @@ def _rule(rule: Rule) -> dict[str, Any]:
 
 
 def _rule_of(data: Mapping[str, Any]) -> Rule:
-    expect = data.get("expect", {})
+    expect = _checked(data.get("expect", {}), "expectation")
+    places = [_checked(place, "place") for place in data["quantize"]]
+    match = _checked(data["match"], "match")
     return Rule(
         name=data["name"],
         why=data["why"],
-        pattern=parse_pattern(data["match"]["pattern"]),
-        quantize={place["operand"]: Place(place["spec"], place.get("as")) for place in data["quantize"]},
-        scope=_scope_of(data["match"]),
+        pattern=parse_pattern(match["pattern"]),
+        quantize={place["operand"]: Place(place["spec"], place.get("as")) for place in places},
+        scope=_scope_of(match),
         expect=Expect(
             per_layer=_count_of(expect["per_layer"]) if "per_layer" in expect else None,
             total=_count_of(expect["total"]) if "total" in expect else None,
@@ -166,9 +241,13 @@ def _count(count: Count) -> int | list[int] | dict[str, int]:
 
 
 def _count_of(data: int | list[int] | Mapping[str, int]) -> Count:
-    if isinstance(data, int):
-        return Count((data,))
-    return Count(minimum=data.get("min"), maximum=data.get("max")) if isinstance(data, Mapping) else Count(tuple(data))
+    if isinstance(data, Mapping):
+        limits = _checked(data, "count")
+        return Count(minimum=limits.get("min"), maximum=limits.get("max"))
+    numbers = [data] if isinstance(data, int) else list(data)
+    if not all(type(number) is int for number in numbers):
+        raise RuleFileError(f"a stored count is no number: {data!r}", _REMEDY)
+    return Count(tuple(numbers))
 
 
 def _entry(entry: Exclude | Share, *names: str) -> dict[str, Any]:

@@ -286,7 +286,6 @@ def test_what_is_not_converted_is_named_inside_peft() -> None:
         qs.convert(model)  # type: ignore[type-var]
 
 
-@pytest.mark.xfail(strict=True, reason="convert() blames the rule's count, and does not name the adapters")
 def test_converting_beside_adapters_is_refused() -> None:
     model = build("bert", CLASSIFIER)
     model.add_adapter(config())

@@ -11,7 +11,6 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.layered import expand
 from qdq_surgery.pretrained.record import Record
 from qdq_surgery.rule_data import rules_from_data, rules_to_data
 from qdq_surgery.rule_file import load_rules
@@ -25,7 +24,7 @@ QUANT_METHOD = "qdq_surgery"
 #: Version of the form in ``config.json``.
 _SCHEMA = 1
 
-_LISTS = ("sites", "disabled", "quant_disabled", "learned", "without_range")
+_LISTS = ("disabled", "quant_disabled", "learned", "without_range")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -47,6 +46,13 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         super().__init__(QUANT_METHOD)
         self.rules = load_rules(rules)
         self.record = record
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QDQConfig) and self.to_dict() == other.to_dict()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """One entry of :meth:`to_dict`: transformers asks so where a loaded model's config is given to it again."""
+        return self.to_dict().get(name, default)
 
     def __deepcopy__(self, _: dict[int, Any]) -> QDQConfig:
         # Rules and record do not change, and transformers copies configs several times while it loads one.
@@ -80,8 +86,13 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 def _record(data: Mapping[str, Any]) -> Record:
     try:
         record = Record(**data)
+        sites = set(record.names())
         for name in _LISTS:
-            expand(getattr(record, name))
+            unknown = sorted(set(record.names(name)) - sites)
+            if unknown:
+                raise ValueError(f"{name} has {unknown[0]}, which is not in sites")
+        for name in ("versions", "descriptors"):
+            dict(getattr(record, name))
     except (TypeError, ValueError, AttributeError) as error:
         raise ModelError(
             f"the model's quantization_config is damaged ({error}); save the model again, or remove all of it but "

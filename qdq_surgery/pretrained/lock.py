@@ -1,7 +1,7 @@
 """The plan of a saved model, kept with its weights, so that loading need not look for the sites again.
 
 It stands in the metadata of the safetensors files and holds only under the circumstances it was made in: the same
-modelling code, the same config. Under any others it is passed over, and the rules are matched anew.
+modelling code, the same config, the same rules. Under any others it is passed over, and the rules are matched anew.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from qdq_surgery.plan import Plan
 from qdq_surgery.plan_data import known_from_data, known_to_data, plan_from_data, plan_to_data
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rewritten import Rewritten
+from qdq_surgery.rule_data import rules_to_data
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.surgery import Known, base_class
 from qdq_surgery.version import __version__
@@ -57,8 +58,8 @@ class Lock:
     known: Known
 
 
-def fingerprint(model: PreTrainedModel, named: Iterable[tuple[str, nn.Module]]) -> str:
-    """What a plan depends on: the code, the config, the modules. A converted model has that of its float model.
+def fingerprint(model: PreTrainedModel, rules: RuleSet, named: Iterable[tuple[str, nn.Module]]) -> str:
+    """What a plan depends on: code, config, rules, modules. A converted model has that of its float model.
 
     Args:
         named: The model's modules.
@@ -70,6 +71,7 @@ def fingerprint(model: PreTrainedModel, named: Iterable[tuple[str, nn.Module]]) 
         [transformers.__version__, torch.__version__, pytorch_quantization.__version__, __version__],
         list(sys.version_info[:2]),
         [model.config.model_type, config],
+        rules_to_data(rules),
         [entry for entry in modules if entry[1] is not None],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -94,7 +96,7 @@ def lock_of(qmodel: PreTrainedModel) -> str:
                 known[name, kind] = rewritten.known
     data = {
         "schema": 1,
-        "fits": fingerprint(qmodel, qmodel.named_modules()),
+        "fits": fingerprint(qmodel, plan.rules, qmodel.named_modules()),
         "plan": plan_to_data(plan),
         "known": known_to_data(known, layers),
     }
@@ -110,9 +112,11 @@ def read_lock(files: Sequence[str] | None, model: PreTrainedModel, rules: RuleSe
     try:
         data = None if text is None else json.loads(text)
         named = list(model.named_modules())
-        if not isinstance(data, Mapping) or data.get("schema") != 1 or data.get("fits") != fingerprint(model, named):
+        if not isinstance(data, Mapping) or data.get("schema") != 1:
+            return None
+        if data.get("fits") != fingerprint(model, rules, named):
             return None
         order = {name: index for index, (name, _) in enumerate(named)}
         return Lock(plan_from_data(data["plan"], rules, order.__getitem__), known_from_data(data["known"]))
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None  # it is no lock: the rules are matched anew, which needs none

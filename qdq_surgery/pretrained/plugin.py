@@ -6,6 +6,7 @@ then; last come the ranges, from the same files. ``save_pretrained`` asks for th
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
 
 from qdq_surgery.analysis import analyse, recordings_of
+from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE
 from qdq_surgery.converted import plan_of
 from qdq_surgery.errors import AttentionBypassError, MatchError, ModelError
 from qdq_surgery.layered import fold
@@ -28,10 +31,10 @@ from qdq_surgery.pretrained.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.pretrained.hollow import hollow, real_tensors
 from qdq_surgery.pretrained.lock import METADATA, lock_of, read_lock
 from qdq_surgery.pretrained.ranges import RANGE_PATTERN, read_ranges
-from qdq_surgery.pretrained.record import Record, record_of
+from qdq_surgery.pretrained.record import Record, check_clips, record_of
 from qdq_surgery.pretrained.report import restore_calibration, write_report
 from qdq_surgery.quantizer import TensorQuantizer
-from qdq_surgery.surgery import Implant, implant, prepare, restore
+from qdq_surgery.surgery import PLAN_ATTRIBUTE, Implant, implant, prepare, restore
 
 __all__ = ["QDQQuantizer", "adopt"]
 
@@ -89,12 +92,19 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         config = self.quantization_config
         self._files = list(checkpoint_files or [])
+        if config.record is not None and not self._files:
+            raise ModelError(
+                "from_pretrained does not see the ranges in a state_dict= that it is given; load the folder, or "
+                "convert the float model and call load_state_dict"
+            )
         lock = None if config.record is None else read_lock(self._files, model, config.rules)
         with real_tensors():
             if lock is None:
                 self._match(model)
             else:
                 self._check_attention(lock.plan)
+                assert config.record is not None
+                check_sites(config.record, lock.plan, model)
                 self._implants = prepare(model, lock.plan, None, lock.known, self._defaults())
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
@@ -122,9 +132,9 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _check_attention(self, plan: Plan) -> None:
         if plan.attention is not None and self._attention not in _OWN_ATTENTION:
             raise AttentionBypassError(
-                f"attn_implementation='{self._attention}' was asked for, which would bypass the quantizers of the "
-                f"attention matmuls that the rules '{plan.rules.name}' put in; leave it out, or use rules that leave "
-                "attention in float, such as 'linear-only'"
+                f"attn_implementation='{self._attention}' was asked for, by the call or by the config given to it, "
+                f"which would bypass the quantizers of the attention matmuls that the rules '{plan.rules.name}' put "
+                "in; leave it out, or use rules that leave attention in float, such as 'linear-only'"
             )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -132,7 +142,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         made = {each.site.quantizer: each for each in self._implants if each.site is not None}
         found = {name: each.quantizer for name, each in made.items() if each.quantizer is not None}
         names = _Names(model, found)
-        ranges = {names.here(name): value for name, value in read_ranges(self._files).items()}
+        ranges = {names.loaded(name): value for name, value in read_ranges(self._files).items()}
         record = self.quantization_config.record
         _check_known(found, ranges, model)
         devices: dict[int, Any] = {}
@@ -143,7 +153,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             found[name].settle(device, each.owner.training, ranges.get(name))
         if record is not None:
             _check_ranges(found, ranges, record, names)
-            _take_state(found, record, names)
+            _take_state(found, ranges, record, names)
         implant(self._implants)
         restore_calibration(model, self._files)
         self._files, self._implants = [], []
@@ -152,23 +162,36 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # -- saving ------------------------------------------------------------------------------------------------
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         """Called by ``save_pretrained`` before it writes anything.
 
         Raises:
-            ModelError: The quantizers are no longer those that the model's rules make.
+            ModelError: The quantizers are no longer those that the model's rules make, or it is part of a model.
         """
+        caller = _caller(inspect.currentframe())
+        weights = caller.get("state_dict")  # transformers would forget that it was given one
         if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # only an adapter is saved
+            return weights, {}  # only an adapter is saved
+        _check_whole(model)
+        check_clips(model)
         config = QDQConfig(plan_of(model).rules, record_of(model))
         model.config.quantization_config = self.quantization_config = config
-        folder = _folder_of(inspect.currentframe())
-        if folder is not None:
-            write_report(model, folder)
-        return None, {METADATA: lock_of(model)}
+        if caller.get("save_on_this_rank", caller.get("is_main_process", True)) and "save_directory" in caller:
+            write_report(model, Path(caller["save_directory"]))
+        return weights, {METADATA: lock_of(model)}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """Make it the float model again, with eager attention and the weights that it has now.
+
+        Raises:
+            ModelError: It is part of a model.
+        """
+        _check_whole(model)
         restore(model)
+        vars(model).pop(CALIBRATION_ATTRIBUTE, None)
+        for part in _parts(model):
+            vars(part).pop("hf_quantizer", None)
+        self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
 
@@ -180,6 +203,8 @@ def adopt(model: PreTrainedModel, quantizer: QDQQuantizer | None = None) -> None
     """
     if quantizer is None:
         quantizer = QDQQuantizer(QDQConfig(plan_of(model).rules, record_of(model)))
+    for part in _parts(model):
+        part.hf_quantizer = quantizer
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = quantizer.quantization_config
@@ -187,19 +212,32 @@ def adopt(model: PreTrainedModel, quantizer: QDQQuantizer | None = None) -> None
     vars(model).pop("is_quantized", None)
 
 
-def _folder_of(frame: FrameType | None) -> Path | None:
-    """The folder that a model is being saved in, if this process is the one that writes.
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models inside a model, such as the encoder below a head."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    if PLAN_ATTRIBUTE not in vars(model):
+        name = type(model).__name__
+        raise ModelError(
+            f"this {name} is a part of a converted model, whose rules and sites are those of the whole; save the "
+            f"whole, from which {name}.from_pretrained loads its part"
+        )
+
+
+def _caller(frame: FrameType | None) -> Mapping[str, Any]:
+    """What ``save_pretrained`` was given.
 
     Args:
-        frame: The plug-in's method that ``save_pretrained`` called. transformers does not tell it the folder, and has
-            no other place between making the folder and uploading it where a file of ours could be written.
+        frame: The plug-in's method that it called. transformers does not tell it the folder, and has no other place
+            between making the folder and uploading it where a file of ours could be written.
     """
     caller = None if frame is None or frame.f_back is None else frame.f_back.f_locals
-    folder = None if caller is None else caller.get("save_directory")
-    if caller is None or folder is None:
+    if caller is None or "save_directory" not in caller:
         logger.warning("this version of transformers hides the folder from its plug-ins: no qdq_report.json is written")
-        return None
-    return Path(folder) if caller.get("save_on_this_rank", caller.get("is_main_process", True)) else None
+        return {}
+    return caller
 
 
 def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
@@ -229,7 +267,8 @@ def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
         raise MatchError(
             f"the checkpoint's rules '{plan.rules.name}' no longer fit {type(model).__name__}: of the "
             f"{len(saved)} quantizers that it was saved with (by {made}) they {'; and they '.join(parts)}. Load it "
-            "with the versions that saved it, or convert the float model again and calibrate it"
+            "with the versions that saved it and the config.json that was saved, or convert the float model again and "
+            "calibrate it"
         )
 
 
@@ -247,13 +286,24 @@ class _Names:
     """Names in a checkpoint against those in the model: a head's may have the base model's prefix, or lack it."""
 
     def __init__(self, model: PreTrainedModel, known: Mapping[str, Any]) -> None:
-        self.prefix, self.known = f"{model.base_model_prefix}.", known
+        self.model, self.prefix, self.known = model, f"{model.base_model_prefix}.", known
 
     def here(self, name: str) -> str:
-        for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-            if candidate in self.known:
-                return candidate
-        return name
+        """The name of a quantizer of the saved model; where there is none, that of its place, if there is one."""
+        candidates = (name, self.prefix + name, name.removeprefix(self.prefix))
+        known = next((each for each in candidates if each in self.known), None)
+        return known or next((each for each in candidates if each.rpartition(".")[0] in self._modules), name)
+
+    def loaded(self, name: str) -> str:
+        """The same by the name in a file, which transformers may have been told to change."""
+        for conversion in getattr(self.model, "_weight_conversions", None) or ():
+            if isinstance(conversion, WeightRenaming):
+                name = conversion.rename_source_key(name)[0]
+        return self.here(name)
+
+    @functools.cached_property
+    def _modules(self) -> set[str]:
+        return {name for name, _ in self.model.named_modules()}
 
 
 def _check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], model: PreTrainedModel) -> None:
@@ -287,7 +337,18 @@ def _check_ranges(
         )
 
 
-def _take_state(found: Mapping[str, TensorQuantizer], record: Record, names: _Names) -> None:
+def _take_state(
+    found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], record: Record, names: _Names
+) -> None:
+    saved, learned, without = (
+        {names.here(name) for name in record.names(what)} for what in ("sites", "learned", "without_range")
+    )
+    for name in saved & found.keys():
+        # Their rules or descriptors may have given them what they no longer had.
+        if name in without and name not in ranges:
+            found[name].reset_amax()
+        elif name not in learned:
+            found[name].learn_amax(False)
     steps = {
         "disabled": TensorQuantizer.disable,
         "quant_disabled": TensorQuantizer.disable_quant,

@@ -32,7 +32,8 @@ def read_ranges(files: Sequence[str]) -> dict[str, Tensor]:
         found = _in_safetensors(path) if path.endswith(".safetensors") else load_state_dict(path, weights_only=True)
         for name, value in found.items():
             if name.endswith(RANGE_SUFFIX):
-                ranges[name.removesuffix("._amax")] = value if value.dtype == torch.float32 else value.float()
+                # (A copy, because what torch loads may be a view of the file.)
+                ranges[name.removesuffix("._amax")] = value.to(torch.float32, copy=True)
     if ranges:
         # (In numpy, because torch would wake up its threads for this.)
         every = np.concatenate([value.numpy().reshape(-1) for value in ranges.values()])
@@ -53,4 +54,4 @@ def _in_safetensors(path: str) -> dict[str, Tensor]:
             return {name: torch.from_numpy(file.get_tensor(name)) for name in names}
         except TypeError:  # somebody cast them to bfloat16, which numpy does not know
             with safe_open(path, framework="pt") as other:
-                return {name: other.get_tensor(name).clone() for name in names}
+                return {name: other.get_tensor(name) for name in names}
