@@ -227,7 +227,7 @@ def test_compiled_in_one_graph_after_a_call(folder: Path) -> None:
         assert torch.equal(compiled(**batch).logits, wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported(strict: bool, folder: Path) -> None:
     model = load(folder)
