@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.converted import plan_of
 from qdq_surgery.errors import AlreadyConvertedError, ModelError, QdqSurgeryError
+from qdq_surgery.pretrained import qdqbert
 from qdq_surgery.pretrained.config import QUANT_METHOD
 from qdq_surgery.pretrained.ranges import RANGE_SUFFIX
 
@@ -81,7 +82,7 @@ def _model_class(path: Path) -> type[PreTrainedModel]:
         raise ModelError(
             f"{path}/config.json names no class under 'architectures'; save the model with save_pretrained"
         )
-    kind = getattr(transformers, name, None)
+    kind = getattr(transformers, name, None) or getattr(qdqbert, name, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ModelError(
             f"{path}/config.json names the class '{name}', which transformers {transformers.__version__} lacks; "

@@ -9,8 +9,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -37,6 +36,8 @@ __all__ = [
     "restore",
 ]
 
+_CPU = torch.device("cpu")
+
 #: Where a converted model keeps its plan.
 PLAN_ATTRIBUTE = "_qdq_plan"
 
@@ -48,8 +49,7 @@ Recordings = Mapping[tuple[str, str], Iterable[Routine]]
 Known = Mapping[tuple[str, str], frozenset[Origin]]
 
 
-@dataclass(frozen=True)
-class Implant:
+class Implant(NamedTuple):
     """A quantizer, and the module that is to get it; ``None`` where a linear has one operand in float."""
 
     owner: nn.Module
@@ -85,14 +85,20 @@ def prepare(
     recordings: Recordings | None,
     known: Known | None = None,
     defaults: Defaults | None = None,
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> list[Implant]:
     """All of :func:`operate` but the last step, :func:`implant`, without which the model does not run.
 
     Between the two a model can be loaded, and whoever loads it sees the modules and the names of the float model.
+
+    Args:
+        modules: The model's modules by name, if they are known.
     """
     undo: list[Callable[[], None]] = []
     try:
-        return _Surgeon(model, plan, recordings, known or {}, defaults or Defaults.now(), undo).run()
+        surgeon = _Surgeon(model, plan, recordings, known or {}, defaults or Defaults.now(), undo)
+        return surgeon.run(dict(model.named_modules()) if modules is None else modules)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -118,12 +124,14 @@ class _Surgeon:
         self.model, self.plan, self.recordings, self.known = model, plan, recordings, known
         self.undo = undo
         self.maker = Maker(plan, defaults)
-        self.modules = dict(model.named_modules())
+        self.modules: Mapping[str, nn.Module] = {}
+        self.device = model.device
         self.compiled: dict[int, Variant] = {}
         self.variants: dict[tuple[Any, ...], Variants] = {}
         self.implants: list[Implant] = []
 
-    def run(self) -> list[Implant]:
+    def run(self, modules: Mapping[str, nn.Module]) -> list[Implant]:
+        self.modules = modules
         self._own_configs(self.plan.attention)
         blocks: dict[tuple[str, str], list[Site]] = {}
         linears: dict[str, list[Site]] = {}
@@ -153,7 +161,7 @@ class _Surgeon:
     def _swap_linear(self, linear: nn.Module, sites: list[Site]) -> None:
         self._set_class(linear, QuantLinear)
         by_role = {site.role: site for site in sites}
-        device = device_of(linear, self.model)
+        device = self._device_of(linear)
         self._add(linear, "_input_quantizer", by_role.get("input"), device)
         self._add(linear, "_weight_quantizer", by_role.get("weight"), device)
 
@@ -180,9 +188,13 @@ class _Surgeon:
                 variants.found.append(self.compiled[id(routine)])
         self._set_class(block, quantized_class(base))
         self._set(block, f"_qdq_{kind}", rewritten)
-        device = device_of(block, self.model)
+        device = self._device_of(block)
         for site in sites:
             self._add(block, site.name, site, device)
+
+    def _device_of(self, owner: nn.Module) -> torch.device:
+        # What is not loaded yet is settled when it is.
+        return _CPU if self.device.type == "meta" else device_of(owner, self.model)
 
     def _add(self, owner: nn.Module, name: str, site: Site | None, device: torch.device) -> None:
         quantizer = None if site is None else self.maker.make(site, device, owner.training)

@@ -188,7 +188,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name}: imports are absolute"
             assert node.module is not None
             assert [alias.name for alias in node.names] != ["*"]
-            if node.module == "qdq_surgery.deploy":  # its modules, by name
+            if node.module in ("qdq_surgery.deploy", "qdq_surgery.pretrained"):  # their modules, by name
                 found.update(f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 found.add(node.module)

@@ -53,8 +53,8 @@ def descriptor_from_data(data: Mapping[str, Any]) -> QuantDescriptor:
         ) from error
 
 
-def grid_of(quantizer: Any) -> tuple[int, tuple[int, ...] | None, bool, bool]:
-    """Bits, axes, unsigned and narrow range, of a descriptor or a quantizer."""
+def grid_of(quantizer: Any) -> tuple[int, tuple[int, ...] | None, bool, bool, bool]:
+    """Bits, axes, unsigned, narrow range, and whether what comes out is float; of a descriptor or a quantizer."""
     axis = quantizer._axis
     axes = axis if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    return quantizer._num_bits, axes, quantizer._unsigned, quantizer._narrow_range
+    return quantizer._num_bits, axes, quantizer._unsigned, quantizer._narrow_range, quantizer._fake_quant

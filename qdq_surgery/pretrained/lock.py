@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,21 +58,21 @@ class Lock:
     known: Known
 
 
-def fingerprint(model: PreTrainedModel, rules: RuleSet, named: Iterable[tuple[str, nn.Module]]) -> str:
+def fingerprint(model: PreTrainedModel, rules: RuleSet, modules: Mapping[str, nn.Module]) -> str:
     """What a plan depends on: code, config, rules, modules. A converted model has that of its float model.
 
     Args:
-        named: The model's modules.
+        modules: The model's modules by name.
     """
     own = vars(model.config).items()
     config = {name: value for name, value in own if name not in _BESIDE and not name.startswith("_")}
-    modules = [(name, _plain_class(module)) for name, module in named]
+    classes = [(name, _plain_class(module)) for name, module in modules.items()]
     facts = [
         [transformers.__version__, torch.__version__, pytorch_quantization.__version__, __version__],
         list(sys.version_info[:2]),
         [model.config.model_type, config],
         rules_to_data(rules),
-        [entry for entry in modules if entry[1] is not None],
+        [entry for entry in classes if entry[1] is not None],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -96,14 +96,16 @@ def lock_of(qmodel: PreTrainedModel) -> str:
                 known[name, kind] = rewritten.known
     data = {
         "schema": 1,
-        "fits": fingerprint(qmodel, plan.rules, qmodel.named_modules()),
+        "fits": fingerprint(qmodel, plan.rules, dict(qmodel.named_modules())),
         "plan": plan_to_data(plan),
         "known": known_to_data(known, layers),
     }
     return json.dumps(data, separators=(",", ":"))
 
 
-def read_lock(files: Sequence[str] | None, model: PreTrainedModel, rules: RuleSet) -> Lock | None:
+def read_lock(
+    files: Sequence[str] | None, model: PreTrainedModel, modules: Mapping[str, nn.Module], rules: RuleSet
+) -> Lock | None:
     """The lock in a checkpoint's files; ``None`` if there is none, or none that holds for ``model``."""
     if not files or not files[0].endswith(".safetensors"):
         return None
@@ -111,12 +113,11 @@ def read_lock(files: Sequence[str] | None, model: PreTrainedModel, rules: RuleSe
         text = (file.metadata() or {}).get(METADATA)
     try:
         data = None if text is None else json.loads(text)
-        named = list(model.named_modules())
         if not isinstance(data, Mapping) or data.get("schema") != 1:
             return None
-        if data.get("fits") != fingerprint(model, rules, named):
+        if data.get("fits") != fingerprint(model, rules, modules):
             return None
-        order = {name: index for index, (name, _) in enumerate(named)}
+        order = {name: index for index, name in enumerate(modules)}
         return Lock(plan_from_data(data["plan"], rules, order.__getitem__), known_from_data(data["known"]))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None  # it is no lock: the rules are matched anew, which needs none

@@ -80,6 +80,9 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Nothing to do: parameters keep their names."""
 
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Nothing to do: this would replace classes that transformers knows for other methods."""
+
     # -- loading -----------------------------------------------------------------------------------------------
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -97,7 +100,8 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
                 "from_pretrained does not see the ranges in a state_dict= that it is given; load the folder, or "
                 "convert the float model and call load_state_dict"
             )
-        lock = None if config.record is None else read_lock(self._files, model, config.rules)
+        modules = dict(model.named_modules())
+        lock = None if config.record is None else read_lock(self._files, model, modules, config.rules)
         with real_tensors():
             if lock is None:
                 self._match(model)
@@ -105,7 +109,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._check_attention(lock.plan)
                 assert config.record is not None
                 check_sites(config.record, lock.plan, model)
-                self._implants = prepare(model, lock.plan, None, lock.known, self._defaults())
+                self._implants = prepare(model, lock.plan, None, lock.known, self._defaults(), modules=modules)
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
             model._keys_to_ignore_on_load_unexpected = {
@@ -145,11 +149,9 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         ranges = {names.loaded(name): value for name, value in read_ranges(self._files).items()}
         record = self.quantization_config.record
         _check_known(found, ranges, model)
-        devices: dict[int, Any] = {}
+        one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
         for name, each in made.items():
-            device = devices.get(id(each.owner))
-            if device is None:
-                device = devices[id(each.owner)] = device_of(each.owner, model)
+            device = device_of(each.owner, model) if one is None else one
             found[name].settle(device, each.owner.training, ranges.get(name))
         if record is not None:
             _check_ranges(found, ranges, record, names)

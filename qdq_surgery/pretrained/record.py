@@ -85,8 +85,8 @@ def record_of(qmodel: nn.Module) -> Record:
         changed = sorted(layers.keys() ^ found.keys())
         what = "lacks" if changed[0] in layers else "has"
         raise ModelError(
-            f"the model {what} the quantizer {changed[0]}, {'which' if what == 'lacks' else 'which no'} rule of its "
-            f"own ({plan.rules.name}) puts there ({len(changed)} such places); a model is saved with its rules, so "
+            f"the model {what} the quantizer {changed[0]}, which {'a' if what == 'lacks' else 'no'} rule of its own "
+            f"({plan.rules.name}) puts there ({len(changed)} such places); a model is saved with its rules, so "
             "write a rule file that says so and convert the float model by it"
         )
     descriptors = _descriptors(plan, found)
@@ -135,10 +135,10 @@ def _descriptors(plan: Plan, found: Mapping[str, TensorQuantizer]) -> dict[str, 
             wanted = grid_of(quantizer.default)
         else:
             axes = None if site.spec.axis is None else (site.spec.axis,)
-            wanted = site.spec.num_bits, axes, site.spec.unsigned, site.spec.narrow_range
+            wanted = site.spec.num_bits, axes, site.spec.unsigned, site.spec.narrow_range, True
         if grid_of(quantizer) != wanted:
             raise ModelError(
-                f"{site.quantizer} was changed by hand: (bits, axis, unsigned, narrow range) are "
+                f"{site.quantizer} was changed by hand: (bits, axes, unsigned, narrow range, fake) are "
                 f"{grid_of(quantizer)}, and its rule '{site.rule}' makes {wanted}; a model is saved with its rules, "
                 "so say it in a rule file and convert the float model by it"
             )
