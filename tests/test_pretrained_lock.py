@@ -27,6 +27,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 import qdq_surgery as qs
 from qdq_surgery.converted import plan_of
+from qdq_surgery.pretrained import lock
 from qdq_surgery.pretrained.lock import METADATA, fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,9 +116,9 @@ def test_without_it_the_model_is_the_same(name: str, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("owner", "name", "value"),
     [
-        (transformers, "__version__", "5.99.0"),
-        (torch, "__version__", "9.9.9"),
-        (sys, "version_info", (3, 99)),
+        (lock.transformers, "__version__", "5.99.0"),
+        (lock.torch, "__version__", "9.9.9"),
+        (lock.sys, "version_info", (3, 99)),
     ],
     ids=["transformers", "torch", "python"],
 )

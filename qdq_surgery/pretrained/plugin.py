@@ -150,6 +150,8 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         record = self.quantization_config.record
         _check_known(found, ranges, model)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
+        if one is not None and one.type == "meta":  # all of it is on a disk
+            one = None
         for name, each in made.items():
             device = device_of(each.owner, model) if one is None else one
             found[name].settle(device, each.owner.training, ranges.get(name))
