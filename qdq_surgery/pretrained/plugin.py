@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
 
 from qdq_surgery.analysis import analyse, recordings_of
-from qdq_surgery.converted import plan_of
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import AttentionBypassError, MatchError, ModelError
 from qdq_surgery.layered import fold
 from qdq_surgery.making import device_of
@@ -162,6 +162,12 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only an adapter is saved
+        for name, quantizer in quantizers(model).items():
+            if quantizer._modules:
+                raise ModelError(
+                    f"{name} has the clip of a descriptor with learn_amax, which a checkpoint cannot bring back; let the "
+                    "rule's spec say learn: true instead, which it can"
+                )
         config = QDQConfig(plan_of(model).rules, record_of(model))
         model.config.quantization_config = self.quantization_config = config
         folder = _folder_of(inspect.currentframe())
