@@ -165,7 +165,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, quantizer in quantizers(model).items():
             if quantizer._modules:
                 raise ModelError(
-                    f"{name} has the clip of a descriptor with learn_amax, which a checkpoint cannot bring back; let the "
+                    f"{name} has the clip of a descriptor with learn_amax, which no checkpoint brings back; let the "
                     "rule's spec say learn: true instead, which it can"
                 )
         config = QDQConfig(plan_of(model).rules, record_of(model))
