@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from qdq_surgery.calibrate import calibrate
 from qdq_surgery.collect import collect
@@ -99,9 +99,26 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
             embeddings = embed(qmodel, tokenizer, held_out, f"{words}, residual {residual}")
             cosine, neighbours = agreement(wanted, embeddings)
             table.add_row(words, residual, f"{cosine:.4f}", f"{neighbours:.3f}")
-    console.print(table)  # the last one, with its residual adds in float, is exported
+    console.print(table)  # the last one, with its residual adds in float, is saved and exported
     with tempfile.TemporaryDirectory() as temporary:
-        _deploy(qmodel, tokenizer, held_out, wanted, onnx or Path(temporary) / "model.onnx", console)
+        again = _reload(qmodel, Path(temporary) / "model", console)
+        difference = float((embed(again, tokenizer, held_out, "loaded again") - embeddings).abs().max())
+        console.print(f"its embeddings differ from those of the model that was saved by {difference:g}")
+        _deploy(again, tokenizer, held_out, wanted, onnx or Path(temporary) / "model.onnx", console)
+
+
+def _reload(qmodel: PreTrainedModel, folder: Path, console: Console) -> PreTrainedModel:
+    """The model as it is after ``save_pretrained`` and ``from_pretrained``."""
+    start = time.perf_counter()
+    qmodel.save_pretrained(folder)
+    saved = time.perf_counter()
+    again: PreTrainedModel = AutoModel.from_pretrained(folder)
+    loaded = time.perf_counter()
+    console.print(
+        f"\nsaved by save_pretrained in {saved - start:.2f} s, loaded by AutoModel.from_pretrained in "
+        f"{loaded - saved:.2f} s: {len(quantizers(again))} quantizers with their ranges"
+    )
+    return again
 
 
 def checkpoint() -> Path:

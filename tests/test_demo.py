@@ -55,6 +55,8 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     rows = [line.split() for line in printed.splitlines() if line.strip().startswith(("max", "99.99"))]
     cosines = {(row[0], row[-3]): float(row[-2]) for row in rows}
     assert set(cosines) == {("max", "quantized"), ("max", "float"), ("99.99", "quantized"), ("99.99", "float")}
+    assert "120 quantizers with their ranges" in printed
+    assert "differ from those of the model that was saved by 0\n" in printed
     # The residual adds are what costs most on this checkpoint.
     assert cosines["max", "float"] > 0.95
     assert cosines["max", "quantized"] < cosines["max", "float"]

@@ -38,17 +38,19 @@ def test_the_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     ]
     scope: dict[str, Any] = {"batches": batches}
     code = blocks("python")
-    assert len(code) == 6
+    assert len(code) == 7
     for block in code[:-1]:
         exec(block, scope)
     assert Path("model.onnx").stat().st_size > 0
-    # The state that was saved is the calibrated, fine-tuned one, and loads whole into a conversion of the float model.
+    # What was saved is the calibrated, fine-tuned model, and it comes back whole.
     trained, again = scope["qmodel"], scope["again"]
     ranges = {name: quantizer.amax for name, quantizer in qs.quantizers(again).items()}
     assert all(torch.equal(quantizer.amax, ranges[name]) for name, quantizer in qs.quantizers(trained).items())
     with torch.no_grad():
         assert torch.equal(again(**batches[0]).logits, trained(**batches[0]).logits)
         assert not torch.equal(qs.convert(scope["model"])(**batches[0]).logits, trained(**batches[0]).logits)
+    assert type(scope["bert"]) is qs.QDQBertForSequenceClassification
+    assert len(scope["outputs"].attentions) == 2
     exec(code[-1], scope)
     assert "+ add_local_input_quantizer" in capsys.readouterr().out
     # The last block converted with the rules of the README.

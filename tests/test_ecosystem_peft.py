@@ -286,8 +286,19 @@ def test_what_is_not_converted_is_named_inside_peft() -> None:
         qs.convert(model)  # type: ignore[type-var]
 
 
-def test_converting_beside_adapters_is_refused() -> None:
-    model = build("bert", CLASSIFIER)
-    model.add_adapter(config())
-    with pytest.raises(qs.ModelError, match="adapter"):
-        qs.convert(model)
+def test_the_plan_is_that_of_the_model_inside() -> None:
+    model = get_peft_model(calibrated(), config())
+    for ask in (qs.explain, lambda each: qs.export_onnx(each, "model.onnx", batch_for(model, (2, 5)))):
+        with pytest.raises(qs.ModelError, match=r"this PeftModel\w+ is not converted; pass model.get_base_model\(\)"):
+            ask(model)
+    assert "query" in str(qs.explain(model.get_base_model()))
+
+
+@WAYS
+def test_converting_beside_adapters_is_refused(way: Callable[..., nn.Module]) -> None:
+    model = way(build("bert", CLASSIFIER))
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with pytest.raises(qs.ModelError, match="the model has adapters; convert it first and add them then, or merge"):
+        qs.convert(base)
+    if isinstance(model, PeftModel):
+        assert len(qs.quantizers(qs.convert(model.merge_and_unload()))) == 40

@@ -21,6 +21,7 @@ from architectures import batch_for, build
 from ecosystem import CLASSIFIER, assert_equal, calibrated, ranges, state
 from peft import LoraConfig
 from pytorch_quantization import nn as quant_nn
+from pytorch_quantization.nn.modules.clip import Clip
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from safetensors.torch import load_file
 from saved import (
@@ -258,7 +259,7 @@ def added(qmodel: PreTrainedModel) -> None:
 
 
 def clipped(qmodel: PreTrainedModel) -> None:
-    qs.quantizers(qmodel)[QUERY]._if_clip = True
+    qs.quantizers(qmodel)[QUERY].clip = Clip(-1.0, 1.0, learn_min=True, learn_max=True)
 
 
 HANDS = {
@@ -269,7 +270,7 @@ HANDS = {
     removed: rf"the model lacks the quantizer {QUERY}, which a rule of its own \(qdqbert\) puts there \(1 such",
     replaced: rf"the model lacks the quantizer {QUERY}, which a rule of its own \(qdqbert\) puts there \(2 such",
     added: r"the model has the quantizer bert\.pooler\.my_quantizer, which no rule of its own \(qdqbert\) puts there",
-    clipped: rf"{QUERY} has pytorch-quantization's own trained clip",
+    clipped: rf"{QUERY} has the clip of a descriptor with learn_amax",
 }
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from qdq_surgery.analysis import analyse, recordings_of
 from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE
-from qdq_surgery.converted import plan_of
+from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import AttentionBypassError, MatchError, ModelError
 from qdq_surgery.layered import fold
 from qdq_surgery.making import device_of
@@ -31,7 +31,7 @@ from qdq_surgery.pretrained.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.pretrained.hollow import hollow, real_tensors
 from qdq_surgery.pretrained.lock import METADATA, lock_of, read_lock
 from qdq_surgery.pretrained.ranges import RANGE_PATTERN, read_ranges
-from qdq_surgery.pretrained.record import Record, check_clips, record_of
+from qdq_surgery.pretrained.record import Record, record_of
 from qdq_surgery.pretrained.report import restore_calibration, write_report
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.surgery import PLAN_ATTRIBUTE, Implant, implant, prepare, restore
@@ -177,7 +177,12 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         if getattr(model, "_hf_peft_config_loaded", False):
             return weights, {}  # only an adapter is saved
         _check_whole(model)
-        check_clips(model)
+        for name, quantizer in quantizers(model).items():
+            if quantizer._modules:
+                raise ModelError(
+                    f"{name} has the clip of a descriptor with learn_amax, which no checkpoint brings back; let the "
+                    "rule's spec say learn: true instead, which it can"
+                )
         config = QDQConfig(plan_of(model).rules, record_of(model))
         model.config.quantization_config = self.quantization_config = config
         if caller.get("save_on_this_rank", caller.get("is_main_process", True)) and "save_directory" in caller:

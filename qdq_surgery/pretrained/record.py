@@ -18,7 +18,7 @@ from qdq_surgery.pretrained.descriptors import descriptor_from_data, descriptor_
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.version import __version__
 
-__all__ = ["Record", "check_clips", "record_of", "versions"]
+__all__ = ["Record", "record_of", "versions"]
 
 #: Starred name to layers, see :mod:`~qdq_surgery.layered`.
 Folded = Mapping[str, "str | None"]
@@ -101,20 +101,6 @@ def record_of(qmodel: nn.Module) -> Record:
         descriptors={role: descriptor_to_data(descriptor) for role, descriptor in descriptors.items()},
         **{test: those(test) for test in _TESTS},
     )
-
-
-def check_clips(qmodel: nn.Module) -> None:
-    """Whether all that a model has learned about its ranges is in its ranges.
-
-    Raises:
-        ModelError: It is not.
-    """
-    for name, quantizer in quantizers(qmodel).items():
-        if quantizer._if_clip:
-            raise ModelError(
-                f"{name} has pytorch-quantization's own trained clip (learn_amax in its descriptor), which is no range "
-                "that could be saved; use rules whose spec says 'learn: true' in its place"
-            )
 
 
 _TESTS: dict[str, Callable[[TensorQuantizer], bool]] = {
