@@ -12,7 +12,7 @@ from qdq_surgery.layered import join_layers, split_layers, star, unstar
 from qdq_surgery.plan import Coverage, Plan, Refusal, Site
 from qdq_surgery.spec import RuleSet
 
-__all__ = ["known_from_data", "known_to_data", "plan_from_data", "plan_to_data"]
+__all__ = ["folded_sites", "known_from_data", "known_to_data", "plan_from_data", "plan_to_data"]
 
 Origin = tuple[Any, ...]
 
@@ -82,6 +82,14 @@ def plan_from_data(data: Mapping[str, Any], rules: RuleSet, order: Callable[[str
             tuple(unstar(name, layer) for name in names) for layers, names in data["shared"] for layer in _each(layers)
         ),
     )
+
+
+def folded_sites(data: Mapping[str, Any]) -> dict[str, str | None]:
+    """The names of the sites in what :func:`plan_to_data` gave, as :func:`~qdq_surgery.layered.fold` folds them."""
+    found: dict[str, list[int]] = {}
+    for layers, name, *_ in data["sites"]:
+        found.setdefault(name, []).extend(_each(layers) if layers is not None else [])
+    return {name: join_layers(layers) if layers else None for name, layers in found.items()}
 
 
 def known_to_data(known: Mapping[tuple[str, str], frozenset[Origin]], layers: Mapping[str, int | None]) -> list[Any]:

@@ -162,7 +162,7 @@ def test_a_lock_does_not_hide_sites_that_differ(tmp_path: Path, monkeypatch: pyt
     made = count_matches(monkeypatch)
     with pytest.raises(qs.MatchError, match="they find beyond them 2 of them"):
         BertForSequenceClassification.from_pretrained(tmp_path)
-    assert made == []
+    assert made == [CLASSIFIER]
 
 
 def test_every_shard_has_it(tmp_path: Path) -> None:

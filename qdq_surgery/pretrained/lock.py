@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.converted import plan_of
 from qdq_surgery.linear import QuantLinear
 from qdq_surgery.plan import Plan
-from qdq_surgery.plan_data import known_from_data, known_to_data, plan_from_data, plan_to_data
+from qdq_surgery.plan_data import folded_sites, known_from_data, known_to_data, plan_from_data, plan_to_data
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rewritten import Rewritten
 from qdq_surgery.rule_data import rules_to_data
@@ -104,9 +104,18 @@ def lock_of(qmodel: PreTrainedModel) -> str:
 
 
 def read_lock(
-    files: Sequence[str] | None, model: PreTrainedModel, modules: Mapping[str, nn.Module], rules: RuleSet
+    files: Sequence[str] | None,
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    rules: RuleSet,
+    sites: Mapping[str, str | None],
 ) -> Lock | None:
-    """The lock in a checkpoint's files; ``None`` if there is none, or none that holds for ``model``."""
+    """The lock in a checkpoint's files; ``None`` if there is none, or none that holds for ``model``.
+
+    Args:
+        modules: The model's modules by name.
+        sites: The sites that the checkpoint's config lists, see :func:`~qdq_surgery.layered.fold`.
+    """
     if not files or not files[0].endswith(".safetensors"):
         return None
     with safe_open(files[0], framework="pt") as file:
@@ -116,6 +125,8 @@ def read_lock(
         if not isinstance(data, Mapping) or data.get("schema") != 1:
             return None
         if data.get("fits") != fingerprint(model, rules, modules):
+            return None
+        if folded_sites(data["plan"]) != sites:
             return None
         order = {name: index for index, name in enumerate(modules)}
         return Lock(plan_from_data(data["plan"], rules, order.__getitem__), known_from_data(data["known"]))

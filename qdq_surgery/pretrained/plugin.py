@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,6 +55,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files: list[str] = []
         self._attention: str | None = None
         self._implants: list[Implant] = []
+        self._parts: list[PreTrainedModel] = []
 
     # -- what it says of itself --------------------------------------------------------------------------------
 
@@ -101,14 +102,15 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
                 "convert the float model and call load_state_dict"
             )
         modules = dict(model.named_modules())
-        lock = None if config.record is None else read_lock(self._files, model, modules, config.rules)
+        self._parts = [each for each in modules.values() if isinstance(each, PreTrainedModel) and each is not model]
+        lock = None
+        if config.record is not None:
+            lock = read_lock(self._files, model, modules, config.rules, config.record.sites)
         with real_tensors():
             if lock is None:
                 self._match(model)
             else:
                 self._check_attention(lock.plan)
-                assert config.record is not None
-                check_sites(config.record, lock.plan, model)
                 self._implants = prepare(model, lock.plan, None, lock.known, self._defaults(), modules=modules)
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
@@ -160,8 +162,8 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             _take_state(found, ranges, record, names)
         implant(self._implants)
         restore_calibration(model, self._files)
-        self._files, self._implants = [], []
-        adopt(model, self)
+        adopt(model, self, self._parts)
+        self._files, self._implants, self._parts = [], [], []
         return model
 
     # -- saving ------------------------------------------------------------------------------------------------
@@ -204,15 +206,18 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         return model if dtype is None else model.to(dtype)
 
 
-def adopt(model: PreTrainedModel, quantizer: QDQQuantizer | None = None) -> None:
+def adopt(
+    model: PreTrainedModel, quantizer: QDQQuantizer | None = None, parts: Iterable[PreTrainedModel] | None = None
+) -> None:
     """Make a converted model known to transformers, so that it is saved as one.
 
     Args:
         quantizer: The one that loaded it; a new one if left out.
+        parts: The models inside it, if they are known.
     """
     if quantizer is None:
         quantizer = QDQQuantizer(QDQConfig(plan_of(model).rules, record_of(model)))
-    for part in _parts(model):
+    for part in _parts(model) if parts is None else parts:
         part.hf_quantizer = quantizer
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
@@ -299,6 +304,8 @@ class _Names:
 
     def here(self, name: str) -> str:
         """The name of a quantizer of the saved model; where there is none, that of its place, if there is one."""
+        if name in self.known:
+            return name
         candidates = (name, self.prefix + name, name.removeprefix(self.prefix))
         known = next((each for each in candidates if each in self.known), None)
         return known or next((each for each in candidates if each.rpartition(".")[0] in self._modules), name)
@@ -356,7 +363,7 @@ def _take_state(
         # Their rules or descriptors may have given them what they no longer had.
         if name in without and name not in ranges:
             found[name].reset_amax()
-        elif name not in learned:
+        elif name not in learned and found[name].learns:
             found[name].learn_amax(False)
     steps = {
         "disabled": TensorQuantizer.disable,

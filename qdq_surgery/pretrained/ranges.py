@@ -29,11 +29,8 @@ def read_ranges(files: Sequence[str]) -> dict[str, Tensor]:
     """
     ranges: dict[str, Tensor] = {}
     for path in files:
-        found = _in_safetensors(path) if path.endswith(".safetensors") else load_state_dict(path, weights_only=True)
-        for name, value in found.items():
-            if name.endswith(RANGE_SUFFIX):
-                # (A copy, because what torch loads may be a view of the file.)
-                ranges[name.removesuffix("._amax")] = value.to(torch.float32, copy=True)
+        found = _in_safetensors(path) if path.endswith(".safetensors") else _in_pickle(path)
+        ranges.update({name.removesuffix("._amax"): value for name, value in found.items()})
     if ranges:
         # (In numpy, because torch would wake up its threads for this.)
         every = np.concatenate([value.numpy().reshape(-1) for value in ranges.values()])
@@ -51,7 +48,14 @@ def _in_safetensors(path: str) -> dict[str, Tensor]:
     with safe_open(path, framework="np") as file:
         names = [name for name in file.keys() if name.endswith(RANGE_SUFFIX)]  # noqa: SIM118 (it is no dict)
         try:
-            return {name: torch.from_numpy(file.get_tensor(name)) for name in names}
+            found = {name: torch.from_numpy(file.get_tensor(name)) for name in names}
         except TypeError:  # somebody cast them to bfloat16, which numpy does not know
             with safe_open(path, framework="pt") as other:
-                return {name: other.get_tensor(name) for name in names}
+                found = {name: other.get_tensor(name) for name in names}
+    return {name: value if value.dtype == torch.float32 else value.float() for name, value in found.items()}
+
+
+def _in_pickle(path: str) -> dict[str, Tensor]:
+    state = load_state_dict(path, weights_only=True)
+    # A copy: these are views of the file.
+    return {name: value.to(torch.float32, copy=True) for name, value in state.items() if name.endswith(RANGE_SUFFIX)}
