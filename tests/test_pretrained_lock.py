@@ -160,7 +160,7 @@ def test_a_lock_does_not_hide_sites_that_differ(tmp_path: Path, monkeypatch: pyt
     calibrated().save_pretrained(tmp_path)
     change_config(tmp_path, lambda config: config["sites"].popitem())
     made = count_matches(monkeypatch)
-    with pytest.raises(qs.MatchError, match="they find beyond them 2 of them"):
+    with pytest.raises(qs.MatchError, match="they find 2 beyond them"):
         BertForSequenceClassification.from_pretrained(tmp_path)
     assert made == [CLASSIFIER]
 

@@ -367,6 +367,18 @@ def test_fewer_layers(folder: Path) -> None:
     )
 
 
+def test_more_layers(folder: Path) -> None:
+    with pytest.raises(qs.MatchError, match=r"they find 20 beyond them: .*\(layers 2\), and 14 more kinds"):
+        load(folder, num_hidden_layers=3)
+
+
+def test_other_rules_are_not_those_that_were_saved(folder: Path) -> None:
+    """transformers says so, and takes the folder's."""
+    with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
+        found = load(folder, quantization_config=qs.QDQConfig("linear-only"))
+    assert_reloaded(found, calibrated())
+
+
 @pytest.mark.parametrize("locked", [True, False])
 @pytest.mark.parametrize("cls", [BertForSequenceClassification, BertModel])
 def test_sites_that_differ(locked: bool, cls: Any, folder: Path) -> None:
@@ -381,7 +393,7 @@ def test_sites_that_differ(locked: bool, cls: Any, folder: Path) -> None:
     change_config(folder, change)
     prefix = "bert." if cls is BertForSequenceClassification else ""
     # A class that is not the one that was saved may have sites that that one had not.
-    new = f"; and they find beyond them 2 of them: {prefix}encoder.layer.*.output.dense._input_quantizer (layers 0-1)"
+    new = f"; and they find 2 beyond them: {prefix}encoder.layer.*.output.dense._input_quantizer (layers 0-1)"
     with pytest.raises(qs.MatchError) as error:
         cls.from_pretrained(folder)
     assert told(error) == (

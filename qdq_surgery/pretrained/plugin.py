@@ -273,8 +273,8 @@ def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
         new = set()
     if lost or new:
         parts = [
-            f"{what} {len(sites)} of them: {', '.join(_listed(sites, layers))}"
-            for what, sites in (("do not find", lost), ("find beyond them", new))
+            f"{what.format(len(sites))}: {', '.join(_listed(sites, layers))}"
+            for what, sites in (("do not find {} of them", lost), ("find {} beyond them", new))
             if sites
         ]
         made = ", ".join(f"{name} {version}" for name, version in record.versions.items())
