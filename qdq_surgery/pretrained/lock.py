@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_quantization
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -104,22 +103,19 @@ def lock_of(qmodel: PreTrainedModel) -> str:
 
 
 def read_lock(
-    files: Sequence[str] | None,
+    text: str | None,
     model: PreTrainedModel,
     modules: Mapping[str, nn.Module],
     rules: RuleSet,
     sites: Mapping[str, str | None],
 ) -> Lock | None:
-    """The lock in a checkpoint's files; ``None`` if there is none, or none that holds for ``model``.
+    """The lock in a checkpoint; ``None`` if there is none, or none that holds for ``model``.
 
     Args:
+        text: What :func:`lock_of` gave, from the metadata of the checkpoint's files.
         modules: The model's modules by name.
         sites: The sites that the checkpoint's config lists, see :func:`~qdq_surgery.layered.fold`.
     """
-    if not files or not files[0].endswith(".safetensors"):
-        return None
-    with safe_open(files[0], framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
     try:
         data = None if text is None else json.loads(text)
         if not isinstance(data, Mapping) or data.get("schema") != 1:

@@ -6,7 +6,6 @@ then; last come the ranges, from the same files. ``save_pretrained`` asks for th
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
@@ -23,17 +21,16 @@ from transformers.utils import logging
 from qdq_surgery.analysis import analyse, recordings_of
 from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE
 from qdq_surgery.converted import plan_of, quantizers
-from qdq_surgery.errors import AttentionBypassError, MatchError, ModelError
-from qdq_surgery.layered import fold
+from qdq_surgery.errors import AttentionBypassError, ModelError
 from qdq_surgery.making import device_of
 from qdq_surgery.plan import Plan
+from qdq_surgery.pretrained.comparing import Names, check_known, check_ranges, check_sites, take_state
 from qdq_surgery.pretrained.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.pretrained.hollow import hollow, real_tensors
 from qdq_surgery.pretrained.lock import METADATA, lock_of, read_lock
 from qdq_surgery.pretrained.ranges import RANGE_PATTERN, read_ranges
-from qdq_surgery.pretrained.record import Record, record_of
+from qdq_surgery.pretrained.record import record_of
 from qdq_surgery.pretrained.report import restore_calibration, write_report
-from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.surgery import PLAN_ATTRIBUTE, Implant, implant, prepare, restore
 
 __all__ = ["QDQQuantizer", "adopt"]
@@ -54,6 +51,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._files: list[str] = []
         self._attention: str | None = None
+        self._ranges: dict[str, Tensor] = {}
         self._implants: list[Implant] = []
         self._parts: list[PreTrainedModel] = []
 
@@ -103,9 +101,10 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         modules = dict(model.named_modules())
         self._parts = [each for each in modules.values() if isinstance(each, PreTrainedModel) and each is not model]
+        self._ranges, metadata = read_ranges(self._files)
         lock = None
         if config.record is not None:
-            lock = read_lock(self._files, model, modules, config.rules, config.record.sites)
+            lock = read_lock(metadata.get(METADATA), model, modules, config.rules, config.record.sites)
         with real_tensors():
             if lock is None:
                 self._match(model)
@@ -147,10 +146,10 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         vars(model).pop("_keys_to_ignore_on_load_unexpected", None)
         made = {each.site.quantizer: each for each in self._implants if each.site is not None}
         found = {name: each.quantizer for name, each in made.items() if each.quantizer is not None}
-        names = _Names(model, found)
-        ranges = {names.loaded(name): value for name, value in read_ranges(self._files).items()}
+        names = Names(model, found)
+        ranges = {names.loaded(name): value for name, value in self._ranges.items()}
         record = self.quantization_config.record
-        _check_known(found, ranges, model)
+        check_known(found, ranges, model)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
         if one is not None and one.type == "meta":  # all of it is on a disk
             one = None
@@ -158,12 +157,12 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             device = device_of(each.owner, model) if one is None else one
             found[name].settle(device, each.owner.training, ranges.get(name))
         if record is not None:
-            _check_ranges(found, ranges, record, names)
-            _take_state(found, ranges, record, names)
+            check_ranges(found, ranges, record, names)
+            take_state(found, ranges, record, names)
         implant(self._implants)
         restore_calibration(model, self._files)
         adopt(model, self, self._parts)
-        self._files, self._implants, self._parts = [], [], []
+        self._files, self._ranges, self._implants, self._parts = [], {}, [], []
         return model
 
     # -- saving ------------------------------------------------------------------------------------------------
@@ -252,125 +251,3 @@ def _caller(frame: FrameType | None) -> Mapping[str, Any]:
         logger.warning("this version of transformers hides the folder from its plug-ins: no qdq_report.json is written")
         return {}
     return caller
-
-
-def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
-    """Whether the rules still find the sites that were saved.
-
-    In another class than the saved one (the bare model of a head, a head on a bare model), sites in modules that it
-    lacks go with them, and sites that the saved one did not have are new.
-
-    Raises:
-        MatchError: They do not; names the sites.
-    """
-    layers = {site.quantizer: site.layer for site in plan.sites}
-    names = _Names(model, layers)
-    saved = {names.here(name) for name in record.names()}
-    lost, new = saved - layers.keys(), layers.keys() - saved
-    if record.model != type(model).__name__:
-        modules = {name for name, _ in model.named_modules()}
-        lost = {name for name in lost if name.rpartition(".")[0] in modules}
-        new = set()
-    if lost or new:
-        parts = [
-            f"{what.format(len(sites))}: {', '.join(_listed(sites, layers))}"
-            for what, sites in (("do not find {} of them", lost), ("find {} beyond them", new))
-            if sites
-        ]
-        made = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-        raise MatchError(
-            f"the checkpoint's rules '{plan.rules.name}' no longer fit {type(model).__name__}: of the "
-            f"{len(saved)} quantizers that it was saved with (by {made}) they {'; and they '.join(parts)}. Load it "
-            "with the versions that saved it and the config.json that was saved, or convert the float model again and "
-            "calibrate it"
-        )
-
-
-def _listed(sites: set[str], layers: Mapping[str, int | None]) -> list[str]:
-    folded = fold({name: layers.get(name, _number_in(name)) for name in sorted(sites)})
-    listed = [name if where is None else f"{name} (layers {where})" for name, where in folded.items()]
-    return [*listed[:6], f"and {len(listed) - 6} more kinds"] if len(listed) > 6 else listed
-
-
-def _number_in(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-class _Names:
-    """Names in a checkpoint against those in the model: a head's may have the base model's prefix, or lack it."""
-
-    def __init__(self, model: PreTrainedModel, known: Mapping[str, Any]) -> None:
-        self.model, self.prefix, self.known = model, f"{model.base_model_prefix}.", known
-
-    def here(self, name: str) -> str:
-        """The name of a quantizer of the saved model; where there is none, that of its place, if there is one."""
-        if name in self.known:
-            return name
-        candidates = (name, self.prefix + name, name.removeprefix(self.prefix))
-        known = next((each for each in candidates if each in self.known), None)
-        return known or next((each for each in candidates if each.rpartition(".")[0] in self._modules), name)
-
-    def loaded(self, name: str) -> str:
-        """The same by the name in a file, which transformers may have been told to change."""
-        for conversion in getattr(self.model, "_weight_conversions", None) or ():
-            if isinstance(conversion, WeightRenaming):
-                name = conversion.rename_source_key(name)[0]
-        return self.here(name)
-
-    @functools.cached_property
-    def _modules(self) -> set[str]:
-        return {name for name, _ in self.model.named_modules()}
-
-
-def _check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], model: PreTrainedModel) -> None:
-    beyond = ranges.keys() - found.keys()
-    if not beyond:
-        return
-    modules = {name for name, _ in model.named_modules()}
-    unknown = sorted(name for name in beyond if name.rpartition(".")[0] in modules)
-    if unknown:
-        raise ModelError(
-            f"the checkpoint has ranges of {len(unknown)} quantizers that its rules do not make (first: {unknown[0]}); "
-            "it was written under other rules, or under another version of transformers"
-        )
-
-
-def _check_ranges(
-    found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], record: Record, names: _Names
-) -> None:
-    without = {names.here(name) for name in record.names("without_range")}
-    saved = {names.here(name) for name in record.names()}
-    missing = sorted(name for name in found.keys() & saved if name not in ranges and name not in without)
-    if missing:
-        raise ModelError(
-            f"the checkpoint has no range for {len(missing)} quantizers that were calibrated when it was saved (first: "
-            f"{missing[0]}); its files are not those that were saved together"
-        )
-    new = sorted(found.keys() - saved)
-    if new:
-        logger.warning(
-            f"{len(new)} quantizers are new in this model and have no range yet (first: {new[0]}); calibrate it"
-        )
-
-
-def _take_state(
-    found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], record: Record, names: _Names
-) -> None:
-    saved, learned, without = (
-        {names.here(name) for name in record.names(what)} for what in ("sites", "learned", "without_range")
-    )
-    for name in saved & found.keys():
-        # Their rules or descriptors may have given them what they no longer had.
-        if name in without and name not in ranges:
-            found[name].reset_amax()
-        elif name not in learned and found[name].learns:
-            found[name].learn_amax(False)
-    steps = {
-        "disabled": TensorQuantizer.disable,
-        "quant_disabled": TensorQuantizer.disable_quant,
-        "learned": TensorQuantizer.learn_amax,
-    }
-    for what, step in steps.items():
-        for name in record.names(what):
-            if names.here(name) in found:
-                step(found[names.here(name)])

@@ -1,4 +1,4 @@
-"""The ranges in a checkpoint's files: safetensors, or pickles that hold nothing but tensors."""
+"""The ranges in a checkpoint: from safetensors, or from pickles that hold nothing but tensors. And its metadata."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ RANGE_SUFFIX = "_quantizer._amax"
 RANGE_PATTERN = r"_quantizer\._amax$"
 
 
-def read_ranges(files: Sequence[str]) -> dict[str, Tensor]:
-    """Ranges by the name of their quantizer, in float32.
+def read_ranges(files: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Ranges by the name of their quantizer, in float32; and the metadata of the first file.
 
     Raises:
         ModelError: One is negative or not finite.
     """
     ranges: dict[str, Tensor] = {}
+    first: dict[str, str] | None = None
     for path in files:
-        found = _in_safetensors(path) if path.endswith(".safetensors") else _in_pickle(path)
+        found, metadata = _in_safetensors(path) if path.endswith(".safetensors") else (_in_pickle(path), {})
         ranges.update({name.removesuffix("._amax"): value for name, value in found.items()})
+        first = metadata if first is None else first
     if ranges:
         # (In numpy, because torch would wake up its threads for this.)
         every = np.concatenate([value.numpy().reshape(-1) for value in ranges.values()])
@@ -39,20 +41,22 @@ def read_ranges(files: Sequence[str]) -> dict[str, Tensor]:
             raise ModelError(
                 f"the checkpoint's range of {wrong} is negative or not finite; calibrate the model again and save it"
             )
-    return ranges
+    return ranges, first or {}
 
 
-def _in_safetensors(path: str) -> dict[str, Tensor]:
+def _in_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     # By way of numpy, which takes half the time for so many small tensors, and copies what would else be a view of the
     # whole file.
     with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
         names = [name for name in file.keys() if name.endswith(RANGE_SUFFIX)]  # noqa: SIM118 (it is no dict)
         try:
             found = {name: torch.from_numpy(file.get_tensor(name)) for name in names}
         except TypeError:  # somebody cast them to bfloat16, which numpy does not know
             with safe_open(path, framework="pt") as other:
                 found = {name: other.get_tensor(name) for name in names}
-    return {name: value if value.dtype == torch.float32 else value.float() for name, value in found.items()}
+    floats = {name: value if value.dtype == torch.float32 else value.float() for name, value in found.items()}
+    return floats, metadata
 
 
 def _in_pickle(path: str) -> dict[str, Tensor]:
