@@ -10,6 +10,7 @@ records its graphs. Both are loaded by the auto class from files that the operat
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import statistics
 import subprocess
@@ -87,7 +88,7 @@ def main() -> None:
         warm: dict[str, list[float]] = {name: [] for name in folders}
         for _ in range(arguments.runs):
             for name, folder in folders.items():
-                warm[name].append(timed(lambda folder=folder: load(folder)))
+                warm[name].append(timed(functools.partial(load, folder)))
         fresh: dict[str, list[float]] = {name: [] for name in folders}
         for _ in range(arguments.processes):
             for name, folder in folders.items():

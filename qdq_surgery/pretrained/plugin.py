@@ -41,6 +41,13 @@ logger = logging.get_logger(__name__)
 _OWN_ATTENTION = (None, "eager", "qdq_eager")
 
 
+class _Patterns(list[str]):
+    """Early versions of transformers 5 add lists of patterns, later ones unite sets."""
+
+    def __or__(self, other: Iterable[str]) -> set[str]:
+        return {*self, *other}
+
+
 @register_quantizer(QUANT_METHOD)
 class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
     """transformers' handle on a converted model; ``model.hf_quantizer``."""
@@ -113,10 +120,8 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._implants = prepare(model, lock.plan, None, lock.known, self._defaults(), modules=modules)
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
-            model._keys_to_ignore_on_load_unexpected = {
-                *(model._keys_to_ignore_on_load_unexpected or ()),
-                RANGE_PATTERN,
-            }
+            ignored = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, RANGE_PATTERN])
         return model
 
     def _match(self, model: PreTrainedModel) -> None:
