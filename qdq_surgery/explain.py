@@ -52,7 +52,7 @@ class Explanation(Rendered):
         return {
             "path": self.path,
             "quantizers": {
-                name: None if quantizer.provenance is None else vars(quantizer.provenance)
+                name: None if quantizer.provenance is None else quantizer.provenance._asdict()
                 for name, quantizer in self.found.items()
             },
             "refusals": [refusal.to_json() for refusal in self.refusals],

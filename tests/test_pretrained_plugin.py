@@ -8,7 +8,6 @@ import json
 import pickle
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -497,36 +496,6 @@ def test_two_processes(folder: Path) -> None:
     with torch.no_grad():
         total = calibrated()(torch.tensor([[3, 4, 5]])).logits.double().sum()
     assert said == [["40", str(float(total))]] * 2
-
-
-def test_threads_that_load_at_once(folder: Path, tmp_path: Path) -> None:
-    build("bert", CLASSIFIER).save_pretrained(tmp_path / "float")
-    calibrated(rules="linear-only").save_pretrained(tmp_path / "linear")
-    loads = [
-        lambda: load(folder),
-        lambda: load(tmp_path / "linear"),
-        lambda: load(tmp_path / "float", quantization_config=qs.QDQConfig()),
-        lambda: load(tmp_path / "float"),
-    ]
-    found: list[tuple[int, Any]] = []
-
-    def work(index: int) -> None:
-        try:
-            found.append((index % 4, loads[index % 4]()))
-        except Exception as error:  # told below
-            found.append((index % 4, error))
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, model in found:
-        assert isinstance(model, PreTrainedModel), model
-        assert len(qs.quantizers(model)) == [40, 24, 40, 0][index]
-        assert {value.dtype for value in model.parameters()} == {torch.float32}
-    assert len(found) == 12
-    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("way", ["locked", "matched", "converted"])
