@@ -11,6 +11,8 @@ from torch import nn
 
 from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE, Calibration
 from qdq_surgery.converted import plan_of, quantizers
+from qdq_surgery.layered import join_layers, star
+from qdq_surgery.plan import Plan
 from qdq_surgery.pretrained.record import versions
 
 __all__ = ["REPORT_NAME", "calibration_of", "report_of", "restore_calibration", "write_report"]
@@ -20,12 +22,28 @@ REPORT_NAME = "qdq_report.json"
 
 def report_of(qmodel: nn.Module) -> dict[str, Any]:
     """The report of a converted model, as JSON-able data."""
-    report: dict[str, Any] = {"versions": versions(), **plan_of(qmodel).to_json()}
+    plan = plan_of(qmodel)
+    report: dict[str, Any] = {"versions": versions(), **plan.to_json(), "sites": _folded(plan)}
     calibration = calibration_of(qmodel)
     if calibration is not None:
         report["calibration"] = calibration.now(qmodel).to_json()
     report["disabled"] = [name for name, each in quantizers(qmodel).items() if not each.enabled]
     return report
+
+
+def _folded(plan: Plan) -> list[dict[str, Any]]:
+    """The sites, those that differ only in their layer as one."""
+    found: dict[str, list[int]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for site in plan.sites:
+        entry = {**site.to_json(), "quantizer": star(site.quantizer, site.layer), "layer": None}
+        key = json.dumps(entry)
+        entries[key] = entry
+        found.setdefault(key, []).extend([] if site.layer is None else [site.layer])
+    for key, entry in entries.items():
+        del entry["layer"]
+        entry["layers"] = join_layers(found[key]) if found[key] else None
+    return list(entries.values())
 
 
 def write_report(qmodel: nn.Module, folder: Path) -> None:
