@@ -22,6 +22,7 @@ from qdq_surgery.plan import Plan, Site
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rewritten import GUARDED, Edit, Origin, Rewritten, Variant, Variants
 from qdq_surgery.routine import Routine
+from qdq_surgery.survey import structure
 
 __all__ = [
     "PLAN_ATTRIBUTE",
@@ -58,25 +59,16 @@ class Implant(NamedTuple):
     quantizer: TensorQuantizer | None
 
 
-def operate(
-    model: PreTrainedModel,
-    plan: Plan,
-    recordings: Recordings | None,
-    known: Known | None = None,
-    defaults: Defaults | None = None,
-) -> None:
+def operate(model: PreTrainedModel, plan: Plan, recordings: Recordings) -> None:
     """Put the plan's quantizers into ``model``.
 
     Args:
-        recordings: For every block whose graph the plan edits. The graphs are edited. ``None``: each kind of call is
-            recorded when it first comes.
-        known: In place of the recordings.
-        defaults: Left out, those of now.
+        recordings: For every block whose graph the plan edits. The graphs are edited.
 
     Raises:
         Exception: Whatever goes wrong half-way is raised again after every step was taken back.
     """
-    implant(prepare(model, plan, recordings, known, defaults))
+    implant(prepare(model, plan, recordings))
 
 
 def prepare(
@@ -93,7 +85,13 @@ def prepare(
     Between the two a model can be loaded, and whoever loads it sees the modules and the names of the float model.
 
     Args:
+        recordings: As there. ``None``: each kind of call is recorded when it first comes.
+        known: In place of the recordings.
+        defaults: Left out, those of now.
         modules: The model's modules by name, if they are known.
+
+    Raises:
+        Exception: Whatever goes wrong half-way is raised again after every step was taken back.
     """
     undo: list[Callable[[], None]] = []
     try:
@@ -178,7 +176,7 @@ class _Surgeon:
             if node.meta.get("op") in GUARDED
         )
         # Blocks of one make share what they record; every use asks again whether it holds for the block.
-        make = (kind, edits, known, tuple((name, type(child)) for name, child in block.named_modules()))
+        make = (kind, edits, known, structure(block))
         variants = self.variants.setdefault(make, Variants())
         rewritten = Rewritten(kind, original, edits, known, variants)
         for routine in routines:

@@ -22,7 +22,7 @@ from qdq_surgery.recorder import record
 from qdq_surgery.routine import Leaf, Routine, describe_leaf, flatten_call, join_path
 from qdq_surgery.shadow import shadow
 
-__all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "survey"]
+__all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "structure", "survey"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -170,7 +170,7 @@ def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: 
             continue
         module = ghost.get_submodule(path)
         values, names = flatten_call(*call)
-        key = (_structure(module), tuple(map(_describe_example, values)), tuple(names))
+        key = (structure(module), tuple(map(_describe_example, values)), tuple(names))
         tree = next((tree for tree in recorded.get(key, []) if _reads_same(tree, module)), None)
         if tree is None:
             tree = _record_unit(module, call)
@@ -198,7 +198,7 @@ class _Alone(nn.Module):
         return self.leaf(*args, **kwargs)
 
 
-def _structure(module: nn.Module) -> tuple[Any, ...]:
+def structure(module: nn.Module) -> tuple[Any, ...]:
     """What two blocks must share to be recorded once: classes, names and shapes all the way down."""
     return tuple(
         (

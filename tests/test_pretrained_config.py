@@ -66,13 +66,16 @@ def test_what_it_says() -> None:
 
 def test_a_model_config_that_has_one(tmp_path: Path) -> None:
     qmodel = calibrated()
+    assert not hasattr(
+        qmodel.config, "quantization_config"
+    )  # contract 3: until it is saved, the config is the float one
+    qmodel.save_pretrained(tmp_path)
     config = qmodel.config
     assert json.loads(config.to_json_string())["quantization_config"] == config.quantization_config.to_dict()
     assert copy.deepcopy(config).quantization_config == config.quantization_config
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).quantization_config == config.quantization_config.to_dict()
-    # The config of a loaded model, given to the next one.
-    qmodel.save_pretrained(tmp_path)
+    # The config of a saved model, given to the next one.
     for given in (qmodel.config, AutoConfig.from_pretrained(tmp_path)):
         assert_reloaded(BertForSequenceClassification.from_pretrained(tmp_path, config=given), qmodel)
 

@@ -225,7 +225,7 @@ def adopt(
         part.hf_quantizer = quantizer
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
-    model.config.quantization_config = quantizer.quantization_config
+    # (Its config stays as it is until it is saved. Where it was loaded, transformers has said it there.)
     # Fake quantization leaves the weights in float: nothing that transformers forbids packed integers applies.
     vars(model).pop("is_quantized", None)
 
