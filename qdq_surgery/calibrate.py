@@ -37,6 +37,7 @@ from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
 from qdq_surgery.spec import CalibratorSpec
+from qdq_surgery.transaction import all_or_nothing
 
 __all__ = ["CALIBRATION_ATTRIBUTE", "Calibration", "Range", "calibrate", "share_ranges_found", "weight_range"]
 
@@ -82,12 +83,6 @@ class Calibration(Rendered):
         data = {"method": self.method, "batches": self.batches, "rows": self.rows, "tokens": self.tokens}
         return {"schema": 1, **data, "ranges": [vars(each) for each in self.ranges]}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Calibration:
-        """What :meth:`to_json` gave."""
-        own = {name: data[name] for name in ("method", "batches", "rows", "tokens")}
-        return cls(ranges=tuple(Range(**each) for each in data["ranges"]), **own)
-
     def now(self, qmodel: nn.Module) -> Calibration:
         """The same with the ranges that the model has by now: training may have moved them."""
         ranges, found = [], quantizers(qmodel)
@@ -121,7 +116,7 @@ def calibrate(
     *,
     percentile: float | None = None,
 ) -> Calibration:
-    """Give every enabled quantizer of a converted model its range.
+    """Give every enabled quantizer of a converted model its range: all of them or, if anything goes wrong, none.
 
     Args:
         qmodel: A converted model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model.
@@ -158,13 +153,14 @@ def calibrate(
     for name, (quantizer, weight) in track(weight_quantizers(model).items(), "weights", None):
         found[name] = (quantizer, *weight_range(name, quantizer, weight))
     share_ranges_found(model, found)
-    for quantizer, amax, _ in found.values():  # nothing has been changed up to here
-        learn = quantizer.learns or (quantizer.spec is not None and quantizer.spec.learn)
-        quantizer.set_range(amax)
-        quantizer.learn_amax(learn)
     words = str(asked) if asked is not None else "the rules' methods"
     made = Calibration(words, tuple(each for *_, each in found.values()), data.batches, data.rows, data.tokens)
-    vars(model)[CALIBRATION_ATTRIBUTE] = made
+    with all_or_nothing(model):  # nothing has been changed up to here
+        for quantizer, amax, _ in found.values():
+            learn = quantizer.learns or (quantizer.spec is not None and quantizer.spec.learn)
+            quantizer.set_range(amax)
+            quantizer.learn_amax(learn)
+        vars(model)[CALIBRATION_ATTRIBUTE] = made
     return made
 
 

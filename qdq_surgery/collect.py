@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,10 @@ from qdq_surgery.linear import QuantLinear
 from qdq_surgery.padding import Padding, chunk_size, trimmed
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.randomness import kept_random
 from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
+from qdq_surgery.transaction import put_back_after
 
 __all__ = [
     "Seen",
@@ -46,6 +49,10 @@ __all__ = [
 
 #: Seed of the dropout that rules may ask for.
 _SEED = 0
+
+#: The quantizers, by identity, that a collection has borrowed; and who looks at them.
+_COLLECTING: set[int] = set()
+_STARTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
 
     Padding, as ``attention_mask`` tells it, is not counted, and columns that are padding in a whole batch are not run.
     Under ``torch.distributed`` every process has to call this, each with batches of its own, and all get the statistics
-    of all.
+    of all. A second collection of a model while one is running is refused.
 
     Args:
         qmodel: A converted model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model. It is left as
@@ -208,13 +215,20 @@ def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
 @contextmanager
 def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], histograms: bool) -> Iterator[Watch]:
     """The model with fresh calibrators in ``watched``, in float, in eval mode; afterwards it is as it was."""
-    every = quantizers(model).values()
+    every = list(quantizers(model).values())
     before = [(each, each._calibrator, each._if_calib, each._if_quant) for each in every]
     training = [(module, module.training) for module in model.modules()]
     dropout = plan_of(model).rules.calibration.dropout
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
     watch = Watch(Padding(model, watched))
-    try:
+
+    def put_back() -> None:
+        for each, calibrator, calibrating, quantizing in before:
+            each._calibrator, each._if_calib, each._if_quant = calibrator, calibrating, quantizing
+        for module, mode in training:
+            module.training = mode
+
+    with _only_collection(model, every), put_back_after(put_back):
         for each in every:
             each._if_calib = each._if_quant = False
         for name, quantizer in watched.items():
@@ -222,15 +236,29 @@ def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], 
             calibrator.watch, calibrator.quantizer = watch, name
             quantizer._calibrator, quantizer._if_calib = calibrator, True
         model.train(dropout)
-        with torch.no_grad(), torch.random.fork_rng(devices, enabled=dropout):
+        with torch.no_grad(), kept_random(sorted(set(devices), key=str)):
             if dropout:
                 torch.manual_seed(_SEED)
             yield watch
-    finally:
-        for each, calibrator, calibrating, quantizing in before:
-            each._calibrator, each._if_calib, each._if_quant = calibrator, calibrating, quantizing
-        for module, mode in training:
-            module.training = mode
+
+
+@contextmanager
+def _only_collection(model: nn.Module, every: Sequence[TensorQuantizer]) -> Iterator[None]:
+    """Two collections at once would each take the other's calibrators for what was there before."""
+    wanted = {id(each) for each in every}
+    owned: set[int] = set()
+    with put_back_after(lambda: _COLLECTING.difference_update(owned)):
+        with _STARTING:
+            other = bool(_COLLECTING & wanted)
+            if not other:
+                owned.update(wanted)
+                _COLLECTING.update(wanted)
+        if other:
+            raise CalibrationError(
+                f"another collection or calibration of this {type(model).__name__} is running; wait for it, or give "
+                "each thread a copy of the model"
+            )
+        yield
 
 
 def _run(

@@ -15,6 +15,7 @@ from qdq_surgery.pretrained.plugin import adopt
 from qdq_surgery.rule_file import load_rules
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.surgery import operate
+from qdq_surgery.transaction import all_or_nothing
 
 __all__ = ["convert", "plan"]
 
@@ -34,7 +35,8 @@ def convert(
         model: Any Hugging Face encoder that takes token ids, with any head.
         rules: A shipped rule set (``qdqbert``, ``linear-only``, ``fuse-qkv``), the path of a rule file, or a rule set.
         example_inputs: Keyword arguments of the model's forward, if none can be made from its config.
-        inplace: Change ``model`` itself. Otherwise it stays as it is, and a copy is returned.
+        inplace: Change ``model`` itself, or nothing of it if anything goes wrong. Otherwise it stays, and a copy
+            is returned.
 
     Returns:
         A model of the same class with the same config, forward and weights. Until it is calibrated, each quantizer
@@ -51,8 +53,9 @@ def convert(
     look, made = analyse(model, rule_set, example_inputs)
     recordings = recordings_of(model, look, made)
     target = model if inplace else copy.deepcopy(model)
-    operate(target, made, recordings)
-    adopt(target)
+    with all_or_nothing(target):
+        operate(target, made, recordings)
+        adopt(target)
     return target
 
 

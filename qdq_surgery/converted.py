@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.plan import Plan
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.surgery import PLAN_ATTRIBUTE
+from qdq_surgery.transaction import put_back_after
+
+_HOLDERS = itertools.count()
 
 __all__ = ["plan_of", "quantization_disabled", "quantizers"]
 
@@ -36,15 +40,24 @@ def quantizers(qmodel: nn.Module) -> dict[str, TensorQuantizer]:
 
 @contextmanager
 def quantization_disabled(qmodel: nn.Module) -> Iterator[None]:
-    """While this holds, every quantizer lets its input pass; then each is as it was."""
-    found = quantizers(qmodel)
+    """While this holds, every quantizer lets its input pass; then each is as it was.
+
+    Such blocks may overlap, nested or in threads, and end in any order: a quantizer works again when the last one that
+    it is in has ended. They may overlap a collection of statistics, which is in float as well.
+
+    Raises:
+        ModelError: The model has no quantizers.
+    """
+    found = list(quantizers(qmodel).values())
     if not found:
         raise ModelError(f"this {type(qmodel).__name__} has no quantizers; call qdq_surgery.convert(model) first")
-    before = {name: quantizer._disabled for name, quantizer in found.items()}
-    try:
-        for quantizer in found.values():
-            quantizer.disable()
+    holder = next(_HOLDERS)
+
+    def let_go() -> None:
+        for quantizer in found:
+            quantizer.let_go(holder)
+
+    with put_back_after(let_go):
+        for quantizer in found:
+            quantizer.hold_off(holder)
         yield
-    finally:
-        for name, quantizer in found.items():
-            quantizer._disabled = before[name]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 __all__ = ["expand", "fold", "join_layers", "split_layers", "star", "unstar"]
 
-#: No model has more layers than this: a text that says so is damaged, and would fill the memory.
-_MOST_LAYERS = 100_000
+#: No model has more layers, or names that are folded, than this: a text that says so would fill the memory.
+_MOST_LAYERS, _MOST_NAMES = 10_000, 100_000
+
+_RUN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", re.ASCII)
 
 #: Stands for the number of the encoder layer.
 _STAR = "*"
@@ -43,14 +46,21 @@ def split_layers(text: str) -> list[int]:
     Raises:
         ValueError: It is no such text.
     """
-    layers: list[int] = []
+    return [layer for run in _runs(text) for layer in run]
+
+
+def _runs(text: str) -> list[range]:
+    """The runs of layers in a text, which takes no longer than the text, whatever it says."""
+    runs: list[range] = []
     for run in text.split(", "):
-        first, _, last = run.partition("-")
-        start, end = int(first), int(last or first)
+        found = _RUN.fullmatch(run)
+        start, end = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not start <= end < _MOST_LAYERS:
-            raise ValueError(f"'{run}' are no layers")
-        layers.extend(range(start, end + 1))
-    return layers
+            raise ValueError(f"'{run[:40]}' are no layers")
+        runs.append(range(start, end + 1))
+    if sum(map(len, runs)) > _MOST_LAYERS:
+        raise ValueError(f"'{text[:40]}' are more than {_MOST_LAYERS} layers")
+    return runs
 
 
 def fold(names: Mapping[str, int | None]) -> dict[str, str | None]:
@@ -67,8 +77,11 @@ def expand(folded: Mapping[str, str | None]) -> list[str]:
     """The names that :func:`fold` folded.
 
     Raises:
-        ValueError: The layers are no such text.
+        ValueError: The layers are no such text, or there are too many names.
     """
+    count = sum(1 if layers is None else sum(map(len, _runs(layers))) for layers in folded.values())
+    if count > _MOST_NAMES:
+        raise ValueError(f"{count} names are more than {_MOST_NAMES}")
     return [
         unstar(name, layer)
         for name, layers in folded.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +28,14 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
             input = self._input_quantizer(input)  # noqa: A001
         weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
         return functional.linear(input, weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        name = f"{prefix}_weight_quantizer._amax"
+        if self._weight_quantizer is not None and name in state_dict:
+            problem = self._weight_quantizer.misfit(state_dict[name].shape, self.weight.shape)
+            if problem is not None:
+                args[-1].append(f"{name}: {problem}")
 
     @staticmethod
     def fits(module: nn.Module) -> bool:

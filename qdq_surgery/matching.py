@@ -21,6 +21,7 @@ from qdq_surgery.pattern import operator_fits
 from qdq_surgery.plan import COVERED, Coverage, Plan, Refusal, Site
 from qdq_surgery.routine import Routine, join_path
 from qdq_surgery.sharing import share_ranges
+from qdq_surgery.site_names import LINEAR_NAMES, site_name
 from qdq_surgery.spec import Rule, RuleSet
 from qdq_surgery.survey import Survey, Unit
 
@@ -151,8 +152,13 @@ class _Matcher:
                 )
                 self._refuse(owner, op, reason, unit.layer, rule.name, source)
                 return
+            taken = [name for name in LINEAR_NAMES.values() if hasattr(module, name)]
+            if taken:
+                reason = f"the linear has an attribute '{taken[0]}' already; rename it"
+                self._refuse(owner, op, reason, unit.layer, rule.name, source)
+                return
             role = "weight" if slot.position == "weight" else "input"
-            name, kind = f"_{role}_quantizer", "module"
+            name, kind = LINEAR_NAMES[role], "module"
         else:
             owner, kind = self.names[path], routine.kind
             if routine.specialised is not None:
@@ -160,16 +166,13 @@ class _Matcher:
                 return
             operand = operand_of(node, slot.position)
             role = "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"
-            name = place.name or f"{op}_{capture}_input_quantizer"
-            # A block may have the same operator twice (DistilBERT's two residual adds): the second is numbered.
+            name = site_name(place, op, capture)
             number = state.taken[owner, name] = state.taken.get((owner, name), 0) + 1
-            if number > 1:
-                stem, _, end = (
-                    name.rpartition("_input_quantizer") if "_input_quantizer" in name else name.rpartition("_quantizer")
-                )
-                name = f"{stem}_{number}{'_input_quantizer' if '_input_quantizer' in name else '_quantizer'}{end}"
+            name = site_name(place, op, capture, number)
             if hasattr(self.model.get_submodule(owner), name):
-                self._refuse(owner, op, f"the block has an attribute '{name}' already", unit.layer, rule.name, source)
+                self._refuse(
+                    owner, op, f"the block has an attribute '{name}' already; rename it", unit.layer, rule.name, source
+                )
                 return
         for index, exclude in enumerate(self.rules.exclude):
             if exclude.holds(rule.name, name, owner, unit.layer):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,9 @@ __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
 
 #: A learned range does not fall below this.
 _SMALLEST = 1e-6
+
+#: One thread at a time says who holds a quantizer off.
+_HOLDING = threading.Lock()
 
 #: What every module has of its own: tables of parameters, children and hooks, and their types.
 _TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
@@ -79,6 +83,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     _calibrator: Any
     #: There is nothing here for transformers to initialise when it loads a model.
     _is_hf_initialized = True
+    #: Who lets everything pass for a while, see :meth:`hold_off`; a copy has none.
+    _holders: tuple[int, ...] = ()
     #: The descriptor that a rule's ``default`` meant when this was made; ``None`` where a spec says it all.
     default: tensor_quant.QuantDescriptor | None = None
 
@@ -116,7 +122,20 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     @property
     def enabled(self) -> bool:
         """Whether it does anything."""
-        return not self._disabled
+        return not self._disabled and not self._holders
+
+    def hold_off(self, holder: int) -> None:
+        """Let everything pass until ``holder``, and whoever else holds it off, lets go. A calibrator still sees it."""
+        with _HOLDING:
+            self._holders = (*(each for each in self._holders if each != holder), holder)
+
+    def let_go(self, holder: int) -> None:
+        """The end of :meth:`hold_off`; also where there was no beginning."""
+        with _HOLDING:
+            self._holders = tuple(each for each in self._holders if each != holder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_holders"}
 
     def set_range(self, amax: Tensor) -> None:
         """Set ``amax``, of whatever shape; a range that is learned stays the same parameter if its shape does.
@@ -133,6 +152,29 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                 self.reset_amax()
                 self.register_buffer("_amax", torch.empty(amax.shape, dtype=torch.float32, device=self._device))
             self._amax.data.copy_(amax)
+
+    def misfit(self, shape: Sequence[int], weight: Sequence[int] | None = None) -> str | None:
+        """Why a range of this shape cannot be this quantizer's; ``None`` if it can.
+
+        Args:
+            weight: The shape of the weight that it quantizes, if that is known.
+        """
+        found = tuple(shape)
+        if self._axis is None:
+            return (
+                None if found in ((), (1,)) else f"the range has the shape {found}, wanted (), one for the whole tensor"
+            )
+        axes = self._axis if isinstance(self._axis, (tuple, list)) else (self._axis,)
+        rank = len(found) if weight is None else len(weight)
+        if any(not -rank <= axis < rank for axis in axes):
+            return f"the range has the shape {found}, which has no axis {max(axes)}"
+        kept = {axis % rank for axis in axes}
+        sizes = found if weight is None else weight
+        wanted = tuple(size if axis in kept else 1 for axis, size in enumerate(sizes))
+        if found == wanted:
+            return None
+        listed = ", ".join(map(str, axes))
+        return f"the range has the shape {found}, wanted {wanted}, one for each channel of axis {listed}"
 
     def settle(self, device: torch.device, training: bool, amax: Tensor | None) -> None:
         """Take the place that a module has in a model that was just loaded.
@@ -291,19 +333,26 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """Calibrate on ``inputs``, quantize them, both or neither, as enabled."""
         if self._disabled:
             return inputs
+        if self._holders:
+            if self._if_calib:
+                self._calibrate(inputs)
+            return inputs
         # torch.compile has no export under way, and would break its graph to ask.
         left = tag(self, inputs) if self._if_quant and not torch.compiler.is_dynamo_compiling() else None
         if left is not None:
             return left
         if self._if_calib:
-            if self._calibrator is None:
-                raise RuntimeError("this quantizer has no calibrator")
-            ours = isinstance(self._calibrator, (MaxCalibrator, HistogramCalibrator, ChannelMseCalibrator))
-            # Half precision has no histogram on a CPU; our own take what comes.
-            self._calibrator.collect(inputs if ours else inputs.detach().float())
+            self._calibrate(inputs)
         if self._if_clip:
             inputs = self.clip(inputs)
         return self._quant_forward(inputs) if self._if_quant else inputs
+
+    def _calibrate(self, inputs: Tensor) -> None:
+        if self._calibrator is None:
+            raise RuntimeError("this quantizer has no calibrator")
+        ours = isinstance(self._calibrator, (MaxCalibrator, HistogramCalibrator, ChannelMseCalibrator))
+        # Half precision has no histogram on a CPU; our own take what comes.
+        self._calibrator.collect(inputs if ours else inputs.detach().float())
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
         if self._learn_amax:
@@ -351,6 +400,10 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         loaded = state_dict.get(prefix + "_amax")
+        problem = None if loaded is None else self.misfit(loaded.shape)
+        if problem is not None:
+            args[-1].append(f"{prefix}_amax: {problem}")  # torch's list of errors, which it raises at the end
+            return
         if loaded is not None:
             known = self.amax
             if known is None or known.shape != loaded.shape:

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterator
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,16 +154,14 @@ class _Recorder:
             self.routine.inputs.append(self.self_node())
             return self.stand_in
         if isinstance(value, torch.Tensor):
-            node = self.graph.placeholder(_safe(name))
-            node.meta.update(op="input", shape=tuple(value.shape), origin=("input", path), source="")
+            node = self._input(name, path, tuple(value.shape))
             # A new object for each: the same tensor may be handed over twice under two names.
             alias = value.detach()
             self._bind(alias, node)
             self.routine.inputs.append(node)
             return alias
         if isinstance(value, float):
-            node = self.graph.placeholder(_safe(name))
-            node.meta.update(op="input", shape=(), origin=("input", path), source="")
+            node = self._input(name, path, ())
             self.routine.inputs.append(node)
             return self._symbol(Real(float(value)), node)
         if isinstance(value, Size):
@@ -174,6 +174,12 @@ class _Recorder:
             )
         self.routine.inputs.append(value)
         return value
+
+    def _input(self, name: str, path: str, shape: tuple[int, ...]) -> Node:
+        node = self.graph.placeholder(_safe(name))
+        node.target = node.name  # two names that differ in what cannot stand in source are still two
+        node.meta.update(op="input", shape=shape, origin=("input", path), source="")
+        return node
 
     def where(self) -> str:
         return f"{type(self.block).__name__}.{self.routine.function}"
@@ -496,5 +502,8 @@ def _rebuild(value: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _safe(name: str) -> str:
-    """A node name that does not hide the function's own ``self`` (BERT has a child of that name)."""
-    return "self_attention" if name == "self" else name
+    """A node name that can stand in source, and does not hide the function's own ``self`` (a child of BERT's)."""
+    word = re.sub(r"[^A-Za-z0-9_]", "_", name)
+    if name == "self":
+        return "self_attention"
+    return f"_{word}" if not word or word[0].isdigit() or iskeyword(word) else word

@@ -12,9 +12,11 @@ import copy
 import functools
 import itertools
 import linecache
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -24,13 +26,18 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from qdq_surgery.errors import TraceError
+from qdq_surgery.randomness import kept_random
 from qdq_surgery.recorder import record, recording_of
 from qdq_surgery.routine import SELF, DecisionChangedError, Leaf, Routine, describe_leaf, flatten_call
 from qdq_surgery.shadow import shadow
+from qdq_surgery.untrusted import quoted
 
 __all__ = ["Edit", "Rewritten", "Variant", "Variants", "compile_variant", "insert_quantizers"]
 
 Origin = tuple[Any, ...]
+
+#: What may stand in generated source: an identifier, or the number of a module in a list.
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9]+", re.ASCII)
 
 _LABELS = itertools.count()
 
@@ -150,8 +157,13 @@ def insert_quantizers(graph: Graph, edits: tuple[Edit, ...]) -> list[Edit]:
 
 
 def compile_variant(routine: Routine) -> Variant:
-    """Compile the graph of ``routine``, with the quantizers that were put into it."""
+    """Compile the graph of ``routine``, with the quantizers that were put into it.
+
+    Raises:
+        TraceError: It has a name that cannot stand in source.
+    """
     graph = routine.graph
+    _check_names(graph, type(routine.owner).__name__)
     code = graph.python_code("self")
     label = f"<qdq_surgery {type(routine.owner).__name__}.{routine.function} {next(_LABELS)}>"
     scope = dict(code.globals)
@@ -176,6 +188,16 @@ def compile_variant(routine: Routine) -> Variant:
     )
     weakref.finalize(variant, linecache.cache.pop, label, None)
     return variant
+
+
+def _check_names(graph: Graph, owner: str) -> None:
+    """The names of modules and arguments go into the source as they are: fx does not escape them."""
+    for node in graph.nodes:
+        path = "" if node.op == "call_function" else str(node.target)
+        names = [*(path.split(".") if path else ()), *node.kwargs]
+        for name in names:
+            if not _WORD.fullmatch(name) or iskeyword(name):
+                raise TraceError(f"{owner}: {quoted(name)} is a name that cannot stand in a graph; rename it")
 
 
 _NOT_YET = (
@@ -267,16 +289,15 @@ class Rewritten:
             with recorder.pause():
                 inside: Variant = self._specialise(recorder.block, args, kwargs)
                 return inside
-        ghost = shadow(module)
         devices = sorted(
             {value.device for value in flatten_call(args, kwargs)[0] if isinstance(value, torch.Tensor)}, key=str
         )
         # Inside torch.export the recording must not become part of what is exported.
         with (
-            torch.random.fork_rng([device for device in devices if device.type == "cuda"]),
+            kept_random([device for device in devices if device.type == "cuda"]),
             disable_proxy_modes_tracing(),
         ):
-            args, kwargs = _copies(args), _copies(kwargs)
+            ghost, args, kwargs = shadow(module), _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
         variant = self.specialised(routine)
         self.variants.add(variant)

@@ -1,8 +1,10 @@
 """A second skeleton over the same tensors: what is analysed in place of a user's model.
 
-A shadow has modules of its own (same classes, same attributes) and shares every parameter and buffer, so it costs
-microseconds per module and no memory for weights. It has no hooks, its quantizers let everything pass, and setting an
-attribute on it does not reach the original. So examples can run through it without the user's model noticing.
+A shadow has modules of its own (same classes, same attributes) and shares every parameter, so it costs microseconds per
+module and no memory for weights. Buffers, and tensors and collections in attributes, are its own: a forward in training
+mode may write to them (the statistics of a batch norm, the vectors of a spectral norm). It has no hooks, its quantizers
+let everything pass, and setting an attribute on it does not reach the original. So examples can run through it without
+the user's model noticing.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from collections import OrderedDict
 from typing import Any
 
 from pytorch_quantization.nn import TensorQuantizer
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["copy_module_shell", "shadow"]
+
+#: What a forward may write to without setting an attribute, or hold such things in.
+_STATE = (Tensor, dict, list, set, tuple, nn.Module)
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -54,22 +59,55 @@ def _bound_to(shell: nn.Module, module: nn.Module, function: Any) -> Any:
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """The shadow of ``model``; modules and configs that are shared inside it are shared in the shadow too."""
-    shells: dict[int, nn.Module] = {}
-    configs: dict[int, Any] = {}
+    """The shadow of ``model``; modules, buffers and configs that are shared inside it are shared in the shadow too."""
+    return _Shadow().visit(model)
 
-    def visit(module: nn.Module) -> nn.Module:
-        known = shells.get(id(module))
+
+class _Shadow:
+    """One shadow being made: what stands for what, by identity."""
+
+    def __init__(self) -> None:
+        self.shells: dict[int, nn.Module] = {}
+        self.configs: dict[int, Any] = {}
+        self.values: dict[int, tuple[Any, Any]] = {}  # with the original: an id is one only while its object lives
+
+    def visit(self, module: nn.Module) -> nn.Module:
+        known = self.shells.get(id(module))
         if known is not None:
             return known
-        shell = shells[id(module)] = copy_module_shell(module, type(module))
+        shell = self.shells[id(module)] = copy_module_shell(module, type(module))
         own = vars(shell)
         config = own.get("config")
         if config is not None:
-            own["config"] = configs.setdefault(id(config), copy.copy(config))
+            own["config"] = self.configs.setdefault(id(config), copy.copy(config))
         if isinstance(shell, TensorQuantizer):
             own["_disabled"] = True
-        own["_modules"] = {name: None if child is None else visit(child) for name, child in own["_modules"].items()}
+        for name, value in own.items():
+            if isinstance(value, _STATE):
+                own[name] = self._own(value)
         return shell
 
-    return visit(model)
+    def _own(self, value: Any) -> Any:
+        """``value`` with tensors, collections and modules of the shadow's own in it."""
+        if isinstance(value, nn.Module):
+            return self.visit(value)
+        return value if isinstance(value, nn.Parameter) or not isinstance(value, _STATE) else self._copy(value)
+
+    def _copy(self, value: Any) -> Any:
+        known = self.values.get(id(value))
+        if known is not None:
+            return known[1]
+        made: Any = value
+        if isinstance(value, Tensor):
+            made = value.detach().clone() if type(value) is Tensor else value
+            self.values[id(value)] = value, made
+        elif type(value) in (list, dict, OrderedDict):
+            made = type(value)()
+            self.values[id(value)] = value, made  # before it is filled: it may hold itself
+            if isinstance(value, list):
+                made.extend(self._own(item) for item in value)
+            else:
+                made.update((key, self._own(item)) for key, item in value.items())
+        elif type(value) in (set, tuple):
+            made = type(value)(self._own(item) for item in value)
+        return made

@@ -1,4 +1,4 @@
-"""Applies a :class:`Plan` to a model, in place, all of it or nothing. The only file that edits models.
+"""Applies a :class:`Plan` to a model, in place. The only file that edits models.
 
 Nothing is decided here: which sites, under which names, is in the plan; which graphs, in the recorded routines.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,13 +16,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.attention import QDQ_ATTENTION, check_not_bypassed, eager_function
+from qdq_surgery.errors import MatchError
 from qdq_surgery.linear import QuantLinear
 from qdq_surgery.making import Defaults, Maker, device_of
 from qdq_surgery.plan import Plan, Site
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.rewritten import GUARDED, Edit, Origin, Rewritten, Variant, Variants
 from qdq_surgery.routine import Routine
+from qdq_surgery.site_names import is_site_name
 from qdq_surgery.survey import structure
+from qdq_surgery.untrusted import quoted
 
 __all__ = [
     "PLAN_ATTRIBUTE",
@@ -62,11 +65,13 @@ class Implant(NamedTuple):
 def operate(model: PreTrainedModel, plan: Plan, recordings: Recordings) -> None:
     """Put the plan's quantizers into ``model``.
 
+    Whatever goes wrong half-way leaves the model half-way: see :func:`~qdq_surgery.transaction.all_or_nothing`.
+
     Args:
         recordings: For every block whose graph the plan edits. The graphs are edited.
 
     Raises:
-        Exception: Whatever goes wrong half-way is raised again after every step was taken back.
+        MatchError: A quantizer's name cannot be one, or is taken.
     """
     implant(prepare(model, plan, recordings))
 
@@ -89,18 +94,9 @@ def prepare(
         known: In place of the recordings.
         defaults: Left out, those of now.
         modules: The model's modules by name, if they are known.
-
-    Raises:
-        Exception: Whatever goes wrong half-way is raised again after every step was taken back.
     """
-    undo: list[Callable[[], None]] = []
-    try:
-        surgeon = _Surgeon(model, plan, recordings, known or {}, defaults or Defaults.now(), undo)
-        return surgeon.run(dict(model.named_modules()) if modules is None else modules)
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
+    surgeon = _Surgeon(model, plan, recordings, known or {}, defaults or Defaults.now())
+    return surgeon.run(dict(model.named_modules()) if modules is None else modules)
 
 
 def implant(implants: Iterable[Implant]) -> None:
@@ -117,10 +113,8 @@ class _Surgeon:
         recordings: Recordings | None,
         known: Known,
         defaults: Defaults,
-        undo: list[Callable[[], None]],
     ) -> None:
         self.model, self.plan, self.recordings, self.known = model, plan, recordings, known
-        self.undo = undo
         self.maker = Maker(plan, defaults)
         self.modules: Mapping[str, nn.Module] = {}
         self.device = model.device
@@ -142,7 +136,7 @@ class _Surgeon:
             self._swap_linear(self.modules[owner], sites)
         for (owner, kind), sites in blocks.items():
             self._rewrite(owner, kind, sites)
-        self._set(self.model, PLAN_ATTRIBUTE, self.plan)
+        vars(self.model)[PLAN_ATTRIBUTE] = self.plan
         return self.implants
 
     def _own_configs(self, attention: str | None) -> None:
@@ -154,10 +148,10 @@ class _Surgeon:
                 own = copy.deepcopy(config, configs)
                 if attention is not None:
                     own._attn_implementation_internal = attention
-                self._set(module, "config", own)
+                vars(module)["config"] = own
 
     def _swap_linear(self, linear: nn.Module, sites: list[Site]) -> None:
-        self._set_class(linear, QuantLinear)
+        _set_class(linear, QuantLinear)
         by_role = {site.role: site for site in sites}
         device = self._device_of(linear)
         self._add(linear, "_input_quantizer", by_role.get("input"), device)
@@ -184,8 +178,8 @@ class _Surgeon:
                 self.compiled[id(routine)] = rewritten.specialised(routine)
             if self.compiled[id(routine)] not in variants.found:
                 variants.found.append(self.compiled[id(routine)])
-        self._set_class(block, quantized_class(base))
-        self._set(block, f"_qdq_{kind}", rewritten)
+        _set_class(block, quantized_class(base))
+        vars(block)[f"_qdq_{kind}"] = rewritten
         device = self._device_of(block)
         for site in sites:
             self._add(block, site.name, site, device)
@@ -195,24 +189,16 @@ class _Surgeon:
         return _CPU if self.device.type == "meta" else device_of(owner, self.model)
 
     def _add(self, owner: nn.Module, name: str, site: Site | None, device: torch.device) -> None:
+        if not is_site_name(name):  # it becomes an attribute, and a word in generated source
+            raise MatchError(f"{quoted(name)} cannot be the name of a quantizer in a {type(owner).__name__}")
+        if hasattr(owner, name):
+            raise MatchError(f"a quantizer is to be '{name}', which this {type(owner).__name__} has already; rename it")
         quantizer = None if site is None else self.maker.make(site, device, owner.training)
         self.implants.append(Implant(owner, name, site, quantizer))
 
-    # -- steps that can be taken back --------------------------------------------------------------------------
 
-    def _set(self, target: nn.Module, name: str, value: Any) -> None:
-        own = vars(target)
-        if name in own:
-            before = own[name]
-            self.undo.append(lambda: own.__setitem__(name, before))
-        else:
-            self.undo.append(lambda: own.pop(name, None))
-        own[name] = value
-
-    def _set_class(self, target: nn.Module, cls: type[nn.Module]) -> None:
-        before = type(target)
-        self.undo.append(lambda: setattr(target, "__class__", before))
-        object.__setattr__(target, "__class__", cls)  # a tenth of the time that nn.Module's own way takes
+def _set_class(target: nn.Module, cls: type[nn.Module]) -> None:
+    object.__setattr__(target, "__class__", cls)  # a tenth of the time that nn.Module's own way takes
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -223,9 +209,9 @@ def restore(model: PreTrainedModel) -> None:
         if isinstance(module, QuantLinear):
             for name in ("_input_quantizer", "_weight_quantizer"):
                 module._modules.pop(name, None)  # None where a rule quantizes one operand only
-            object.__setattr__(module, "__class__", nn.Linear)
+            _set_class(module, nn.Linear)
         elif "_qdq_base" in vars(type(module)):
-            object.__setattr__(module, "__class__", base_class(type(module)))
+            _set_class(module, base_class(type(module)))
             for name in ("_qdq_forward", "_qdq_attention"):
                 vars(module).pop(name, None)
         config = vars(module).get("config")

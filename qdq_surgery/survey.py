@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.attention import QDQ_ATTENTION
 from qdq_surgery.errors import ModelError, TraceError
 from qdq_surgery.operators import is_leaf
+from qdq_surgery.randomness import kept_random
 from qdq_surgery.recorder import record
 from qdq_surgery.routine import Leaf, Routine, describe_leaf, flatten_call, join_path
 from qdq_surgery.shadow import shadow
@@ -119,7 +120,7 @@ def survey(
             config._attn_implementation_internal = QDQ_ATTENTION
     paths = list(find_units(ghost))
     devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with kept_random(devices), torch.no_grad():
         if calls is None:
             calls = _find_calls(ghost, [path for path, _ in paths], inputs)
         if training:

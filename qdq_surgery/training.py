@@ -1,4 +1,4 @@
-"""Ranges in training: fixed, learned, or found again from the weights when it ends."""
+"""Ranges in training: fixed, learned, or found again from the weights when it ends. All are changed, or none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from qdq_surgery.calibrate import share_ranges_found, weight_range
 from qdq_surgery.collect import planned_name, unwrapped, weight_quantizers
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError
+from qdq_surgery.transaction import all_or_nothing
 
 __all__ = ["fix_ranges", "learn_ranges", "recalibrate_weights"]
 
@@ -37,8 +38,9 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
     for name, each in chosen.items():
         if each.amax is None:
             raise CalibrationError(f"{name} has no range to learn from: calibrate the model first")
-    for each in chosen.values():
-        each.learn_amax()
+    with all_or_nothing(model):
+        for each in chosen.values():
+            each.learn_amax()
     return [each.amax for each in chosen.values() if isinstance(each.amax, nn.Parameter)]
 
 
@@ -48,8 +50,10 @@ def fix_ranges(qmodel: nn.Module) -> None:
     Raises:
         ModelError: The model is not converted.
     """
-    for each in quantizers(unwrapped(qmodel)).values():
-        each.learn_amax(False)
+    model = unwrapped(qmodel)
+    with all_or_nothing(model):
+        for each in quantizers(model).values():
+            each.learn_amax(False)
 
 
 def recalibrate_weights(qmodel: nn.Module) -> None:
@@ -71,5 +75,6 @@ def recalibrate_weights(qmodel: nn.Module) -> None:
         if not quantizer.learns
     }
     share_ranges_found(model, found)
-    for quantizer, amax, _ in found.values():
-        quantizer.set_range(amax)
+    with all_or_nothing(model):
+        for quantizer, amax, _ in found.values():
+            quantizer.set_range(amax)

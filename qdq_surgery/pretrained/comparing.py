@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,10 +14,12 @@ from transformers.utils import logging
 from qdq_surgery.errors import MatchError, ModelError
 from qdq_surgery.layered import fold
 from qdq_surgery.plan import Plan
-from qdq_surgery.pretrained.record import Record
+from qdq_surgery.pretrained.record import Record, zero_range
 from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.site_names import LINEAR_NAMES
+from qdq_surgery.surgery import Implant
 
-__all__ = ["Names", "check_known", "check_ranges", "check_sites", "take_state"]
+__all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "take_state"]
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +103,27 @@ def check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tenso
             f"the checkpoint has ranges of {len(unknown)} quantizers that its rules do not make (first: {unknown[0]}); "
             "it was written under other rules, or under another version of transformers"
         )
+
+
+def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor]) -> None:
+    """Whether each range is one of its quantizer: of its shape, and not zero where there is something to quantize.
+
+    Raises:
+        ModelError: One is not; names it.
+    """
+    for each in implants:
+        amax = None if each.site is None else ranges.get(each.site.quantizer)
+        if each.site is None or each.quantizer is None or amax is None:
+            continue
+        weight = cast("Tensor", each.owner.weight) if each.name == LINEAR_NAMES["weight"] else None
+        problem = each.quantizer.misfit(amax.shape, None if weight is None else weight.shape)
+        if problem is None and not amax.all():
+            problem = zero_range(amax, weight)
+        if problem is not None:
+            raise ModelError(
+                f"the checkpoint's range of {each.site.quantizer} does not fit: {problem}; its files are not those "
+                "that were saved together, or were changed"
+            )
 
 
 def check_ranges(

@@ -15,6 +15,7 @@ from qdq_surgery.pretrained.record import Record
 from qdq_surgery.rule_data import rules_from_data, rules_to_data
 from qdq_surgery.rule_file import load_rules
 from qdq_surgery.spec import RuleSet
+from qdq_surgery.untrusted import DamagedError, Item, quoted
 
 __all__ = ["QUANT_METHOD", "QDQConfig"]
 
@@ -23,8 +24,6 @@ QUANT_METHOD = "qdq_surgery"
 
 #: Version of the form in ``config.json``.
 _SCHEMA = 1
-
-_LISTS = ("disabled", "quant_disabled", "learned", "without_range")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -66,11 +65,11 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
             RuleFileError: The rules are wrong.
             ModelError: It is of another version, or damaged.
         """
-        data = {name: value for name, value in config_dict.items() if name != "quant_method"}
+        data = {str(name): value for name, value in config_dict.items() if name != "quant_method"}
         schema = data.pop("schema", _SCHEMA)
         if schema != _SCHEMA:
             raise ModelError(
-                f"the model's quantization_config has schema {schema!r}, and this release of qdq_surgery reads "
+                f"the model's quantization_config has schema {quoted(schema)}, and this release of qdq_surgery reads "
                 f"{_SCHEMA}; install the release that wrote it"
             )
         rules = data.pop("rules", "qdqbert")
@@ -83,19 +82,11 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": QUANT_METHOD, "schema": _SCHEMA, "rules": rules_to_data(self.rules), **record}
 
 
-def _record(data: Mapping[str, Any]) -> Record:
+def _record(data: dict[str, Any]) -> Record:
     try:
-        record = Record(**data)
-        sites = set(record.names())
-        for name in _LISTS:
-            unknown = sorted(set(record.names(name)) - sites)
-            if unknown:
-                raise ValueError(f"{name} has {unknown[0]}, which is not in sites")
-        for name in ("versions", "descriptors"):
-            dict(getattr(record, name))
-    except (TypeError, ValueError, AttributeError) as error:
+        return Record.from_data(Item(data, "quantization_config"))
+    except DamagedError as error:
         raise ModelError(
-            f"the model's quantization_config is damaged ({error}); save the model again, or remove all of it but "
+            f"config.json is damaged: {error}; save the model again, or remove all of its quantization_config but "
             "'quant_method' and 'rules', which converts the model anew"
-        ) from error
-    return record
+        ) from None

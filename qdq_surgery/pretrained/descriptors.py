@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
-from qdq_surgery.errors import ModelError
+from qdq_surgery.untrusted import DamagedError, Item
 
 __all__ = ["descriptor_from_data", "descriptor_to_data", "grid_of"]
+
+#: The largest range there is, float32's largest number, and the most channels that may have one.
+_LARGEST, _MOST_CHANNELS = 3.4028235e38, 1_000_000
 
 #: The fields of a descriptor and what they are by default.
 _FIELDS = {
@@ -38,19 +41,43 @@ def descriptor_to_data(descriptor: QuantDescriptor) -> dict[str, Any]:
     return data
 
 
-def descriptor_from_data(data: Mapping[str, Any]) -> QuantDescriptor:
+def descriptor_from_data(data: Item) -> QuantDescriptor:
     """What :func:`descriptor_to_data` gave.
 
     Raises:
-        ModelError: It is no descriptor.
+        DamagedError: It is no descriptor; says where.
     """
+    found = data.fields(("num_bits", "axis"), (*_FIELDS, "amax"))
     try:
-        axis = data["axis"]
-        return QuantDescriptor(**{**data, "axis": tuple(axis) if isinstance(axis, list) else axis})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"the model's config holds a default descriptor that is none ({error}); save the model again"
-        ) from error
+        return QuantDescriptor(**{name: _READERS[name](item) for name, item in found.items()})
+    except (TypeError, ValueError) as error:  # fields that do not go together
+        raise DamagedError(f"{data.where}: {error}") from None
+
+
+def _axis(item: Item) -> Any:
+    if isinstance(item.value, list):
+        return tuple(each.integer(-8, 8) for each in item.items(8))
+    return None if item.value is None else item.integer(-8, 8)
+
+
+def _range(item: Item, depth: int = 4) -> Any:
+    if isinstance(item.value, list) and depth:
+        return [_range(each, depth - 1) for each in item.items(_MOST_CHANNELS)]
+    return item.number(0.0, _LARGEST)
+
+
+_READERS: dict[str, Callable[[Item], Any]] = {
+    "num_bits": lambda item: item.integer(0, 32),
+    "axis": _axis,
+    "calib_method": lambda item: item.one_of(("max", "histogram")),
+    "unsigned": Item.flag,
+    "narrow_range": Item.flag,
+    "fake_quant": Item.flag,
+    "learn_amax": Item.flag,
+    "scale_amax": lambda item: None if item.value is None else item.number(0.0, _LARGEST),
+    "name": lambda item: None if item.value is None else item.text(),
+    "amax": _range,
+}
 
 
 def grid_of(quantizer: Any) -> tuple[int, tuple[int, ...] | None, bool, bool, bool]:

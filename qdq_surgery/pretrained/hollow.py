@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.shadow import shadow
+from qdq_surgery.transaction import put_back_after
 
 __all__ = ["hollow", "real_tensors"]
 
@@ -45,9 +46,7 @@ def _zeros(tensor: Tensor) -> Tensor:
 def real_tensors() -> Iterator[None]:
     """New tensors are in main memory and in float32: not on the meta device, nor in the dtype of what is loaded."""
     dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
+    with put_back_after(lambda: torch.set_default_dtype(dtype)):
+        torch.set_default_dtype(torch.float32)
         with torch.device("cpu"):
             yield
-    finally:
-        torch.set_default_dtype(dtype)

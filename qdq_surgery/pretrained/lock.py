@@ -1,7 +1,12 @@
 """The plan of a saved model, kept with its weights, so that loading need not look for the sites again.
 
-It stands in the metadata of the safetensors files and holds only under the circumstances it was made in: the same
-modelling code, the same config, the same rules. Under any others it is passed over, and the rules are matched anew.
+It stands in the metadata of the safetensors files and holds only under the circumstances it was made in (the same
+modelling code, the same config, the same rules) and only whole: it is bound to its content by a digest. Otherwise it is
+passed over, and the rules are matched anew.
+
+Whoever writes a file can write its digest, too. So nothing in a lock is believed: its names are those that the rules
+give, its modules are the model's, its operands are in the order of the patterns. What a forged lock can still do, to
+exchange the two operands of an addition, is what a forged file does by exchanging their ranges.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from qdq_surgery.converted import plan_of
 from qdq_surgery.linear import QuantLinear
@@ -28,12 +34,21 @@ from qdq_surgery.rewritten import Rewritten
 from qdq_surgery.rule_data import rules_to_data
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.surgery import Known, base_class
+from qdq_surgery.untrusted import DamagedError, Item, parse_json, quoted
 from qdq_surgery.version import __version__
 
-__all__ = ["METADATA", "Lock", "fingerprint", "lock_of", "read_lock"]
+__all__ = ["DIGEST", "METADATA", "Lock", "fingerprint", "lock_of", "read_lock"]
+
+logger = logging.get_logger(__name__)
+
+#: Version of the form. Up to 1 there was no digest.
+_SCHEMA = 2
 
 #: Its key in the metadata of a safetensors file.
 METADATA = "qdq_surgery"
+
+#: The key of its digest, SHA-256.
+DIGEST = "qdq_surgery_sha256"
 
 #: What a config says that makes no difference to where an operator stands.
 _BESIDE = (
@@ -83,8 +98,8 @@ def _plain_class(module: nn.Module) -> str | None:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def lock_of(qmodel: PreTrainedModel) -> str:
-    """The lock of a converted model, as JSON."""
+def lock_of(qmodel: PreTrainedModel) -> dict[str, str]:
+    """The lock of a converted model, as entries of the metadata of its files."""
     plan = plan_of(qmodel)
     layers = {site.owner: site.layer for site in plan.sites}
     known: dict[tuple[str, str], frozenset[Any]] = {}
@@ -94,16 +109,21 @@ def lock_of(qmodel: PreTrainedModel) -> str:
             if isinstance(rewritten, Rewritten):
                 known[name, kind] = rewritten.known
     data = {
-        "schema": 1,
+        "schema": _SCHEMA,
         "fits": fingerprint(qmodel, plan.rules, dict(qmodel.named_modules())),
         "plan": plan_to_data(plan),
         "known": known_to_data(known, layers),
     }
-    return json.dumps(data, separators=(",", ":"))
+    text = json.dumps(data, separators=(",", ":"))
+    return {METADATA: text, DIGEST: _digest(text)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def read_lock(
-    text: str | None,
+    metadata: Mapping[str, str],
     model: PreTrainedModel,
     modules: Mapping[str, nn.Module],
     rules: RuleSet,
@@ -112,19 +132,41 @@ def read_lock(
     """The lock in a checkpoint; ``None`` if there is none, or none that holds for ``model``.
 
     Args:
-        text: What :func:`lock_of` gave, from the metadata of the checkpoint's files.
+        metadata: Of a checkpoint's files, with what :func:`lock_of` gave.
         modules: The model's modules by name.
         sites: The sites that the checkpoint's config lists, see :func:`~qdq_surgery.layered.fold`.
     """
+    text = metadata.get(METADATA)
+    if text is None:
+        return None
     try:
-        data = None if text is None else json.loads(text)
-        if not isinstance(data, Mapping) or data.get("schema") != 1:
-            return None
-        if data.get("fits") != fingerprint(model, rules, modules):
-            return None
-        if folded_sites(data["plan"]) != sites:
-            return None
-        order = {name: index for index, name in enumerate(modules)}
-        return Lock(plan_from_data(data["plan"], rules, order.__getitem__), known_from_data(data["known"]))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None  # it is no lock: the rules are matched anew, which needs none
+        data = parse_json(text, f"the plan stored under '{METADATA}'")
+        if isinstance(data.value, dict) and data.value.get("schema") != _SCHEMA:
+            return None  # of another release
+        fields = data.fields(("schema", "fits", "plan", "known"))
+        if metadata.get(DIGEST) != _digest(text):
+            raise DamagedError(f"{data.where} is not what was saved: its digest is another")
+        if fields["fits"].value != fingerprint(model, rules, modules) or folded_sites(fields["plan"]) != sites:
+            return None  # made under other circumstances
+        return _checked(fields, model, modules, rules)
+    except DamagedError as error:
+        logger.warning(f"{error}; the rules are matched anew, which needs none")
+        return None
+
+
+def _checked(
+    fields: Mapping[str, Item], model: PreTrainedModel, modules: Mapping[str, nn.Module], rules: RuleSet
+) -> Lock:
+    order = {name: index for index, name in enumerate(modules)}
+    plan = plan_from_data(fields["plan"], rules, order.__getitem__)
+    if (plan.model, plan.model_type) != (type(model).__name__, model.config.model_type):
+        raise DamagedError(f"the stored plan is of {quoted(plan.model)} ({quoted(plan.model_type)})")
+    for site in plan.sites:
+        module = modules[site.owner]
+        if (site.routine == "module") != QuantLinear.fits(module):
+            raise DamagedError(f"the stored plan puts {site.quantizer} into a {type(module).__name__}")
+    known = known_from_data(fields["known"])
+    for owner, _ in known:
+        if owner not in modules:
+            raise DamagedError(f"the stored plan knows operators of {quoted(owner)}, which the model has not")
+    return Lock(plan, known)

@@ -1,15 +1,15 @@
 """How transformers loads and saves converted models: its own plug-in for quantization methods.
 
 ``from_pretrained`` builds the model without weights and hands it over; the quantizers are put in, and the weights come
-then; last come the ranges, from the same files. ``save_pretrained`` asks for the plan, to keep it with the weights.
+then; last come the ranges, from the same files. ``save_pretrained`` asks for the plan, to keep it with the weights; see
+:mod:`~qdq_surgery.pretrained.saving`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -24,14 +24,16 @@ from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import AttentionBypassError, ModelError
 from qdq_surgery.making import device_of
 from qdq_surgery.plan import Plan
-from qdq_surgery.pretrained.comparing import Names, check_known, check_ranges, check_sites, take_state
+from qdq_surgery.pretrained.comparing import Names, check_fits, check_known, check_ranges, check_sites, take_state
 from qdq_surgery.pretrained.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.pretrained.hollow import hollow, real_tensors
-from qdq_surgery.pretrained.lock import METADATA, lock_of, read_lock
+from qdq_surgery.pretrained.lock import lock_of, read_lock
 from qdq_surgery.pretrained.ranges import RANGE_PATTERN, read_ranges
 from qdq_surgery.pretrained.record import record_of
 from qdq_surgery.pretrained.report import restore_calibration, write_report
+from qdq_surgery.pretrained.saving import SAVE_ATTRIBUTE, SavePretrained
 from qdq_surgery.surgery import PLAN_ATTRIBUTE, Implant, implant, prepare, restore
+from qdq_surgery.transaction import all_or_nothing, put_back_after
 
 __all__ = ["QDQQuantizer", "adopt"]
 
@@ -57,6 +59,8 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: QDQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[str] = []
+        self._folder: Path | None = None
+        self._state_dict: Any = None
         self._attention: str | None = None
         self._ranges: dict[str, Tensor] = {}
         self._implants: list[Implant] = []
@@ -111,7 +115,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         self._ranges, metadata = read_ranges(self._files)
         lock = None
         if config.record is not None:
-            lock = read_lock(metadata.get(METADATA), model, modules, config.rules, config.record.sites)
+            lock = read_lock(metadata, model, modules, config.rules, config.record.sites)
         with real_tensors():
             if lock is None:
                 self._match(model)
@@ -155,6 +159,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         ranges = {names.loaded(name): value for name, value in self._ranges.items()}
         record = self.quantization_config.record
         check_known(found, ranges, model)
+        check_fits(self._implants, ranges)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
         if one is not None and one.type == "meta":  # all of it is on a disk
             one = None
@@ -178,8 +183,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ModelError: The quantizers are no longer those that the model's rules make, or it is part of a model.
         """
-        caller = _caller(inspect.currentframe())
-        weights = caller.get("state_dict")  # transformers would forget that it was given one
+        weights = self._state_dict  # transformers would forget that it was given one
         if getattr(model, "_hf_peft_config_loaded", False):
             return weights, {}  # only an adapter is saved
         _check_whole(model)
@@ -191,9 +195,25 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
         config = QDQConfig(plan_of(model).rules, record_of(model))
         model.config.quantization_config = self.quantization_config = config
-        if caller.get("save_on_this_rank", caller.get("is_main_process", True)) and "save_directory" in caller:
-            write_report(model, Path(caller["save_directory"]))
-        return weights, {METADATA: lock_of(model)}
+        if self._folder is not None:
+            write_report(model, self._folder)
+        return weights, lock_of(model)
+
+    @contextmanager
+    def saving(self, folder: Path | None, state_dict: Any) -> Iterator[None]:
+        """While ``save_pretrained`` runs: what transformers does not tell.
+
+        Args:
+            folder: Where the report goes; ``None``: this process writes none.
+            state_dict: What ``save_pretrained`` was given.
+        """
+
+        def put_back() -> None:
+            self._folder = self._state_dict = None
+
+        with put_back_after(put_back):
+            self._folder, self._state_dict = folder, state_dict
+            yield
 
     def dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         """Make it the float model again, with eager attention and the weights that it has now.
@@ -202,11 +222,13 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             ModelError: It is part of a model.
         """
         _check_whole(model)
-        restore(model)
-        vars(model).pop(CALIBRATION_ATTRIBUTE, None)
-        for part in _parts(model):
-            vars(part).pop("hf_quantizer", None)
-        self.remove_quantization_config(model)
+        with all_or_nothing(model):
+            restore(model)
+            for name in (CALIBRATION_ATTRIBUTE, SAVE_ATTRIBUTE):
+                vars(model).pop(name, None)
+            for part in _parts(model):
+                vars(part).pop("hf_quantizer", None)
+            self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)
 
 
@@ -225,6 +247,7 @@ def adopt(
         part.hf_quantizer = quantizer
     model.hf_quantizer = quantizer
     model.quantization_method = QUANT_METHOD
+    vars(model)[SAVE_ATTRIBUTE] = SavePretrained(model)
     # (Its config stays as it is until it is saved. Where it was loaded, transformers has said it there.)
     # Fake quantization leaves the weights in float: nothing that transformers forbids packed integers applies.
     vars(model).pop("is_quantized", None)
@@ -242,17 +265,3 @@ def _check_whole(model: PreTrainedModel) -> None:
             f"this {name} is a part of a converted model, whose rules and sites are those of the whole; save the "
             f"whole, from which {name}.from_pretrained loads its part"
         )
-
-
-def _caller(frame: FrameType | None) -> Mapping[str, Any]:
-    """What ``save_pretrained`` was given.
-
-    Args:
-        frame: The plug-in's method that it called. transformers does not tell it the folder, and has no other place
-            between making the folder and uploading it where a file of ours could be written.
-    """
-    caller = None if frame is None or frame.f_back is None else frame.f_back.f_locals
-    if caller is None or "save_directory" not in caller:
-        logger.warning("this version of transformers hides the folder from its plug-ins: no qdq_report.json is written")
-        return {}
-    return caller

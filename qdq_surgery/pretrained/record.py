@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from pytorch_quantization.tensor_quant import QuantDescriptor
+from torch import Tensor, nn
 
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import ModelError
@@ -16,9 +18,16 @@ from qdq_surgery.making import Defaults
 from qdq_surgery.plan import Plan
 from qdq_surgery.pretrained.descriptors import descriptor_from_data, descriptor_to_data, grid_of
 from qdq_surgery.quantizer import TensorQuantizer
+from qdq_surgery.site_names import LINEAR_NAMES, QUANTIZER_PATH
+from qdq_surgery.untrusted import DamagedError, Item
 from qdq_surgery.version import __version__
 
-__all__ = ["Record", "record_of", "versions"]
+__all__ = ["Record", "record_of", "versions", "zero_range"]
+
+_CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+
+#: The longest text of layers: they need not be in runs.
+_LONGEST = 20_000
 
 #: Starred name to layers, see :mod:`~qdq_surgery.layered`.
 Folded = Mapping[str, "str | None"]
@@ -47,30 +56,65 @@ class Record:
     model: str
     versions: Mapping[str, str]
     sites: Folded
-    descriptors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    descriptors: Mapping[str, QuantDescriptor] = field(default_factory=dict)
     disabled: Folded = field(default_factory=dict)
     quant_disabled: Folded = field(default_factory=dict)
     learned: Folded = field(default_factory=dict)
     without_range: Folded = field(default_factory=dict)
 
+    @classmethod
+    def from_data(cls, data: Item) -> Record:
+        """What :meth:`to_data` gave.
+
+        Raises:
+            DamagedError: It is none; says where.
+        """
+        fields = data.fields(("model", "versions", "sites"), ("descriptors", *_TESTS))
+        names: dict[str, Folded] = {}
+        known: frozenset[str] = frozenset()
+        for what in ("sites", *(each for each in _TESTS if each in fields)):
+            names[what] = _folded(fields[what])
+            listed = frozenset(_expanded(fields[what], names[what]))
+            known = listed if what == "sites" else known
+            if not listed <= known:
+                raise DamagedError(f"{fields[what].where} has {min(listed - known)}, which is not in sites")
+        roles = fields["descriptors"].fields((), ("input", "weight")) if "descriptors" in fields else {}
+        return cls(
+            model=fields["model"].text(pattern=_CLASS, wanted="the name of a class"),
+            versions={name: each.text(100) for name, each in fields["versions"].entries(100).items()},
+            descriptors={role: descriptor_from_data(each) for role, each in roles.items()},
+            **names,
+        )
+
     def to_data(self) -> dict[str, Any]:
         """As JSON-able data; what is empty is left out."""
-        return {name: value for name, value in asdict(self).items() if value}
+        data = {each.name: getattr(self, each.name) for each in fields(self)}
+        data["descriptors"] = {role: descriptor_to_data(each) for role, each in self.descriptors.items()}
+        return {name: value for name, value in data.items() if value}
 
     def names(self, what: str = "sites") -> list[str]:
         """The quantizers in one of the attributes."""
         return expand(getattr(self, what))
 
     def defaults(self) -> Defaults | None:
-        """What ``default`` meant; ``None`` where no rule says it.
+        """What ``default`` meant; ``None`` where no rule says it."""
+        return replace(Defaults.now(), **self.descriptors) if self.descriptors else None
 
-        Raises:
-            ModelError: The descriptors are none.
-        """
-        if not self.descriptors:
-            return None
-        now = asdict(Defaults.now())
-        return Defaults(**now | {role: descriptor_from_data(data) for role, data in self.descriptors.items()})
+
+def _folded(item: Item) -> Folded:
+    return {
+        Item(name, f"a name in {item.where}").text(pattern=QUANTIZER_PATH, wanted="the path of a quantizer"): None
+        if layers.value is None
+        else layers.text(_LONGEST)
+        for name, layers in item.entries().items()
+    }
+
+
+def _expanded(item: Item, folded: Folded) -> list[str]:
+    try:
+        return expand(folded)
+    except ValueError as error:
+        raise DamagedError(f"{item.where}: {error}") from None
 
 
 def record_of(qmodel: nn.Module) -> Record:
@@ -90,6 +134,7 @@ def record_of(qmodel: nn.Module) -> Record:
             "write a rule file that says so and convert the float model by it"
         )
     descriptors = _descriptors(plan, found)
+    _check_zero(qmodel, found)
 
     def those(test: str) -> dict[str, str | None]:
         return fold({name: layers[name] for name, each in found.items() if _TESTS[test](each)})
@@ -98,17 +143,45 @@ def record_of(qmodel: nn.Module) -> Record:
         model=type(qmodel).__name__,
         versions=versions(),
         sites=fold({site.quantizer: site.layer for site in plan.sites}),
-        descriptors={role: descriptor_to_data(descriptor) for role, descriptor in descriptors.items()},
+        descriptors=descriptors,
         **{test: those(test) for test in _TESTS},
     )
 
 
 _TESTS: dict[str, Callable[[TensorQuantizer], bool]] = {
-    "disabled": lambda quantizer: not quantizer.enabled,
+    "disabled": lambda quantizer: quantizer._disabled,
     "quant_disabled": lambda quantizer: not quantizer._if_quant,
     "learned": lambda quantizer: quantizer.learns,
     "without_range": lambda quantizer: quantizer.amax is None,
 }
+
+
+def zero_range(amax: Tensor, weight: Tensor | None) -> str | None:
+    """What is wrong with a range that is zero somewhere; ``None`` where the weight is zero, too.
+
+    Args:
+        weight: What is quantized, if it is a weight. Calibration gives no activation such a range.
+    """
+    if weight is None:
+        return "it is zero, which makes everything zero"
+    if weight.is_meta:
+        return None
+    lost = (amax.to(weight.device) == 0) & (weight.detach() != 0)
+    return "it is zero in a channel whose weight is not, which makes that channel zero" if bool(lost.any()) else None
+
+
+def _check_zero(qmodel: nn.Module, found: Mapping[str, TensorQuantizer]) -> None:
+    for name, quantizer in found.items():
+        amax = quantizer.amax
+        if amax is None or amax.is_meta or bool(amax.all()):
+            continue
+        owner = qmodel.get_submodule(name.rpartition(".")[0])
+        is_weight = name.endswith(LINEAR_NAMES["weight"])
+        problem = zero_range(amax.detach(), owner.weight if is_weight else None)  # type: ignore[arg-type]
+        if problem is not None:
+            raise ModelError(
+                f"the range of {name} is not saved: {problem}; calibrate the model, or disable that quantizer"
+            )
 
 
 def _descriptors(plan: Plan, found: Mapping[str, TensorQuantizer]) -> dict[str, Any]:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
-from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE, Calibration
+from qdq_surgery.calibrate import CALIBRATION_ATTRIBUTE, Calibration, Range
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.layered import join_layers, star
 from qdq_surgery.plan import Plan
 from qdq_surgery.pretrained.record import versions
+from qdq_surgery.untrusted import DamagedError, Item, parse_json, read_regular_file
 
 __all__ = ["REPORT_NAME", "calibration_of", "report_of", "restore_calibration", "write_report"]
 
 REPORT_NAME = "qdq_report.json"
+
+logger = logging.get_logger(__name__)
+
+#: The longest report that is read; that of a model of 100 layers has half a megabyte.
+_MOST_BYTES = 1 << 24
+
+_COUNTS, _MOST_COUNT = ("batches", "rows", "tokens"), 1 << 62
 
 
 def report_of(qmodel: nn.Module) -> dict[str, Any]:
@@ -27,7 +37,7 @@ def report_of(qmodel: nn.Module) -> dict[str, Any]:
     calibration = calibration_of(qmodel)
     if calibration is not None:
         report["calibration"] = calibration.now(qmodel).to_json()
-    report["disabled"] = [name for name, each in quantizers(qmodel).items() if not each.enabled]
+    report["disabled"] = [name for name, each in quantizers(qmodel).items() if each._disabled]
     return report
 
 
@@ -52,21 +62,52 @@ def write_report(qmodel: nn.Module, folder: Path) -> None:
 
 
 def restore_calibration(qmodel: nn.Module, files: Sequence[str]) -> None:
-    """What the report beside a checkpoint's files says of the calibration, if one is there: read when asked for."""
+    """What the report beside a checkpoint's files says of the calibration, if one is there: parsed when asked for.
+
+    Loading needs none of it: a report that cannot be read is none.
+    """
     path = Path(files[0]).parent / REPORT_NAME if files else None
-    if path is not None and path.is_file():
-        vars(qmodel)[CALIBRATION_ATTRIBUTE] = path.read_text(encoding="utf-8")
+    if path is None or not path.exists():
+        return
+    try:
+        vars(qmodel)[CALIBRATION_ATTRIBUTE] = read_regular_file(path, _MOST_BYTES)
+    except (OSError, DamagedError) as error:
+        logger.warning(f"{REPORT_NAME} is not read: {error}; what it says of the calibration is lost")
 
 
 def calibration_of(qmodel: nn.Module) -> Calibration | None:
     """What the model's last calibration did, here or before it was saved; ``None`` if that is not known."""
     made = vars(qmodel).get(CALIBRATION_ATTRIBUTE)
-    if isinstance(made, str):
+    if isinstance(made, bytes):
         try:
-            made = Calibration.from_json(json.loads(made)["calibration"])
-        except (KeyError, TypeError, ValueError):
+            made = _calibration(parse_json(made, REPORT_NAME, _MOST_BYTES))
+        except DamagedError:
             made = None  # never calibrated, or a report of another version
         if made is not None and not {each.quantizer for each in made.ranges} <= quantizers(qmodel).keys():
             made = None  # another head's: its names are others
         vars(qmodel)[CALIBRATION_ATTRIBUTE] = made
     return made
+
+
+def _calibration(report: Item) -> Calibration:
+    entries = report.entries()
+    if "calibration" not in entries:
+        raise DamagedError(f"{report.where} has no calibration")
+    fields = entries["calibration"].fields(("schema", "method", *_COUNTS, "ranges"))
+    fields["schema"].one_of((1,))
+    return Calibration(
+        method=fields["method"].text(),
+        ranges=tuple(map(_range, fields["ranges"].items())),
+        **{name: fields[name].integer(0, _MOST_COUNT) for name in _COUNTS},
+    )
+
+
+def _range(item: Item) -> Range:
+    fields = item.fields(("quantizer", "method", "amax", "error"))
+    error = fields["error"]
+    return Range(
+        fields["quantizer"].text(),
+        fields["method"].text(),
+        fields["amax"].number(0.0, math.inf),
+        None if error.value is None else error.number(0.0, math.inf),
+    )
