@@ -13,11 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "qdq_surgery"
 LAYERS = [
     "version",
     "errors",
+    "untrusted",
+    "limits",
     "render",
     "layered",
     "progress",
+    "pattern_text",
     "pattern",
     "spec",
+    "rule_yaml",
     "rule_file",
     "rule_data",
     "operators",
@@ -118,7 +122,7 @@ LAYERS = [
 
 #: Libraries that only these modules may know.
 HOMES = {
-    "yaml": {"rule_file"},
+    "yaml": {"rule_yaml", "rule_file"},
     # At run time only through deploy.extras.
     "onnx": {"deploy.lint"},
     "onnx_ir": {
