@@ -136,7 +136,7 @@ class _Loader(yaml.SafeLoader):
         self._budget, self._named, self._depth = budget, named, 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise _NotAllowedError("found an anchor or alias", "write the value out", event.start_mark)
         tag = getattr(event, "tag", None)

@@ -442,9 +442,10 @@ class RuleSet:
         check_size(len(wild), "the rule set", "different globs with *, ? or [", MAX_WILDCARDS)
 
     def _globs(self) -> Iterator[tuple[str, ...]]:
-        for item in (*self.rules, *self.exclude, *self.share):
-            yield item.scope.within or ()
-        for entry in (*self.exclude, *self.share):
+        entries: tuple[Exclude | Share, ...] = (*self.exclude, *self.share)
+        for scope in (*(rule.scope for rule in self.rules), *(entry.scope for entry in entries)):
+            yield scope.within or ()
+        for entry in entries:
             yield entry.sites or ()
             yield entry.rules or ()
 
