@@ -138,7 +138,7 @@ def test_a_config_names_no_file(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"mine{suffix}"
     path.write_text(RULES)
     with pytest.raises(
-        qs.RuleFileError, match=r"^the rules of the model's quantization_config are '.*' which is no"
+        qs.RuleFileError, match=r"^the rules of the model's quantization_config are '.*', which is no"
     ) as e:
         QDQConfig.from_dict({"quant_method": QUANT_METHOD, "rules": str(path)})
     assert "write one of fuse-qkv, linear-only" in str(e.value)
