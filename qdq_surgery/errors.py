@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "AlreadyConvertedError",
@@ -16,17 +17,51 @@ __all__ = [
     "ReceiptError",
     "RuleFileError",
     "TraceError",
+    "printable",
 ]
+
+#: The longest message; what is longer says little more.
+_MAX_MESSAGE = 20_000
+
+#: The longest part of a message about a rule file.
+_MAX_PART = 600
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with every control, format and other invisible character as an escape, except those in ``keep``.
+
+    Names and texts out of files end in terminals and logs, where a control character moves the cursor, a line break
+    forges a line and a direction mark turns the text around.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 class QdqSurgeryError(Exception):
-    """Base of every error that a user's input can cause."""
+    """Base of every error that a user's input can cause. Its message is printable and of a bounded length."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_shown(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _shown(message: str) -> str:
+    # Texts of ours have lines; whoever quotes a file in one escapes the line breaks of the quotation.
+    return _cut(printable(_cut(message, _MAX_MESSAGE), keep="\n"), _MAX_MESSAGE)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 class RuleFileError(QdqSurgeryError):
     """A rule file that cannot be used.
 
     Attributes:
+        found, fix: As they were given; only in the message are they printable and cut.
         path: The rule file, or ``None`` for a rule set built in Python.
         line, column: 1-based position in that file, or ``None`` where the whole file is meant.
     """
@@ -47,12 +82,20 @@ class RuleFileError(QdqSurgeryError):
             place += f":{line}"
             if column is not None:
                 place += f":{column}"
-        super().__init__(f"{place + ': ' if place else ''}{_short(found)}; {_short(fix)}")
+        super().__init__(f"{printable(place) + ': ' if place else ''}{_part(found)}; {_part(fix)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled by its message alone, which does not make one of these again.
+        return _again, (self.found, self.fix, self.path, self.line, self.column)
 
 
-def _short(text: str) -> str:
-    # What a user wrote may be a megabyte long.
-    return text if len(text) <= 600 else f"{text[:597]}..."
+def _again(found: str, fix: str, path: Path | str | None, line: int | None, column: int | None) -> RuleFileError:
+    return RuleFileError(found, fix, path=path, line=line, column=column)
+
+
+def _part(text: str) -> str:
+    # What a user wrote may be a megabyte long, and it is quoted: a line break in it is not one of ours.
+    return _cut(printable(_cut(text, _MAX_PART)), _MAX_PART)
 
 
 class MatchError(QdqSurgeryError):

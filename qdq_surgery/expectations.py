@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from qdq_surgery.errors import MatchError
+from qdq_surgery.errors import MatchError, printable
 from qdq_surgery.spec import Rule, RuleSet
 from qdq_surgery.survey import Survey, Unit
 
@@ -88,6 +88,6 @@ def check_expectations(
     for index, exclude in enumerate(rules.exclude):
         if index not in tally.excluded:
             raise MatchError(
-                f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing ({exclude.why}); "
-                f"sites are called for example {', '.join(sites[:4]) or 'nothing'}"
+                f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing "
+                f"({printable(exclude.why)}); sites are called for example {', '.join(sites[:4]) or 'nothing'}"
             )

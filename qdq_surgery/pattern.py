@@ -1,6 +1,6 @@
 """Patterns over operators, such as ``add(local=maybe(dropout)(linear(_)), residual)``.
 
-A pattern is a small expression that is read with :func:`ast.parse` and never evaluated:
+A pattern is a small expression that is read and never evaluated:
 
 - ``matmul(a, b)``: the operator, with its tensor operands in order; operands left out at the end may be anything.
 - ``_``: anything.
@@ -15,13 +15,10 @@ pattern names them. ``transpose`` is the matrix transpose: it swaps the last two
 
 from __future__ import annotations
 
-import ast
-import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from qdq_surgery.errors import RuleFileError
+from qdq_surgery.pattern_text import PatternRefusal, Span, scan
 
 __all__ = ["ACTIVATIONS", "COMMUTATIVE", "LAYOUT", "OPERATORS", "Operand", "Pattern", "operator_fits", "parse_pattern"]
 
@@ -67,9 +64,7 @@ class Operand:
     capture: str | None = None
 
     def __str__(self) -> str:
-        if self.pattern is None:
-            return self.capture or "_"
-        return str(self.pattern) if self.capture is None else f"{self.capture}={self.pattern}"
+        return _text([self])
 
 
 @dataclass(frozen=True)
@@ -87,26 +82,44 @@ class Pattern:
 
     def captures(self) -> tuple[str, ...]:
         """Names captured, in the order in which they are written."""
-        return tuple(self._captures())
-
-    def _captures(self) -> Iterator[str]:
-        for operand in self.operands:
+        found: list[str] = []
+        waiting = [*reversed(self.operands)]
+        while waiting:
+            operand = waiting.pop()
             if operand.capture is not None:
-                yield operand.capture
+                found.append(operand.capture)
             if operand.pattern is not None:
-                yield from operand.pattern._captures()
+                waiting += reversed(operand.pattern.operands)
+        return tuple(found)
 
     def __str__(self) -> str:
-        head = ", ".join(self.operators)
-        return f"{f'maybe({head})' if self.optional else head}({', '.join(map(str, self.operands))})"
+        return _text([Operand(self)])
 
 
-class _Refusal(Exception):
-    """What is wrong with a pattern and where; column counts bytes of what Python was given, from 0."""
+def _text(waiting: list[Operand | str]) -> str:
+    """The operands and pieces of text in ``waiting``, one after the other."""
+    found: list[str] = []
+    waiting.reverse()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            found.append(each)
+            continue
+        if each.pattern is None:
+            found.append(each.capture or "_")
+            continue
+        head = ", ".join(each.pattern.operators)
+        name = "" if each.capture is None else f"{each.capture}="
+        found.append(f"{name}maybe({head})(" if each.pattern.optional else f"{name}{head}(")
+        commas = [", "] * (2 * len(each.pattern.operands) - 1)
+        pieces: list[Operand | str] = [*commas]
+        pieces[::2] = each.pattern.operands
+        waiting += reversed([*pieces, ")"])
+    return "".join(found)
 
-    def __init__(self, found: str, fix: str, column: int = 0) -> None:
-        super().__init__(found)
-        self.found, self.fix, self.column = found, fix, column
+
+_EXAMPLE = "write an operator with its operands, for example linear(x, w)"
+_MAYBE = "write maybe(dropout)(x)"
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -117,134 +130,151 @@ def parse_pattern(text: str) -> Pattern:
     """
     try:
         if len(text) > _MAX_TEXT:
-            raise _Refusal(f"the pattern has {len(text)} characters", f"write at most {_MAX_TEXT}")
-        pattern = _read_call(_parse(text))
+            raise PatternRefusal(f"the pattern has {len(text)} characters", f"write at most {_MAX_TEXT}")
+        pattern = _Reader(text).read()
         if pattern.optional:
-            raise _Refusal(
+            raise PatternRefusal(
                 "the outermost operator of a pattern cannot be optional", "name an operator around maybe(...)"
             )
         captures = pattern.captures()
         for name in captures:
             if captures.count(name) > 1:
-                raise _Refusal(f"'{name}' is captured twice", "use each capture name once")
+                raise PatternRefusal(f"'{name}' is captured twice", "use each capture name once")
         return pattern
-    except _Refusal as refusal:
+    except PatternRefusal as refusal:
         raise RuleFileError(
-            f"{refusal.found} in the pattern '{text[:80]}'", refusal.fix, column=_column(text, refusal.column)
+            f"{refusal.found} in the pattern '{text[:80]}'", refusal.fix, column=refusal.column + 1
         ) from None
 
 
-def _parse(text: str) -> ast.expr:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's advice on literals that no pattern has
-            return ast.parse(_as_python(text), mode="eval").body
-    except SyntaxError as error:
-        # A SyntaxError counts characters, a node counts bytes.
-        before = _as_python(text)[: (error.offset or 1) - 1]
-        message = (error.msg or "").replace(":=", "=")
-        raise _Refusal(
-            f"pattern syntax: {message}",
-            "write for example add(local=linear(_), residual)",
-            len(before.encode(errors="surrogatepass")),
-        ) from None
-    except (ValueError, MemoryError, RecursionError) as error:
-        raise _Refusal(f"pattern syntax: {error}", "write for example linear(x, w)") from None
+@dataclass
+class _Call:
+    """An operator whose operands are being read.
 
+    Attributes:
+        start: Where it stands in the text.
+        capture: The name under which it is captured.
+        left: Operands that are not read yet, the next one last.
+    """
 
-def _as_python(text: str) -> str:
-    # In Python a positional argument may not follow a named one, in a pattern it may: ``f(a=x, b)`` is read as
-    # ``f(a:=x, b)``, which is the same tree in the order in which it is written. A pattern is one line.
-    return re.sub(r"[\r\n]", " ", text).replace("=", ":=")
+    operators: tuple[str, ...]
+    optional: bool
+    start: int
+    capture: str | None
+    left: list[Span]
+    operands: list[Operand] = field(default_factory=list)
 
-
-def _column(text: str, offset: int) -> int:
-    """The 1-based column within ``text`` of the byte ``offset`` of what Python was given."""
-    before = _as_python(text).encode(errors="surrogatepass")[:offset].decode(errors="ignore")
-    return len(before) - before.count(":=") + 1
-
-
-def _read_call(node: ast.expr) -> Pattern:
-    if not isinstance(node, ast.Call):
-        raise _Refusal(
-            f"found {_describe(node)} where an operator is wanted",
-            "write an operator with its operands, for example linear(x, w)",
-            node.col_offset,
-        )
-    if isinstance(node.func, ast.Call):
-        return _read_maybe(node)
-    if not isinstance(node.func, ast.Name):
-        raise _Refusal(f"found {_describe(node.func)} as an operator", "write its plain name", node.func.col_offset)
-    if node.func.id == "maybe":
-        raise _Refusal("maybe(...) has no operand", "write maybe(dropout)(x)", node.col_offset)
-    return Pattern((_operator(node.func),), _operands(node))
-
-
-def _read_maybe(node: ast.Call) -> Pattern:
-    maybe = node.func
-    assert isinstance(maybe, ast.Call)
-    if not (isinstance(maybe.func, ast.Name) and maybe.func.id == "maybe"):
-        raise _Refusal("only maybe(...) may be called twice", "write maybe(dropout)(x)", node.col_offset)
-    if maybe.keywords:
-        raise _Refusal("found **", "write operator names", maybe.keywords[0].value.col_offset)
-    if not maybe.args:
-        raise _Refusal("maybe(...) names no operator", "write maybe(dropout)(x)", maybe.col_offset)
-    names = []
-    for argument in maybe.args:
-        if not isinstance(argument, ast.Name):
-            raise _Refusal(
-                f"found {_describe(argument)} inside maybe(...)", "write operator names", argument.col_offset
+    def close(self) -> Operand:
+        if self.optional and len(self.operands) != 1:
+            found = f"maybe(...) takes one operand, found {len(self.operands)}"
+            raise PatternRefusal(found, _MAYBE, self.start)
+        if self.optional and self.operands[0].capture is not None:
+            raise PatternRefusal(
+                "a capture directly inside maybe(...)(...) has no operator of its own when the node is missing",
+                "capture the operand around it: name=maybe(dropout)(_)",
+                self.start,
             )
-        names.append(_operator(argument))
-    operands = _operands(node)
-    if len(operands) != 1:
-        raise _Refusal(
-            f"maybe(...) takes one operand, found {len(operands)}", "write maybe(dropout)(x)", node.col_offset
-        )
-    if operands[0].capture is not None:
-        raise _Refusal(
-            "a capture directly inside maybe(...)(...) has no operator of its own when the node is missing",
-            "capture the operand around it: name=maybe(dropout)(_)",
-            node.col_offset,
-        )
-    return Pattern(tuple(names), operands, optional=True)
+        return Operand(Pattern(self.operators, tuple(self.operands), self.optional), self.capture)
 
 
-def _operands(node: ast.Call) -> tuple[Operand, ...]:
-    if node.keywords:
-        raise _Refusal("found **", "write each operand", node.keywords[0].value.col_offset)
-    return tuple(_operand(argument, None) for argument in node.args)
+class _Reader:
+    """Reads a pattern from its outermost operator inwards, with a list of what is open in place of recursion."""
 
+    def __init__(self, text: str) -> None:
+        self.text = text
 
-def _operand(node: ast.expr, capture: str | None) -> Operand:
-    if isinstance(node, ast.NamedExpr) and capture is None:
-        _check_capture(node.target)
-        return _operand(node.value, node.target.id)
-    if isinstance(node, ast.Name):
-        if node.id == "_":
+    def read(self) -> Pattern:
+        opened = [self._call(_bare(scan(self.text)), None)]
+        while True:
+            if opened[-1].left:
+                made = self._operand(opened[-1].left.pop())
+                if isinstance(made, _Call):
+                    opened.append(made)
+                else:
+                    opened[-1].operands.append(made)
+                continue
+            closed = opened.pop().close()
+            if not opened:
+                assert closed.pattern is not None
+                return closed.pattern
+            opened[-1].operands.append(closed)
+
+    def _operand(self, span: Span) -> Operand | _Call:
+        """An operand that holds no other, or the call that it is."""
+        span, capture = _bare(span), None
+        if len(span) > 2 and span[1].text == "=" and (name := span[0].name()) is not None:
+            _check_capture(name, span[0].start)
+            span, capture = _bare(span.part(2, len(span))), name
+        name = span[0].name() if len(span) == 1 else None
+        if name is None:
+            return self._call(span, capture)
+        if name == "_":
             return Operand(capture=capture)
         if capture is not None:
-            raise _Refusal(f"'{capture}={node.id}' names one operand twice", f"write {capture} alone", node.col_offset)
-        _check_capture(node)
-        return Operand(capture=node.id)
-    return Operand(_read_call(node), capture)
+            raise PatternRefusal(f"'{capture}={name}' names one operand twice", f"write {capture} alone", span[0].start)
+        _check_capture(name, span[0].start)
+        return Operand(capture=name)
+
+    def _call(self, span: Span, capture: str | None) -> _Call:
+        if not span.ends_in_call():
+            raise PatternRefusal(f"found {self._quote(span)} where an operator is wanted", _EXAMPLE, span[0].start)
+        called, start = span.before(), span[0].start
+        if called.ends_in_call():
+            return _Call(self._optional(called), True, start, capture, _operands(span))
+        name = called[0].name() if len(called) == 1 else None
+        if name is None:
+            raise PatternRefusal(f"found {self._quote(called)} as an operator", "write its plain name", start)
+        if name == "maybe":
+            raise PatternRefusal("maybe(...) has no operand", _MAYBE, start)
+        return _Call((_operator(name, start),), False, start, capture, _operands(span))
+
+    def _optional(self, span: Span) -> tuple[str, ...]:
+        """The operators of ``maybe(...)``."""
+        start = span[0].start
+        if len(span.before()) != 1 or span[0].name() != "maybe":
+            raise PatternRefusal("only maybe(...) may be called twice", _MAYBE, start)
+        pieces = _without_double_star(span.inside().pieces(), "write operator names")
+        if not pieces:
+            raise PatternRefusal("maybe(...) names no operator", _MAYBE, start)
+        return tuple(self._optional_operator(_bare(piece)) for piece in pieces)
+
+    def _optional_operator(self, span: Span) -> str:
+        name = span[0].name() if len(span) == 1 else None
+        if name is None:
+            raise PatternRefusal(f"found {self._quote(span)} inside maybe(...)", "write operator names", span[0].start)
+        return _operator(name, span[0].start)
+
+    def _quote(self, span: Span) -> str:
+        text = self.text[span[0].start : span[-1].end]
+        # The pattern itself is quoted beside it: more than some words of it is no help.
+        return f"'{text if len(text) <= 40 else text[:37] + '...' if len(text) <= 200 else '...'}'"
 
 
-def _check_capture(node: ast.Name) -> None:
-    if node.id in OPERATORS or node.id in ("maybe", "_"):
-        what = "'_' is no name" if node.id == "_" else f"'{node.id}' is an operator, here used as a capture"
-        raise _Refusal(what, "write another name, or the operator with its operands", node.col_offset)
+def _bare(span: Span) -> Span:
+    """``span`` without the brackets around it."""
+    while span.is_bracketed():
+        span = span.part(1, len(span) - 1)
+    return span
 
 
-def _operator(node: ast.Name) -> str:
-    if node.id not in OPERATORS:
-        raise _Refusal(f"unknown operator '{node.id}'", f"known: {', '.join(sorted(OPERATORS))}", node.col_offset)
-    return node.id
+def _operands(span: Span) -> list[Span]:
+    return _without_double_star(span.inside().pieces(), "write each operand")[::-1]
 
 
-def _describe(node: ast.expr) -> str:
-    try:
-        text = ast.unparse(node).replace(":=", "=")
-    except (RecursionError, ValueError):
-        text = "..."
-    return f"'{text if len(text) <= 40 else text[:37] + '...'}'"
+def _without_double_star(pieces: list[Span], fix: str) -> list[Span]:
+    for piece in pieces:
+        if piece[0].text == "**":
+            raise PatternRefusal("found **", fix, piece[1].start if len(piece) > 1 else piece[0].end)
+    return pieces
+
+
+def _check_capture(name: str, start: int) -> None:
+    if name in OPERATORS or name in ("maybe", "_"):
+        what = "'_' is no name" if name == "_" else f"'{name}' is an operator, here used as a capture"
+        raise PatternRefusal(what, "write another name, or the operator with its operands", start)
+
+
+def _operator(name: str, start: int) -> str:
+    if name not in OPERATORS:
+        raise PatternRefusal(f"unknown operator '{name}'", f"known: {', '.join(sorted(OPERATORS))}", start)
+    return name

@@ -1,15 +1,19 @@
 """A rule set as plain data and back: how a saved model carries its rules, whatever files they came from.
 
-The keys are those of a rule file, but what the files extend is merged in.
+The keys are those of a rule file, but what the files extend is merged in. Whoever wrote the model wrote this: that each
+value has its type is checked here, the rest by the classes of :mod:`~qdq_surgery.spec`, as of what stands in a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from qdq_surgery.errors import RuleFileError
+from qdq_surgery.limits import MAX_LIST
 from qdq_surgery.pattern import parse_pattern
 from qdq_surgery.rule_file import SCHEMA
 from qdq_surgery.spec import (
@@ -29,7 +33,12 @@ from qdq_surgery.spec import (
 
 __all__ = ["rules_from_data", "rules_to_data"]
 
+_T = TypeVar("_T")
+
 _Form = dict[str, tuple[type, ...]]
+
+#: No number of a rule set is larger; whatever prints or compares them need not fear a number of a megabyte.
+_MAX_INTEGER = 10**39
 
 _TEXT, _TEXTS, _FLAG, _MAPPING, _LIST = (str,), (list,), (bool,), (dict,), (list,)
 _SCOPE: _Form = {"within": _TEXTS, "layers": (str, list)}
@@ -113,76 +122,139 @@ def rules_from_data(data: Mapping[str, Any]) -> RuleSet:
     """What :func:`rules_to_data` gave.
 
     Raises:
-        RuleFileError: It is of another schema, or no valid rule set.
+        RuleFileError: It is of another schema, or no valid rule set; names the place, such as
+            ``rules[3].quantize[0].as``.
     """
     if not isinstance(data, Mapping):
         raise RuleFileError(f"found a {type(data).__name__} in place of the stored rules", _REMEDY)
-    if data.get("schema") != SCHEMA:
-        raise RuleFileError(f"the stored rules have schema {data.get('schema')!r}", f"this release reads {SCHEMA}")
-    try:
-        data = _checked(data, "rules")
-        return RuleSet(
-            name=data["name"],
-            why=data["why"],
-            specs={name: None if spec == DEFAULT_SPEC else _spec_of(spec) for name, spec in data["specs"].items()},
-            rules=tuple(_rule_of(_checked(rule, "rule")) for rule in data["rules"]),
-            exclude=tuple(
-                Exclude(e["why"], _scope_of(e), _tuple(e.get("sites")), _tuple(e.get("rules")), e["source"])
-                for e in (_checked(each, "exclusion") for each in data.get("exclude", ()))
-            ),
+    schema = data.get("schema")
+    if type(schema) is not int or schema != SCHEMA:
+        raise RuleFileError(f"the stored rules have schema {_quote(schema)}", f"this release reads {SCHEMA}")
+    top = _Part(data, "rules", "")
+    specs = {name: _spec_of(top.named("specs", name)) for name in top.names("specs")}
+    parts: dict[str, Any] = {
+        "rules": tuple(map(_rule_of, top.parts("rules", "rule", needed=True))),
+        "exclude": tuple(map(_exclude_of, top.parts("exclude", "exclusion"))),
+        "share": tuple(map(_share_of, top.parts("share", "share"))),
+    }
+    calibration = top.part("calibration", "calibration")
+    return _made(
+        "",
+        lambda: RuleSet(
+            name=top.needed("name"),
+            why=top.needed("why"),
+            specs=specs,
             extends=data.get("extends"),
-            share=tuple(
-                Share(
-                    e["why"],
-                    _scope_of(e),
-                    _tuple(e.get("sites")),
-                    _tuple(e.get("rules")),
-                    _tuple(e.get("captures")),
-                    e["optional"],
-                    e["source"],
-                )
-                for e in (_checked(each, "share") for each in data.get("share", ()))
-            ),
-            calibration=CalibrationOptions(**_checked(data.get("calibration", {}), "calibration")),
-        )
-    except RuleFileError:
-        raise
-    except KeyError as error:
-        _refuse(f"the stored rules lack the key {error}", error)
-    except (TypeError, ValueError, AttributeError) as error:
-        _refuse(f"the stored rules are damaged ({error})", error)
+            calibration=CalibrationOptions(**calibration.data),
+            **parts,
+        ),
+    )
 
 
-def _refuse(found: str, cause: Exception) -> NoReturn:
-    raise RuleFileError(found, _REMEDY) from cause
-
-
-def _checked(data: Any, what: str) -> Mapping[str, Any]:
-    """``data``, which has the form of ``what``.
+class _Part:
+    """A mapping of the stored rules that has the form of ``what``, and the place where it stands.
 
     Raises:
-        RuleFileError: It has not.
+        RuleFileError: It has another form.
     """
-    if not isinstance(data, Mapping):
-        raise RuleFileError(f"found a {type(data).__name__} in place of a stored {what}", _REMEDY)
-    form = _FORMS[what]
-    for key, value in data.items():
-        if key not in form:
-            raise RuleFileError(f"a stored {what} has the unknown key '{key}'", f"known: {', '.join(form)}")
-        if type(value) not in form[key]:
-            raise RuleFileError(f"'{key}' of a stored {what} is the {type(value).__name__} {value!r}", _REMEDY)
-        if form[key] is _TEXTS and not all(isinstance(text, str) for text in value):
-            raise RuleFileError(f"'{key}' of a stored {what} is no list of texts: {value!r}", _REMEDY)
-    return data
+
+    def __init__(self, data: Any, what: str, place: str) -> None:
+        if not isinstance(data, Mapping):
+            _refuse(place, f"found a {type(data).__name__} in place of a stored {what}")
+        self.data: Mapping[str, Any] = data
+        self.what, self.place = what, place
+        form = _FORMS[what]
+        for key, value in data.items():
+            if key not in form:
+                known = f"known: {', '.join(form)}"
+                raise RuleFileError(f"{_before(place)}a stored {what} has the unknown key '{_key(key)}'", known)
+            if type(value) not in form[key]:
+                self.refuse(key, f"is the {type(value).__name__} {_quote(value)}")
+            self._check_size(key, value)
+            if form[key] is _TEXTS and not all(isinstance(text, str) for text in value):
+                self.refuse(key, f"is no list of texts: {_quote(value)}")
+
+    def _check_size(self, key: str, value: Any) -> None:
+        if type(value) is int and abs(value) > _MAX_INTEGER:
+            self.refuse(key, "is a number that is too large")
+        if isinstance(value, (list, dict)) and len(value) > MAX_LIST:
+            self.refuse(key, f"has {len(value)} entries, more than {MAX_LIST}")
+
+    def at(self, key: str) -> str:
+        """The place of what ``key`` holds."""
+        return f"{self.place}.{key}" if self.place else key
+
+    def refuse(self, key: str, found: str) -> NoReturn:
+        _refuse(self.at(key), f"'{key}' of a stored {self.what} {found}")
+
+    def needed(self, key: str) -> Any:
+        if key not in self.data:
+            _refuse(self.place, f"the stored rules lack the key '{key}'")
+        return self.data[key]
+
+    def part(self, key: str, what: str, needed: bool = False) -> _Part:
+        return _Part(self.needed(key) if needed else self.data.get(key, {}), what, self.at(key))
+
+    def parts(self, key: str, what: str, needed: bool = False) -> list[_Part]:
+        items = self.needed(key) if needed else self.data.get(key, [])
+        return [_Part(item, what, f"{self.at(key)}[{index}]") for index, item in enumerate(items)]
+
+    def names(self, key: str) -> list[str]:
+        """The keys of a mapping with names of its own."""
+        names = [*(self.needed(key) if key == "specs" else self.data.get(key, {}))]
+        for name in names:
+            if type(name) is not str:
+                self.refuse(key, f"has a key that is the {type(name).__name__} {_quote(name)}")
+        return names
+
+    def named(self, key: str, name: str) -> tuple[Any, str]:
+        """What a mapping holds under a name of its own, and its place."""
+        return self.data[key][name], f"{self.at(key)}.{_key(name)}"
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        return None if key not in self.data else tuple(self.data[key])
+
+
+def _made(place: str, make: Callable[[], _T]) -> _T:
+    """What ``make`` builds, with ``place`` in its error."""
+    try:
+        return make()
+    except RuleFileError as error:
+        raise RuleFileError(f"{_before(place)}{error.found}", error.fix) from None
+
+
+def _refuse(place: str, found: str) -> NoReturn:
+    raise RuleFileError(f"{_before(place)}{found}", _REMEDY)
+
+
+def _before(place: str) -> str:
+    return f"{place}: " if place else ""
+
+
+def _key(key: Any) -> str:
+    return key[:60] if isinstance(key, str) else _quote(key)
+
+
+def _quote(value: Any) -> str:
+    """``value`` in short, however long or deep it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "..."
 
 
 def _spec(spec: QuantSpec) -> dict[str, Any]:
     return {**asdict(spec), "calibrator": {k: v for k, v in asdict(spec.calibrator).items() if v is not None}}
 
 
-def _spec_of(data: Any) -> QuantSpec:
-    spec = _checked(data, "spec")
-    return QuantSpec(**{**spec, "calibrator": CalibratorSpec(**_checked(spec["calibrator"], "calibrator"))})
+def _spec_of(given: tuple[Any, str]) -> QuantSpec | None:
+    data, place = given
+    if isinstance(data, str) and data == DEFAULT_SPEC:
+        return None
+    spec = _Part(data, "spec", place)
+    options = spec.part("calibrator", "calibrator", needed=True)
+    calibrator = _made(options.place, lambda: CalibratorSpec(**options.data))
+    return _made(place, lambda: QuantSpec(**{**spec.data, "calibrator": calibrator}))
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
@@ -211,24 +283,37 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return data
 
 
-def _rule_of(data: Mapping[str, Any]) -> Rule:
-    expect = _checked(data.get("expect", {}), "expectation")
-    places = [_checked(place, "place") for place in data["quantize"]]
-    match = _checked(data["match"], "match")
-    return Rule(
-        name=data["name"],
-        why=data["why"],
-        pattern=parse_pattern(match["pattern"]),
-        quantize={place["operand"]: Place(place["spec"], place.get("as")) for place in places},
-        scope=_scope_of(match),
-        expect=Expect(
-            per_layer=_count_of(expect["per_layer"]) if "per_layer" in expect else None,
-            total=_count_of(expect["total"]) if "total" in expect else None,
-            model_types={name: _count_of(each) for name, each in expect.get("model_types", {}).items()},
+def _rule_of(part: _Part) -> Rule:
+    expect, match = part.part("expect", "expectation"), part.part("match", "match", needed=True)
+    pattern = _made(match.at("pattern"), lambda: parse_pattern(match.needed("pattern")))
+    counts = {key: _count_of(expect.data[key], expect.at(key)) for key in ("per_layer", "total") if key in expect.data}
+    by_type = {name: _count_of(*expect.named("model_types", name)) for name in expect.names("model_types")}
+    scope, quantize = _scope_of(match), _quantize_of(part)
+    return _made(
+        part.place,
+        lambda: Rule(
+            name=part.needed("name"),
+            why=part.needed("why"),
+            pattern=pattern,
+            quantize=quantize,
+            scope=scope,
+            expect=_made(expect.place, lambda: Expect(**counts, model_types=by_type)),
+            optional=part.data.get("optional", False),
+            source=part.needed("source"),
         ),
-        optional=data.get("optional", False),
-        source=data["source"],
     )
+
+
+def _quantize_of(part: _Part) -> dict[str, Place]:
+    found: dict[str, Place] = {}
+    for place in part.parts("quantize", "place", needed=True):
+        operand = place.needed("operand")
+        if operand in found:
+            _refuse(place.at("operand"), f"'{_key(operand)}' is quantized twice")
+        name = place.data.get("as")
+        where = place.place if name is None else place.at("as")
+        found[operand] = _made(where, partial(Place, place.needed("spec"), name))
+    return found
 
 
 def _count(count: Count) -> int | list[int] | dict[str, int]:
@@ -240,14 +325,16 @@ def _count(count: Count) -> int | list[int] | dict[str, int]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-def _count_of(data: int | list[int] | Mapping[str, int]) -> Count:
+def _count_of(data: Any, place: str) -> Count:
     if isinstance(data, Mapping):
-        limits = _checked(data, "count")
-        return Count(minimum=limits.get("min"), maximum=limits.get("max"))
-    numbers = [data] if isinstance(data, int) else list(data)
+        limits = _Part(data, "count", place).data
+        return _made(place, lambda: Count(minimum=limits.get("min"), maximum=limits.get("max")))
+    numbers = data if isinstance(data, list) else [data]
     if not all(type(number) is int for number in numbers):
-        raise RuleFileError(f"a stored count is no number: {data!r}", _REMEDY)
-    return Count(tuple(numbers))
+        _refuse(place, f"a stored count is no number: {_quote(data)}")
+    if not all(abs(number) <= _MAX_INTEGER for number in numbers):
+        _refuse(place, "a stored count is too large")
+    return _made(place, lambda: Count(tuple(numbers)))
 
 
 def _entry(entry: Exclude | Share, *names: str) -> dict[str, Any]:
@@ -264,10 +351,36 @@ def _scope(scope: Scope) -> dict[str, Any]:
     return data
 
 
-def _scope_of(data: Mapping[str, Any]) -> Scope:
-    layers = data.get("layers")
-    return Scope(_tuple(data.get("within")), layers if layers is None or isinstance(layers, str) else tuple(layers))
+def _scope_of(part: _Part) -> Scope:
+    layers = part.data.get("layers")
+    if isinstance(layers, list):
+        if not all(type(layer) is int and abs(layer) <= _MAX_INTEGER for layer in layers):
+            _refuse(part.at("layers"), f"the stored rules are damaged: no list of layers: {_quote(layers)}")
+        layers = tuple(layers)
+    return _made(part.place, lambda: Scope(part.texts("within"), layers))
 
 
-def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
-    return None if values is None else tuple(values)
+def _exclude_of(part: _Part) -> Exclude:
+    scope = _scope_of(part)
+    return _made(
+        part.place,
+        lambda: Exclude(
+            part.needed("why"), scope, part.texts("sites"), part.texts("rules"), source=part.needed("source")
+        ),
+    )
+
+
+def _share_of(part: _Part) -> Share:
+    scope = _scope_of(part)
+    return _made(
+        part.place,
+        lambda: Share(
+            part.needed("why"),
+            scope,
+            part.texts("sites"),
+            part.texts("rules"),
+            part.texts("captures"),
+            optional=part.needed("optional"),
+            source=part.needed("source"),
+        ),
+    )

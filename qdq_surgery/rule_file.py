@@ -1,7 +1,6 @@
-"""YAML -> :class:`RuleSet`, with the file, line and column in every error. The only file that knows YAML.
+"""Rule file -> :class:`RuleSet`, with the file, line and column in every error.
 
-A rule file is data: tags, anchors and aliases are refused, nothing is evaluated or imported, and a scalar is what it
-looks like (``no`` is not silently ``False``).
+A rule file is data: nothing is evaluated or imported. How its text becomes a tree is in :mod:`~qdq_surgery.rule_yaml`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from qdq_surgery.errors import RuleFileError
+from qdq_surgery.errors import RuleFileError, printable
+from qdq_surgery.limits import MAX_ENTRIES, MAX_LIST, MAX_RULES, hidden_character
 from qdq_surgery.pattern import Pattern, parse_pattern
+from qdq_surgery.rule_yaml import TAG, Budget, compose, cut, kind_of, read_text
 from qdq_surgery.spec import (
     DEFAULT_SPEC,
     CalibrationOptions,
@@ -36,10 +37,8 @@ __all__ = ["SCHEMA", "load_rules", "shipped_rules"]
 #: The version of the file format that this release reads.
 SCHEMA = 1
 
-_MAX_BYTES = 1 << 20
-_MAX_DEPTH = 16
 _MAX_CHAIN = 16
-_TAG = "tag:yaml.org,2002:"
+_SUFFIXES = (".yaml", ".yml")
 _SECTIONS = ("why", "extends", "specs", "exclude", "share", "calibration")
 
 _T = TypeVar("_T")
@@ -64,7 +63,7 @@ def load_rules(rules: str | Path | RuleSet) -> RuleSet:
     """
     if isinstance(rules, RuleSet):
         return rules
-    return _load(_find(rules, None, "rules"), ())
+    return _load(_find(rules, None, "rules"), (), Budget())
 
 
 def _find(rules: str | Path, beside: Path | None, what: str) -> Path:
@@ -80,84 +79,24 @@ def _find(rules: str | Path, beside: Path | None, what: str) -> Path:
         found = False
     if not found:
         raise RuleFileError(
-            f"{what}: '{_cut(str(rules), 200)}' is neither a shipped rule set nor a file",
+            f"{what}: '{cut(str(rules), 200)}' is neither a shipped rule set nor a file",
             f"shipped: {', '.join(shipped) or 'none'}; or give the path of a YAML file",
         )
     return path
 
 
-def _load(path: Path, chain: tuple[Path, ...]) -> RuleSet:
+def _load(path: Path, chain: tuple[Path, ...], budget: Budget) -> RuleSet:
     path = path.resolve()
-    text = _read_text(path)
-    root = _compose(path, text)
-    return _File(path, text, (*chain, path)).rule_set(root)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise RuleFileError(f"the file has {size} bytes", f"a rule file has at most {_MAX_BYTES}", path=path)
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RuleFileError(
-            f"cannot be read: {error.strerror}", "check the path and its permissions", path=path
-        ) from None
-    except UnicodeDecodeError as error:
-        raise RuleFileError(f"not UTF-8 at byte {error.start}", "save the file as UTF-8", path=path) from None
-
-
-def _compose(path: Path, text: str) -> yaml.MappingNode:
-    def refuse(found: str, fix: str, mark: Any) -> NoReturn:
-        raise RuleFileError(
-            found, fix, path=path, line=mark.line + 1 if mark else None, column=mark.column + 1 if mark else None
-        )
-
-    depth = 0
-    try:
-        # The event stream is read before any tree is built: depth and aliases cost nothing there.
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-                refuse("found an anchor or alias", "write the value out", event.start_mark)
-            tag = getattr(event, "tag", None)
-            if tag is not None:
-                refuse(f"found the YAML tag '{tag}'", "rule files are plain data: remove the tag", event.start_mark)
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                refuse(f"nested deeper than {_MAX_DEPTH} levels", "a rule file needs five", event.start_mark)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        if "another document" in (error.problem or ""):
-            refuse("found a second document", "a rule file is one document: remove '---'", error.problem_mark)
-        refuse(f"not YAML: {error.problem}", "check the indentation and the brackets", error.problem_mark)
-    except yaml.reader.ReaderError as error:
-        refuse(f"not YAML: {error.reason}", "remove the character", None)
-    except (ValueError, OverflowError) as error:
-        refuse(f"not YAML: {_cut(str(error))}", "remove the escape or the directive", None)
-    if root is None:
-        refuse("the file is empty", "write at least schema, name and rules", None)
-    if not isinstance(root, yaml.MappingNode):
-        refuse(f"found {_kind(root)} at the top", "write keys: schema, name, why, specs, rules", root.start_mark)
-    return root
-
-
-def _kind(node: yaml.Node) -> str:
-    if isinstance(node, yaml.MappingNode):
-        return "a mapping"
-    if isinstance(node, yaml.SequenceNode):
-        return "a list"
-    return f"'{_cut(node.value)}' ({node.tag.removeprefix(_TAG)})"
-
-
-def _cut(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
+    text = read_text(path, budget)
+    root = compose(path, text, budget)
+    return _File(path, text, (*chain, path), budget).rule_set(root)
 
 
 class _File:
     """One file being read: knows where it is, so that every error can say it."""
 
-    def __init__(self, path: Path, text: str, chain: tuple[Path, ...]) -> None:
-        self.path, self.text, self.chain = path, text, chain
+    def __init__(self, path: Path, text: str, chain: tuple[Path, ...], budget: Budget) -> None:
+        self.path, self.text, self.chain, self.budget = path, text, chain, budget
 
     # -- the grammar, top down ---------------------------------------------------------------------------------
 
@@ -175,11 +114,21 @@ class _File:
         specs = dict(base.specs) if base else {}
         if "specs" in keys:
             specs.update(self.mapping(keys["specs"], "specs", self.spec))
-        rules = tuple(self.rule(node) for node in self.sequence(keys["rules"], "rules")) if "rules" in keys else ()
-        exclude = (
-            tuple(self.exclude(node) for node in self.sequence(keys["exclude"], "exclude")) if "exclude" in keys else ()
+        rules = (
+            tuple(self.rule(node) for node in self.sequence(keys["rules"], "rules", MAX_RULES))
+            if "rules" in keys
+            else ()
         )
-        share = tuple(self.share(node) for node in self.sequence(keys["share"], "share")) if "share" in keys else ()
+        exclude = (
+            tuple(self.exclude(node) for node in self.sequence(keys["exclude"], "exclude", MAX_ENTRIES))
+            if "exclude" in keys
+            else ()
+        )
+        share = (
+            tuple(self.share(node) for node in self.sequence(keys["share"], "share", MAX_ENTRIES))
+            if "share" in keys
+            else ()
+        )
         calibration = base.calibration if base else CalibrationOptions()
         if "calibration" in keys:
             calibration = self.calibration(keys["calibration"], calibration)
@@ -207,6 +156,13 @@ class _File:
 
     def base(self, node: yaml.Node) -> RuleSet:
         name = self.string(node, "extends")
+        if name not in shipped_rules() and not name.endswith(_SUFFIXES):
+            # A rule file of a stranger must not name any file there is, of which the errors would then tell.
+            self.refuse(
+                f"extends: '{cut(name, 200)}' is neither a shipped rule set nor a file",
+                f"shipped: {', '.join(shipped_rules()) or 'none'}; or give the path of a .yaml file",
+                node,
+            )
         try:
             path = _find(name, self.path, "extends").resolve()
         except RuleFileError as error:
@@ -216,7 +172,7 @@ class _File:
             self.refuse(f"circular extends: {circle}", "let one of them stand on its own", node)
         if len(self.chain) >= _MAX_CHAIN:
             self.refuse(f"a chain of more than {_MAX_CHAIN} files", "extend a file that stands on its own", node)
-        return _load(path, self.chain)
+        return _load(path, self.chain, self.budget)
 
     def spec(self, node: yaml.Node, where: str) -> QuantSpec | None:
         if isinstance(node, yaml.ScalarNode) and node.value == DEFAULT_SPEC:
@@ -285,7 +241,7 @@ class _File:
                 scope=self.scope(match),
                 expect=self.expect(keys["expect"]) if "expect" in keys else Expect(),
                 optional=self.boolean(keys["optional"], "optional") if "optional" in keys else False,
-                source=f"{self.path.name}:{node.start_mark.line + 1}",
+                source=self.source(node),
             ),
         )
 
@@ -297,12 +253,12 @@ class _File:
         return self.checked(node, lambda: Place(spec, self.string(keys["as"], "as") if "as" in keys else None))
 
     def pattern(self, node: yaml.Node) -> Pattern:
-        text = self.string(node, "pattern")
+        text = self.text_of(node, "pattern")  # its own reader says where a hidden character stands
+        assert isinstance(node, yaml.ScalarNode)
         try:
             return parse_pattern(text)
         except RuleFileError as error:
             # Columns map one to one where the text stands in the file as it is: on one line, without escapes.
-            assert isinstance(node, yaml.ScalarNode)
             start, end = node.start_mark, node.end_mark
             quotes = 2 if node.style in ("'", '"') else 0
             as_it_is = start.line == end.line and end.column - start.column == len(text) + quotes
@@ -373,7 +329,7 @@ class _File:
         return {
             "why": self.string(keys["why"], "why"),
             "scope": self.scope(keys),
-            "source": f"{self.path.name}:{node.start_mark.line + 1}",
+            "source": self.source(node),
             **{key: self.strings(keys[key], key) for key in globs if key in keys},
             **{key: self.boolean(keys[key], key) for key in flags if key in keys},
         }
@@ -391,7 +347,9 @@ class _File:
         """The values of a mapping, by key; keys outside ``wanted`` and ``optional`` and repeated keys are refused."""
         if not isinstance(node, yaml.MappingNode):
             also = f", or one of: {', '.join(words)}" if words else ""
-            self.refuse(f"{where} is {_kind(node)}", f"write keys: {', '.join(sorted(wanted | optional))}{also}", node)
+            self.refuse(
+                f"{where} is {kind_of(node)}", f"write keys: {', '.join(sorted(wanted | optional))}{also}", node
+            )
         for name, key in self.key_nodes(node).items():
             if name not in wanted | optional:
                 self.refuse(f"unknown key '{name}' in {where}", f"known: {', '.join(sorted(wanted | optional))}", key)
@@ -402,9 +360,10 @@ class _File:
         found: dict[str, yaml.Node] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self.refuse(f"a key is {_kind(key)}", "write a plain word", key)
+                self.refuse(f"a key is {kind_of(key)}", "write a plain word", key)
             if any("\ud800" <= letter <= "\udfff" for letter in key.value):
                 self.refuse("a key has half a character (a surrogate)", "remove the escape", key)
+            self.check_shown(key.value, "a key", key)
             if key.value in found:
                 line = found[key.value].start_mark.line + 1
                 self.refuse(f"the key '{key.value}' stands twice (first in line {line})", "remove one", key)
@@ -413,13 +372,17 @@ class _File:
 
     def mapping(self, node: yaml.Node, where: str, read: Callable[[yaml.Node, str], _T]) -> dict[str, _T]:
         if not isinstance(node, yaml.MappingNode):
-            self.refuse(f"{where} is {_kind(node)}", "write keys and values", node)
+            self.refuse(f"{where} is {kind_of(node)}", "write keys and values", node)
+        if len(node.value) > MAX_LIST:
+            self.refuse(f"{where} has {len(node.value)} keys", f"write at most {MAX_LIST}", node.value[MAX_LIST][0])
         self.key_nodes(node)
         return {key.value: read(value, f"{where}.{key.value}") for key, value in node.value}
 
-    def sequence(self, node: yaml.Node, where: str) -> list[yaml.Node]:
+    def sequence(self, node: yaml.Node, where: str, most: int = MAX_LIST) -> list[yaml.Node]:
         if not isinstance(node, yaml.SequenceNode):
-            self.refuse(f"{where} is {_kind(node)}", "write a list", node)
+            self.refuse(f"{where} is {kind_of(node)}", "write a list", node)
+        if len(node.value) > most:
+            self.refuse(f"{where} has {len(node.value)} entries", f"write at most {most}", node.value[most])
         return list(node.value)
 
     def strings(self, node: yaml.Node, where: str) -> tuple[str, ...]:
@@ -428,38 +391,52 @@ class _File:
         return tuple(self.string(item, where) for item in self.sequence(node, where))
 
     def string(self, node: yaml.Node, where: str) -> str:
-        if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "str" or not node.value.strip():
+        text = self.text_of(node, where)
+        self.check_shown(text, where, node)
+        return text
+
+    def text_of(self, node: yaml.Node, where: str) -> str:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != TAG + "str" or not node.value.strip():
             self.refuse(
-                f"{where} is {_kind(node)}, not a text", "write a word, in quotes if it looks like a number", node
+                f"{where} is {kind_of(node)}, not a text", "write a word, in quotes if it looks like a number", node
             )
         if any("\ud800" <= letter <= "\udfff" for letter in node.value):
             self.refuse(f"{where} has half a character (a surrogate)", "remove the escape", node)
         return str(node.value)
 
     def integer(self, node: yaml.Node, where: str) -> int:
-        if not isinstance(node, yaml.ScalarNode) or node.tag != _TAG + "int":
-            self.refuse(f"{where} is {_kind(node)}, not a whole number", "write for example 8", node)
+        if not isinstance(node, yaml.ScalarNode) or node.tag != TAG + "int":
+            self.refuse(f"{where} is {kind_of(node)}, not a whole number", "write for example 8", node)
         # YAML 1.1 also reads 0x10, 1_000 and 1:30 as integers.
         if not re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,8})", node.value):
-            self.refuse(f"{where} is '{_cut(node.value)}', not a decimal whole number", "write for example 8", node)
+            self.refuse(f"{where} is '{cut(node.value)}', not a decimal whole number", "write for example 8", node)
         return int(node.value)
 
     def integer_or_null(self, node: yaml.Node, where: str) -> int | None:
-        if isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null" and node.value == "null":
+        if isinstance(node, yaml.ScalarNode) and node.tag == TAG + "null" and node.value == "null":
             return None
         return self.integer(node, where)
 
     def number(self, node: yaml.Node, where: str) -> float:
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in (_TAG + "int", _TAG + "float"):
-            self.refuse(f"{where} is {_kind(node)}, not a number", "write for example 99.99", node)
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in (TAG + "int", TAG + "float"):
+            self.refuse(f"{where} is {kind_of(node)}, not a number", "write for example 99.99", node)
         if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?", node.value, re.IGNORECASE):
-            self.refuse(f"{where} is '{_cut(node.value)}', not a decimal number", "write for example 99.99", node)
+            self.refuse(f"{where} is '{cut(node.value)}', not a decimal number", "write for example 99.99", node)
         return float(node.value)
 
     def boolean(self, node: yaml.Node, where: str) -> bool:
         if not isinstance(node, yaml.ScalarNode) or node.value not in ("true", "false") or node.style is not None:
-            self.refuse(f"{where} is {_kind(node)}", "write true or false", node)
+            self.refuse(f"{where} is {kind_of(node)}", "write true or false", node)
         return bool(node.value == "true")
+
+    def check_shown(self, text: str, where: str, node: yaml.Node) -> None:
+        """Refuse hidden characters; only a ``why`` may have lines."""
+        hidden = hidden_character(text, keep="\n" if where == "why" else "")
+        if hidden is not None:
+            self.refuse(f"{where} has the hidden character U+{ord(hidden):04X}", "remove it", node)
+
+    def source(self, node: yaml.Node) -> str:
+        return f"{printable(self.path.name)}:{node.start_mark.line + 1}"
 
     # -- errors ------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from qdq_surgery.errors import RuleFileError
+from qdq_surgery.errors import RuleFileError, printable
+from qdq_surgery.limits import (
+    MAX_COUNT,
+    MAX_ENTRIES,
+    MAX_LAYER,
+    MAX_LIST,
+    MAX_RULES,
+    MAX_SPECS,
+    MAX_WILDCARDS,
+    check_globs,
+    check_name,
+    check_size,
+    check_text,
+    glob_fits,
+    is_wildcard,
+)
 from qdq_surgery.pattern import Pattern
 
 __all__ = [
@@ -36,11 +50,16 @@ CALIBRATORS = ("max", "histogram", "percentile", "entropy", "mse", "best")
 DEFAULT_SPEC = "default"
 
 _QUANTIZER_NAME = re.compile(r"[a-z][a-z0-9_]*_quantizer")
+_SOURCE = re.compile(r"(.+:[0-9]{1,9})?")
+
+#: What ``max_amax`` may be. A range up to 2^-24 counts as 0, so that a limit there would set everything to 0; from
+#: 2^-23 to 2^126 both the steps of a grid of 16 bits and their reciprocals are normal numbers in float32.
+_MAX_AMAX = 2.0**-23, 2.0**126
 
 
 def is_quantizer_name(name: str) -> bool:
     """Whether ``name`` can be a quantizer's attribute name: ``matmul_q_input_quantizer`` and the like."""
-    return _QUANTIZER_NAME.fullmatch(name) is not None
+    return len(name) <= 128 and _QUANTIZER_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,12 @@ class QuantSpec:
             )
         if self.max_amax is not None and not 0 < self.max_amax < float("inf"):
             raise RuleFileError(f"max_amax {self.max_amax} is no range", "write a number above 0, for example 10")
+        if self.max_amax is not None and not _MAX_AMAX[0] <= self.max_amax <= _MAX_AMAX[1]:
+            raise RuleFileError(
+                f"max_amax {self.max_amax:g} is outside {_MAX_AMAX[0]:.3g} to {_MAX_AMAX[1]:.3g}, where float32 has "
+                "steps for a grid",
+                "write for example 10",
+            )
         if self.unsigned and self.narrow_range:
             raise RuleFileError("narrow_range drops the lowest signed integer, but the grid is unsigned", "remove one")
 
@@ -138,10 +163,12 @@ class Place:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_name(self.spec, "the name of a spec")
         if self.name is not None and not is_quantizer_name(self.name):
             raise RuleFileError(
                 f"'{self.name}' is no quantizer name",
-                "write small letters, digits and _, ending in _quantizer, for example matmul_q_input_quantizer",
+                "write small letters, digits and _, at most 128, ending in _quantizer, for example "
+                "matmul_q_input_quantizer",
             )
 
 
@@ -160,12 +187,16 @@ class Scope:
     def __post_init__(self) -> None:
         if self.within is not None and not self.within:
             raise RuleFileError("within names no module", "write a glob such as '*.attention.*', or leave it out")
+        check_globs(self.within or (), "within")
+        if isinstance(self.layers, str) and self.layers != "all":
+            raise RuleFileError(f"layers is '{self.layers}'", "write all, 0 or [0, 1]")
         if isinstance(self.layers, tuple):
             if not self.layers:
                 raise RuleFileError("layers names no layer", "write all, 0 or [0, 1]")
+            check_size(len(self.layers), "layers", "entries", MAX_LIST)
             for layer in self.layers:
-                if layer < 0:
-                    raise RuleFileError(f"layer {layer} does not exist", "layers count from 0")
+                if not 0 <= layer <= MAX_LAYER:
+                    raise RuleFileError(f"layer {layer} does not exist", f"layers count from 0, up to {MAX_LAYER}")
 
     def holds(self, path: str, layer: int | None) -> bool:
         """Whether the module at ``path``, in encoder layer ``layer`` (or in none), is meant."""
@@ -174,7 +205,7 @@ class Scope:
                 return False
             if self.layers != "all" and layer not in self.layers:
                 return False
-        return self.within is None or any(fnmatchcase(path, glob) for glob in self.within)
+        return self.within is None or glob_fits(self.within, path)
 
     def __str__(self) -> str:
         parts = [] if self.within is None else [f"within {', '.join(self.within)}"]
@@ -198,6 +229,9 @@ class Count:
             raise RuleFileError("a count allows no number", "write for example 6, [6, 10] or {min: 1}")
         if min(numbers) < 0:
             raise RuleFileError(f"a count of {min(numbers)} cannot be", "write 0 or more")
+        if max(numbers) > MAX_COUNT:
+            raise RuleFileError(f"a count of {max(numbers)} cannot be", f"write at most {MAX_COUNT}")
+        check_size(len(self.allowed), "a count", "numbers", MAX_LIST)
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise RuleFileError(f"no count is at least {self.minimum} and at most {self.maximum}", "exchange them")
 
@@ -228,6 +262,11 @@ class Expect:
     total: Count | None = None
     model_types: Mapping[str, Count] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_size(len(self.model_types), "model_types", "entries", MAX_LIST)
+        for name in self.model_types:
+            check_name(name, "a name under model_types")
+
     def layer_count(self, model_type: str) -> Count | None:
         return self.model_types.get(model_type, self.per_layer)
 
@@ -252,6 +291,9 @@ class Rule:
     source: str = ""
 
     def __post_init__(self) -> None:
+        check_name(self.name, "the name of a rule")
+        check_text(self.why, "why")
+        _check_source(self.source)
         if not self.quantize:
             raise RuleFileError(f"rule '{self.name}' quantizes nothing", "name at least one capture of its pattern")
         captures = self.pattern.captures()
@@ -274,12 +316,15 @@ class Exclude:
     rules: tuple[str, ...] | None = None
     source: str = ""
 
+    def __post_init__(self) -> None:
+        _check_entry(self)
+
     def holds(self, rule: str, site: str, path: str, layer: int | None) -> bool:
         """Whether the quantizer called ``site`` that ``rule`` would put at module ``path`` is meant."""
         return (
             self.scope.holds(path, layer)
-            and (self.sites is None or any(fnmatchcase(site, glob) for glob in self.sites))
-            and (self.rules is None or any(fnmatchcase(rule, glob) for glob in self.rules))
+            and (self.sites is None or glob_fits(self.sites, site))
+            and (self.rules is None or glob_fits(self.rules, rule))
         )
 
 
@@ -304,14 +349,31 @@ class Share:
     optional: bool = False
     source: str = ""
 
+    def __post_init__(self) -> None:
+        _check_entry(self)
+        check_globs(self.captures or (), "captures")
+
     def holds(self, rule: str, capture: str, site: str, path: str, layer: int | None) -> bool:
         """Whether the quantizer called ``site`` that ``rule`` put on ``capture`` at module ``path`` is meant."""
         return (
             self.scope.holds(path, layer)
-            and (self.sites is None or any(fnmatchcase(site, glob) for glob in self.sites))
-            and (self.rules is None or any(fnmatchcase(rule, glob) for glob in self.rules))
+            and (self.sites is None or glob_fits(self.sites, site))
+            and (self.rules is None or glob_fits(self.rules, rule))
             and (self.captures is None or capture in self.captures)
         )
+
+
+def _check_entry(entry: Exclude | Share) -> None:
+    check_text(entry.why, "why")
+    _check_source(entry.source)
+    check_globs(entry.sites or (), "sites")
+    check_globs(entry.rules or (), "rules")
+
+
+def _check_source(source: str) -> None:
+    check_text(source, "source", keep="")
+    if not _SOURCE.fullmatch(source):
+        raise RuleFileError(f"the source '{source}' is none", "write file:line, or nothing")
 
 
 @dataclass(frozen=True)
@@ -354,17 +416,48 @@ class RuleSet:
     calibration: CalibrationOptions = CalibrationOptions()
 
     def __post_init__(self) -> None:
+        self._check_size()
         if DEFAULT_SPEC in self.specs:
             raise RuleFileError(
                 f"a spec is called '{DEFAULT_SPEC}', which means pytorch-quantization's default descriptors",
                 "rename it",
             )
+        self._check_rules()
+        self._check_entries()
+
+    def _check_size(self) -> None:
+        check_name(self.name, "the name")
+        check_text(self.why, "why")
+        check_name(self.extends or "", "extends")
+        for what, items, most in (
+            ("specs", self.specs, MAX_SPECS),
+            ("rules", self.rules, MAX_RULES),
+            ("exclude", self.exclude, MAX_ENTRIES),
+            ("share", self.share, MAX_ENTRIES),
+        ):
+            check_size(len(items), what, "entries", most)
+        for name in self.specs:
+            check_name(name, "the name of a spec")
+        wild = {glob for globs in self._globs() for glob in globs if is_wildcard(glob)}
+        check_size(len(wild), "the rule set", "different globs with *, ? or [", MAX_WILDCARDS)
+
+    def _globs(self) -> Iterator[tuple[str, ...]]:
+        entries: tuple[Exclude | Share, ...] = (*self.exclude, *self.share)
+        for scope in (*(rule.scope for rule in self.rules), *(entry.scope for entry in entries)):
+            yield scope.within or ()
+        for entry in entries:
+            yield entry.sites or ()
+            yield entry.rules or ()
+
+    def _check_rules(self) -> None:
+        """Names of rules are used once, names of quantizers too, and specs are defined."""
         seen: set[str] = set()
         named: dict[str, str] = {}
         for rule in self.rules:
             if rule.name in seen:
                 raise RuleFileError(f"two rules are called '{rule.name}'", "rename one", line=self._line(rule))
             seen.add(rule.name)
+            own: set[str] = set()
             for place in rule.quantize.values():
                 if place.spec != DEFAULT_SPEC and place.spec not in self.specs:
                     raise RuleFileError(
@@ -375,32 +468,39 @@ class RuleSet:
                 if place.name is None:
                     continue
                 other = named.setdefault(place.name, rule.name)
-                if other != rule.name or [p.name for p in rule.quantize.values()].count(place.name) > 1:
-                    whose = (
-                        f"rules '{other}' and '{rule.name}' both name"
-                        if other != rule.name
-                        else f"rule '{other}' twice names"
-                    )
+                if other != rule.name or place.name in own:
+                    twice = f"rule '{other}' twice names"
+                    both = f"rules '{other}' and '{rule.name}' both name"
                     raise RuleFileError(
-                        f"{whose} a quantizer '{place.name}'",
+                        f"{twice if other == rule.name else both} a quantizer '{place.name}'",
                         "give each its own name under 'as'",
                         line=self._line(rule),
                     )
+                own.add(place.name)
+
+    def _check_entries(self) -> None:
+        """Whatever names rules names some that there are."""
+        known = {rule.name for rule in self.rules}
+        fits: dict[str, bool] = {}  # by glob: each is tried on the names once
         entries: tuple[Exclude | Share, ...] = (*self.exclude, *self.share)
         for entry in entries:
             for glob in entry.rules or ():
-                if not any(fnmatchcase(name, glob) for name in seen):
+                if glob not in fits:
+                    fits[glob] = glob in known or (
+                        is_wildcard(glob) and any(glob_fits((glob,), name) for name in known)
+                    )
+                if not fits[glob]:
                     raise RuleFileError(
                         f"{'exclude' if isinstance(entry, Exclude) else 'share'} names the rule '{glob}', which does "
                         "not exist",
-                        f"rules: {', '.join(sorted(seen)) or 'none'}",
+                        f"rules: {', '.join(sorted(known)) or 'none'}",
                         line=self._line(entry),
                     )
 
     def _line(self, item: Rule | Exclude | Share) -> int | None:
         """The line of ``item`` in this file; ``None`` if it comes from another one."""
         name, _, line = item.source.rpartition(":")
-        return int(line) if self.path is not None and name == self.path.name else None
+        return int(line) if self.path is not None and name == printable(self.path.name) else None
 
     def spec(self, name: str) -> QuantSpec | None:
         """The spec called ``name``; ``None`` where it means the default descriptors."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qdq_surgery.errors import printable
+
 __all__ = ["DamagedError", "Item", "parse_json", "quoted", "read_regular_file"]
 
 #: The longest JSON text that is parsed, in characters. The plan of a model of 100 layers takes some 100,000.
@@ -28,6 +30,18 @@ _MOST_ENTRIES = 100_000
 _QUOTED = 80
 
 
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+}
+
+#: Without O_NONBLOCK a FIFO that took the file's place in the meantime would block. Not every system has all of these.
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
+
+
 class DamagedError(ValueError):
     """A file does not say what it should; the message holds the place and what was found there."""
 
@@ -39,28 +53,47 @@ def quoted(value: object) -> str:
 
 
 def read_regular_file(path: str | Path, limit: int) -> bytes:
-    """The bytes of a regular file.
+    """The bytes of a regular file; anything else is refused before it is opened.
 
-    A FIFO would block for ever, a device may do anything: they are refused without being read. Links are followed.
+    A file whose size is 0 is not opened either: so say the files of ``/proc``, of which some block their reader.
 
     Args:
-        limit: The most bytes that are read.
+        limit: Most bytes.
 
     Raises:
-        OSError: It cannot be opened or read.
-        DamagedError: It is no regular file, or longer than ``limit``.
+        OSError: The file cannot be read.
+        DamagedError: It is no regular file, or has more bytes. Its text is printable.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # even to open some devices does something
-        raise DamagedError("it is not a regular file")
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    with open(handle, "rb") as file:
-        facts = os.fstat(handle)  # what was opened, whatever has been put at its path meanwhile
-        if not stat.S_ISREG(facts.st_mode):
-            raise DamagedError("it is not a regular file")
-        if facts.st_size > limit:
-            raise DamagedError(f"it has {facts.st_size} bytes, more than {limit}")
-        # Not to the end: files of the system have no size, and some of them no end.
-        return file.read(facts.st_size)
+    if _regular_size(os.stat(path), limit) == 0:
+        return b""
+    descriptor = os.open(path, _FLAGS)
+    try:
+        _regular_size(os.fstat(descriptor), limit)
+        return _read(descriptor, limit)
+    finally:
+        os.close(descriptor)
+
+
+def _regular_size(found: os.stat_result, limit: int) -> int:
+    if not stat.S_ISREG(found.st_mode):
+        raise DamagedError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'a special file')}, no regular file")
+    if found.st_size > limit:
+        raise DamagedError(_too_large(found.st_size, limit))
+    return found.st_size
+
+
+def _read(descriptor: int, limit: int) -> bytes:
+    parts, left = [], limit + 1  # one more, to see a file that grows
+    while left > 0 and (part := os.read(descriptor, left)):
+        parts.append(part)
+        left -= len(part)
+    if left <= 0:
+        raise DamagedError(_too_large(limit + 1, limit))
+    return b"".join(parts)
+
+
+def _too_large(size: int, limit: int) -> str:
+    return printable(f"it has {size} bytes, more than the {limit} that are read")
 
 
 def parse_json(text: str | bytes, where: str, limit: int = _MOST_JSON) -> Item:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
@@ -417,31 +417,99 @@ def test_refused_at(marked: str, found: str, fix: str) -> None:
     assert len(error.found) < 300
 
 
+PATHOLOGICAL = [
+    pytest.param("(" * 100_000, id="100k-open"),
+    pytest.param("(" * 50_000 + ")" * 50_000, id="50k-pairs"),
+    pytest.param("linear(" * 20_000 + "x" + ")" * 20_000, id="20k-calls"),
+    pytest.param("(" * 249 + "x" + ")" * 249, id="249-pairs"),
+    pytest.param("[" * 499, id="499-lists"),
+    pytest.param("linear(" * 71, id="71-open-calls"),
+    pytest.param("maybe(add)(" * 45, id="45-open-maybes"),
+    pytest.param("f" + "()" * 249, id="249-calls-in-a-row"),
+    pytest.param("lambda:" * 71 + "x", id="71-lambdas"),
+    pytest.param("-" * 490 + "x", id="490-signs"),
+    pytest.param("not " * 120 + "x", id="120-nots"),
+    pytest.param("x" + "[0]" * 160, id="160-indices"),
+    pytest.param("x" + ".y" * 240, id="240-attributes"),
+    pytest.param("1" + "+1" * 249, id="249-sums"),
+    pytest.param("1" + "**1" * 166, id="166-powers"),
+    pytest.param("linear(" + "9" * 490 + ")", id="huge-integer"),
+    pytest.param("linear(" + "f'{" * 160 + ")", id="f-strings-in-f-strings"),
+    pytest.param("linear(f'{" + 'f"{' * 100 + "x" + '}"' * 100 + "}')", id="f-strings-that-end"),
+    pytest.param("linear(" + "x if y else " * 40 + "z)", id="40-conditionals"),
+    pytest.param("linear(" + "x:=" * 160 + "x)", id="160-walruses"),
+    pytest.param("linear(" + "x=" * 240 + "x)", id="240-names"),
+    pytest.param("linear(" + "a<" * 240 + "a)", id="240-comparisons"),
+    pytest.param("linear(" + "a or " * 95 + "a)", id="95-ors"),
+    pytest.param("linear(" + "{**" * 160 + "x", id="160-double-stars"),
+    pytest.param("linear(" + "\\" * 400 + ")", id="400-backslashes"),
+    pytest.param("linear(\0)", id="nul"),
+    pytest.param("linear(" + "\ud83d\ude00" * 100 + ")", id="surrogates"),
+    pytest.param("linear('" + "\\'" * 245, id="string-that-does-not-end"),
+    pytest.param("[" * 250 + "]" * 250, id="250-lists"),
+    pytest.param("neg(" * 65 + "x" + ")" * 65, id="65-calls"),
+    pytest.param("add(x," * 80, id="80-open-operands"),
+]
+
+
+def read_at_depth(text: str, left: int) -> Pattern | str:
+    """The pattern, or why it is none, read where only ``left`` more calls fit on the stack."""
+
+    def descend(levels: int) -> Pattern | str:
+        if levels:
+            return descend(levels - 1)
+        result = attempt(text)
+        return result if isinstance(result, Pattern) else str(result)
+
+    return descend(sys.getrecursionlimit() - depth_now() - left)
+
+
+def depth_now() -> int:
+    frame, depth = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+@pytest.mark.parametrize("left", [150, 60])
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("(" * 100_000, id="100k-open"),
-        pytest.param("(" * 50_000 + ")" * 50_000, id="50k-pairs"),
-        pytest.param("linear(" * 20_000 + "x" + ")" * 20_000, id="20k-calls"),
-        pytest.param("(" * 249 + "x" + ")" * 249, id="249-pairs"),
-        pytest.param("[" * 499, id="499-lists"),
-        pytest.param("linear(" * 71, id="71-open-calls"),
-        pytest.param("maybe(add)(" * 45, id="45-open-maybes"),
-        pytest.param("f" + "()" * 249, id="249-calls-in-a-row"),
-        pytest.param("lambda:" * 71 + "x", id="71-lambdas"),
-        pytest.param("-" * 490 + "x", id="490-signs"),
-        pytest.param("not " * 120 + "x", id="120-nots"),
-        pytest.param("x" + "[0]" * 160, id="160-indices"),
-        pytest.param("x" + ".y" * 240, id="240-attributes"),
-        pytest.param("1" + "+1" * 249, id="249-sums"),
-        pytest.param("1" + "**1" * 166, id="166-powers"),
+        *PATHOLOGICAL,
+        *(pytest.param(param.values[0].replace("^", "", 1), id=f"bad-{param.id}") for param in BAD),  # type: ignore[union-attr]
+        *(pytest.param(param.values[0], id=param.id) for param in SHIPPED),
+        pytest.param("linear(" * 62 + "x" + ")" * 62, id="62-calls"),
+        pytest.param("neg(" * 64 + "x" + ")" * 64, id="64-calls"),
+        pytest.param("a" * 500, id="500-letters"),
     ],
 )
-def test_deep_nesting_is_refused_fast(text: str) -> None:
-    start = time.perf_counter()
-    with pytest.raises(RuleFileError):
-        parse_pattern(text)
-    assert time.perf_counter() - start < 2
+def test_the_verdict_does_not_depend_on_the_depth_of_the_stack(text: str, left: int) -> None:
+    result = attempt(text)
+    deep = read_at_depth(text, left)
+    if isinstance(result, Pattern):
+        # Two trees are compared by recursion, their texts are not.
+        assert str(deep) == str(result)
+        assert isinstance(deep, Pattern)
+    else:
+        assert deep == str(result)
+
+
+def test_a_pattern_is_printed_wherever_the_stack_ends() -> None:
+    pattern = parse_pattern("neg(" * 64 + "x" + ")" * 64)
+
+    def descend(levels: int) -> tuple[str, tuple[str, ...]]:
+        return descend(levels - 1) if levels else (str(pattern), pattern.captures())
+
+    assert descend(sys.getrecursionlimit() - depth_now() - 40) == ("neg(" * 64 + "x" + ")" * 64, ("x",))
+
+
+@pytest.mark.parametrize("text", PATHOLOGICAL)
+def test_pathological_texts_are_refused(text: str) -> None:
+    error = attempt(text)
+    assert isinstance(error, RuleFileError)
+    assert error.column is not None
+    assert 1 <= error.column <= len(text) + 1
+    assert str(error).isprintable()
 
 
 def test_deep_calls_within_the_length_are_read() -> None:
@@ -456,9 +524,9 @@ def test_deep_calls_within_the_length_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        pytest.param(r"linear('\d')", r"found ''\\d'' where an operator is wanted", id="escape"),
-        pytest.param("linear(1is 2)", "found '1 is 2' where an operator is wanted", id="number-before-is"),
-        pytest.param("linear(0xfor x)", "found '15 or x' where an operator is wanted", id="hexadecimal-before-or"),
+        pytest.param(r"linear('\d')", r"found ''\d'' where an operator is wanted", id="escape"),
+        pytest.param("linear(1is 2)", "found '1is 2' where an operator is wanted", id="number-before-is"),
+        pytest.param("linear(0xfor x)", "found '0xfor x' where an operator is wanted", id="hexadecimal-before-or"),
     ],
 )
 def test_what_python_warns_about_is_refused_without_a_warning(text: str, found: str, filter_: Any) -> None:

@@ -133,6 +133,24 @@ def test_rules_that_are_wrong() -> None:
         QDQConfig("nothing")
 
 
+@pytest.mark.parametrize("suffix", ["", ".yaml"])
+def test_a_config_names_no_file(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"mine{suffix}"
+    path.write_text(RULES)
+    with pytest.raises(
+        qs.RuleFileError, match=r"^the rules of the model's quantization_config are '.*', which is no"
+    ) as e:
+        QDQConfig.from_dict({"quant_method": QUANT_METHOD, "rules": str(path)})
+    assert "write one of fuse-qkv, linear-only" in str(e.value)
+    assert QDQConfig(path).rules.name == "mine"  # who writes Python may
+
+
+@pytest.mark.parametrize("rules", [None, 5, [], ["qdqbert"]])
+def test_rules_that_are_no_rules_are_refused(rules: Any) -> None:
+    with pytest.raises(qs.RuleFileError, match="in place of the stored rules"):
+        QDQConfig.from_dict({"quant_method": QUANT_METHOD, "rules": rules})
+
+
 # Descriptors ---------------------------------------------------------------------------------------------------------
 
 DESCRIPTORS = {

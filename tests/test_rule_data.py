@@ -98,7 +98,8 @@ def test_rules_that_were_changed_in_python_come_back() -> None:
     assert through_json(changed) != content(rules)
 
 
-TEXTS = st.text(max_size=12)
+TEXTS = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"]), max_size=12)
+SOURCES = st.just("") | st.from_regex(r"[a-zß ]{1,9}:[0-9]{1,4}", fullmatch=True)
 GLOBS = st.none() | st.lists(TEXTS, min_size=1, max_size=3).map(tuple)
 LAYERS = st.none() | st.just("all") | st.lists(st.integers(0, 40), min_size=1, max_size=4).map(tuple)
 SCOPES = st.builds(Scope, GLOBS, LAYERS)
@@ -142,7 +143,7 @@ def rule_sets(draw: st.DrawFn) -> RuleSet:
                 draw(SCOPES),
                 draw(EXPECTATIONS),
                 draw(st.booleans()),
-                draw(TEXTS),
+                draw(SOURCES),
             )
         )
     names = st.none() | st.lists(st.sampled_from([rule.name for rule in rules]), min_size=1, max_size=2).map(tuple)
@@ -151,7 +152,7 @@ def rule_sets(draw: st.DrawFn) -> RuleSet:
         draw(TEXTS),
         named,
         tuple(rules),
-        tuple(draw(st.lists(st.builds(Exclude, TEXTS, SCOPES, GLOBS, names, TEXTS), max_size=2))),
+        tuple(draw(st.lists(st.builds(Exclude, TEXTS, SCOPES, GLOBS, names, SOURCES), max_size=2))),
         draw(st.none() | TEXTS),
         share=tuple(draw(st.lists(st.builds(Share, TEXTS, SCOPES, GLOBS, names, GLOBS, st.booleans()), max_size=2))),
         calibration=draw(st.builds(CalibrationOptions, st.booleans(), st.booleans())),
@@ -256,6 +257,92 @@ def test_damage_is_refused(name: str, tmp_path: Path) -> None:
         rules_from_data(data)
     assert caught.value.fix
     assert caught.value.path is None
+
+
+HUGE = 10**5000
+PLACES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "quantizer": (put(*RULE, "quantize", 0, "as", "x"), r"^rules\[0\]\.quantize\[0\]\.as: 'x' is no quantizer name"),
+    "quantizer-of-512-letters": (put(*RULE, "quantize", 0, "as", "x" * 512 + "_quantizer"), r"^rules\[0\]\.quantize"),
+    "operand-twice": (
+        lambda data: data["rules"][0]["quantize"].append(data["rules"][0]["quantize"][0]),
+        r"^rules\[0\]\.quantize\[2\]\.operand: 'x' is quantized twice",
+    ),
+    "bits": (put("specs", "wide", "num_bits", 99), r"^specs\.wide: num_bits 99"),
+    "bits-huge": (put("specs", "wide", "num_bits", HUGE), r"^specs\.wide\.num_bits: .* too large"),
+    "percentile-nan": (
+        put("specs", "activation", "calibrator", "percentile", float("nan")),
+        r"^specs\.activation\.calibrator: percentile nan",
+    ),
+    "percentile-huge": (
+        put("specs", "activation", "calibrator", "percentile", HUGE),
+        r"^specs\.activation\.calibrator\.percentile: .* too large",
+    ),
+    "limit-too-small": (put("specs", "wide", "max_amax", 1e-60), r"^specs\.wide: max_amax 1e-60 is outside"),
+    "limit-infinite-in-float32": (put("specs", "wide", "max_amax", 1e39), r"^specs\.wide: max_amax 1e\+39 is outside"),
+    "name-of-a-spec": (put("specs", "a\x1bb", "default"), r"the name of a spec has the hidden character U\+001B"),
+    "name-of-a-spec-no-text": (put("specs", 5, "default"), r"^specs: .*has a key that is the int 5"),
+    "name-of-a-rule": (put(*RULE, "name", "a\nb"), r"^rules\[0\]: the name of a rule has the hidden character U\+000A"),
+    "name-too-long": (put("name", "x" * 257), "^the name has 257 characters; write at most 256"),
+    "why-turned-around": (put(*RULE, "why", "a\u202eb"), r"^rules\[0\]: why has the hidden character U\+202E"),
+    "pattern-too-long": (put(*RULE, "match", "pattern", "x" * 501), r"^rules\[0\]\.match\.pattern: .*501 characters"),
+    "layer-of-too-many": (put(*RULE, "match", "layers", [10**6]), r"^rules\[0\]\.match: layer 1000000 does not exist"),
+    "layer-huge": (put(*RULE, "match", "layers", [HUGE]), r"^rules\[0\]\.match\.layers: "),
+    "layer-true": (put(*RULE, "match", "layers", [True]), r"^rules\[0\]\.match\.layers: "),
+    "layers-nested": (put(*RULE, "match", "layers", [[[[[[0]]]]]]), r"^rules\[0\]\.match\.layers: "),
+    "layers-a-word": (put(*RULE, "match", "layers", "some"), r"^rules\[0\]\.match: layers is 'some'"),
+    "count-huge": (put(*RULE, "expect", "total", HUGE), r"^rules\[0\]\.expect\.total: .* too large"),
+    "count-huge-in-a-list": (put(*RULE, "expect", "total", [HUGE]), r"^rules\[0\]\.expect\.total: .* too large"),
+    "count-true": (put(*RULE, "expect", "total", [True]), r"^rules\[0\]\.expect\.total: a stored count is no number"),
+    "count-negative": (put(*RULE, "expect", "model_types", "bert", -1), r"^rules\[0\]\.expect\.model_types\.bert: "),
+    "model-type-no-text": (put(*RULE, "expect", "model_types", 5, 1), r"^rules\[0\]\.expect\.model_types: .*the int 5"),
+    "glob": (put("exclude", 0, "sites", ["a\0"]), r"^exclude\[0\]: a glob of sites has the hidden character U\+0000"),
+    "globs": (put("exclude", 0, "sites", ["a"] * 1025), r"^exclude\[0\]\.sites: .*has 1025 entries"),
+    "source": (put("share", 0, "source", "a file"), r"^share\[0\]: the source 'a file' is none"),
+    "source-forged": (put("share", 0, "source", "a\nb:1"), r"^share\[0\]: source has the hidden character U\+000A"),
+    "source-long": (put("share", 0, "source", "a" * 5000 + ":1"), r"^share\[0\]: source has 5002 characters"),
+    "schema-true": (put("schema", True), "the stored rules have schema True"),
+    "schema-list": (put("schema", [1] * 10**6), "the stored rules have schema "),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_has_no_bounds_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
+    data = everything(tmp_path)
+    change, message = PLACES[name]
+    change(data)
+    with pytest.raises(RuleFileError, match=message) as caught:
+        rules_from_data(data)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1300
+
+
+def deep() -> Any:
+    data: Any = []
+    for _ in range(100_000):
+        data = [data]
+    return data
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("name",),
+        ("specs",),
+        ("specs", "wide"),
+        ("specs", "wide", "num_bits"),
+        (*RULE, "expect", "total"),
+        (*RULE, "match", "layers"),
+        (*RULE, "match", "within"),
+        (*RULE, "quantize"),
+        ("exclude",),
+    ],
+    ids=lambda place: str(place[-1]),
+)
+def test_what_is_nested_without_end_is_refused(place: tuple[Any, ...], tmp_path: Path) -> None:
+    data = everything(tmp_path)
+    put(*place, deep())(data)
+    with pytest.raises(RuleFileError):
+        rules_from_data(data)
 
 
 @pytest.mark.parametrize("data", [None, [], "qdqbert", 1])

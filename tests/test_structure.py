@@ -14,11 +14,14 @@ LAYERS = [
     "version",
     "errors",
     "untrusted",
+    "limits",
     "render",
     "layered",
     "progress",
+    "pattern_text",
     "pattern",
     "spec",
+    "rule_yaml",
     "rule_file",
     "rule_data",
     "operators",
@@ -123,7 +126,7 @@ LAYERS = [
 
 #: Libraries that only these modules may know.
 HOMES = {
-    "yaml": {"rule_file"},
+    "yaml": {"rule_yaml", "rule_file"},
     # At run time only through deploy.extras.
     "onnx": {"deploy.lint"},
     "onnx_ir": {

@@ -10,10 +10,10 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qdq_surgery.errors import ModelError
+from qdq_surgery.errors import ModelError, RuleFileError
 from qdq_surgery.pretrained.record import Record
 from qdq_surgery.rule_data import rules_from_data, rules_to_data
-from qdq_surgery.rule_file import load_rules
+from qdq_surgery.rule_file import load_rules, shipped_rules
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.untrusted import DamagedError, Item, quoted
 
@@ -73,13 +73,32 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"{_SCHEMA}; install the release that wrote it"
             )
         rules = data.pop("rules", "qdqbert")
-        made = cls(rules_from_data(rules) if isinstance(rules, Mapping) else rules, _record(data) if data else None)
+        made = cls(_rules(rules), _record(data) if data else None)
         return (made, kwargs) if return_unused_kwargs else made
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
         record = {} if self.record is None else self.record.to_data()
         return {"quant_method": QUANT_METHOD, "schema": _SCHEMA, "rules": rules_to_data(self.rules), **record}
+
+
+def _rules(given: Any) -> RuleSet:
+    """The rules that a config states: in full, or by the name of a shipped rule set.
+
+    Raises:
+        RuleFileError: They are neither. A config comes with a model, from a stranger: it may not name files to read.
+    """
+    if isinstance(given, RuleSet):
+        return given
+    if not isinstance(given, str):
+        return rules_from_data(given)
+    shipped = shipped_rules()
+    if given not in shipped:
+        raise RuleFileError(
+            f"the rules of the model's quantization_config are '{given[:60]}', which is no shipped rule set",
+            f"write one of {', '.join(shipped)}, or give the rules: quantization_config=QDQConfig(rules=...)",
+        )
+    return load_rules(given)
 
 
 def _record(data: dict[str, Any]) -> Record:
