@@ -6,6 +6,7 @@ qmodel = qs.convert(model)
 print(qs.diff(model, qmodel))
 """
 
+from qdq_surgery import upstream  # noqa: F401 (before what else imports pytorch-quantization)
 from qdq_surgery.calibrate import Calibration, calibrate
 from qdq_surgery.collect import Statistics, collect
 from qdq_surgery.convert import convert, plan

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.converted import plan_of
 from qdq_surgery.errors import AlreadyConvertedError, ModelError, QdqSurgeryError
 from qdq_surgery.pretrained import qdqbert
 from qdq_surgery.pretrained.config import QUANT_METHOD
+from qdq_surgery.pretrained.preflight import check_files, check_size
 from qdq_surgery.pretrained.ranges import RANGE_SUFFIX
+from qdq_surgery.untrusted import DamagedError, parse_json, read_regular_file
+
+#: The longest config that is looked at, in bytes.
+_MOST_CONFIG = 1 << 22
 
 __all__ = ["check_new", "is_converted", "load_model", "save_model"]
 
@@ -47,10 +52,12 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         raise ModelError(f"{folder} has no config.json; give a folder that model.save_pretrained(...) wrote")
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise ModelError(f"{folder} has no weights (*.safetensors); save the model there with save_pretrained")
+    weights = check_files(path)
     before = transformers_logging.get_verbosity()
     try:
         kind = _model_class(path)
         transformers_logging.set_verbosity_error()  # what it would report is checked here
+        check_size(kind, AutoConfig.from_pretrained(path, local_files_only=True), path, weights)
         loaded = kind.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except QdqSurgeryError:
         raise
@@ -68,10 +75,11 @@ def load_model(folder: str | Path) -> PreTrainedModel:
 def is_converted(folder: str | Path) -> bool:
     """Whether the model in a folder has quantizers, by its config."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = parse_json(read_regular_file(Path(folder) / "config.json", _MOST_CONFIG), "config.json").entries()
+        own = config["quantization_config"].entries()
+        return bool(own["quant_method"].value == QUANT_METHOD)
+    except (OSError, DamagedError, KeyError):
         return False
-    return bool((config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD)
 
 
 def _model_class(path: Path) -> type[PreTrainedModel]:

@@ -32,8 +32,9 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         name = f"{prefix}_weight_quantizer._amax"
-        if self._weight_quantizer is not None and name in state_dict:
-            problem = self._weight_quantizer.misfit(state_dict[name].shape, self.weight.shape)
+        amax = state_dict.get(name)
+        if self._weight_quantizer is not None and amax is not None and amax.ndim > 0:
+            problem = self._weight_quantizer.misfit(amax.shape, self.weight.shape)
             if problem is not None:
                 args[-1].append(f"{name}: {problem}")
 

@@ -30,6 +30,9 @@ _ROUTINES = ("module", "forward", "attention")
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
+#: Operators of two operands.
+_BINARY = COMMUTATIVE | {"matmul", "sub", "div"}
+
 #: What :func:`plan_to_data` gives.
 _PLAN = ("model", "model_type", "matches", "coverage", "layers", "sites", "refusals")
 
@@ -104,7 +107,7 @@ def _sites(entry: Item, rules: RuleSet, order: Callable[[str], int]) -> Iterator
         fits = may_name(name, place, words["operator"], capture.value)
     if not fits or not is_site_name(name):
         quantizer.refuse(f"the name that the rule '{by.name}' gives")
-    where, at = _origin(origin), _position(position, kind, part)
+    where, at = _origin(origin), _position(position, kind, part, words["operator"])
     for layer in _layers_of(layers):
         path = unstar(owner, layer)
         try:
@@ -169,12 +172,12 @@ def _parts(entry: Item, number: int) -> list[Item]:
     return parts
 
 
-def _position(item: Item, kind: str, role: str) -> int | str:
+def _position(item: Item, kind: str, role: str, operator: str) -> int | str:
     if kind == "module":
         return item.one_of(("weight",)) if role == "weight" else item.one_of((0, "input"))  # type: ignore[no-any-return]
     if isinstance(item.value, str):
         return item.text(pattern=_IDENTIFIER, wanted="the name of an argument")
-    return item.integer(0, 15)
+    return item.integer(0, 1 if operator in _BINARY else 15)
 
 
 def _layers_of(item: Item) -> list[Any]:

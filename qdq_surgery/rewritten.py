@@ -56,11 +56,13 @@ class Edit:
         origin: Identity of the operator's call within the source.
         position: Index into the node's args, or a keyword.
         quantizer: Attribute name of the quantizer on the owning block.
+        operator: What the node is.
     """
 
     origin: Origin
     position: int | str
     quantizer: str
+    operator: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +144,7 @@ def insert_quantizers(graph: Graph, edits: tuple[Edit, ...]) -> list[Edit]:
         node = places.get(edit.origin)
         if node is None:
             continue
-        operand = node.kwargs[edit.position] if isinstance(edit.position, str) else node.args[edit.position]
-        assert isinstance(operand, Node)
+        operand = _operand(node, edit)
         with graph.inserting_before(node):
             quantizer = graph.call_module(edit.quantizer, (operand,))
         quantizer.meta.update(op="quantizer", origin=(*edit.origin, edit.position), source=node.meta["source"])
@@ -154,6 +155,24 @@ def insert_quantizers(graph: Graph, edits: tuple[Edit, ...]) -> list[Edit]:
         done.append(edit)
     graph.lint()
     return done
+
+
+def _operand(node: Node, edit: Edit) -> Node:
+    """What the quantizer of ``edit`` is to stand behind.
+
+    Raises:
+        TraceError: There is no such operand, or it is another operator's: the plan was not made for this code.
+    """
+    if isinstance(edit.position, str):
+        operand = node.kwargs.get(edit.position)
+    else:
+        operand = node.args[edit.position] if edit.position < len(node.args) else None
+    if not isinstance(operand, Node) or node.meta.get("op") != edit.operator:
+        raise TraceError(
+            f"{edit.quantizer} belongs to operand {edit.position} of a {edit.operator}, which the {node.meta.get('op')} "
+            f"at {node.meta['source']} has not; the model's plan was made for other code: convert it anew"
+        )
+    return operand
 
 
 def compile_variant(routine: Routine) -> Variant:

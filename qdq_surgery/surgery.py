@@ -162,7 +162,7 @@ class _Surgeon:
         base = base_class(type(block))
         original = base.forward if kind == "forward" else eager_function(base)
         routines = [] if self.recordings is None else list(self.recordings[owner, kind])
-        edits = tuple(Edit(site.origin, site.position, site.name) for site in sites)
+        edits = tuple(Edit(site.origin, site.position, site.name, site.operator) for site in sites)
         known = self.known.get((owner, kind), frozenset()) | frozenset(
             node.meta["origin"]
             for routine in routines

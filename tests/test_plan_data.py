@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from qdq_surgery.plan import Plan
 from qdq_surgery.plan_data import known_from_data, known_to_data, plan_from_data, plan_to_data
 from qdq_surgery.rewritten import Rewritten
 from qdq_surgery.rule_file import shipped_rules
+from qdq_surgery.untrusted import DamagedError, Item
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,14 +71,15 @@ def test_a_plan_comes_back(model_type: str, rules: str) -> None:
     plan, known = plan_of(qmodel), known_of(qmodel)
     assert bool(known) == (rules != "linear-only")
     data, places = json.loads(text(plan, known))
-    assert plan_from_data(data, plan.rules, order(qmodel)) == plan
-    assert known_from_data(places) == known
+    assert plan_from_data(Item(data, "plan"), plan.rules, order(qmodel)) == plan
+    assert known_from_data(Item(places, "known")) == known
 
 
 @pytest.mark.parametrize("rules", shipped_rules())
 def test_every_rule_set(rules: str) -> None:
     plan = plan_of(converted("bert", rules))
-    again = plan_from_data(json.loads(json.dumps(plan_to_data(plan))), plan.rules, order(converted("bert", rules)))
+    data = Item(json.loads(json.dumps(plan_to_data(plan))), "plan")
+    again = plan_from_data(data, plan.rules, order(converted("bert", rules)))
     assert again == plan
     assert [site.quantizer for site in again.sites] == [site.quantizer for site in plan.sites]
     assert bool(plan.shared) == (rules == "fuse-qkv" or bool(plan.rules.share))
@@ -95,16 +99,80 @@ def test_a_deep_model_is_no_longer(model_type: str) -> None:
     assert lengths[1] - lengths[0] <= refused[1] - refused[0] + (800 if model_type == "modernbert" else 80)
 
 
-@pytest.mark.parametrize("damage", ["sites", "coverage", "layers", "matches", "shared"])
+@pytest.mark.parametrize("damage", ["sites", "coverage", "layers", "matches", "refusals"])
 def test_what_lacks_a_part_is_no_plan(damage: str) -> None:
     plan = plan_of(converted("bert", "qdqbert"))
-    data = plan_to_data(plan)
+    data = json.loads(json.dumps(plan_to_data(plan)))
     del data[damage]
-    with pytest.raises(KeyError, match=damage):
-        plan_from_data(data, plan.rules, lambda _: 0)
+    with pytest.raises(DamagedError, match=damage):
+        plan_from_data(Item(data, "plan"), plan.rules, lambda _: 0)
 
 
 def test_other_rules_make_no_plan_of_it() -> None:
     plan = plan_of(converted("bert", "qdqbert"))
-    with pytest.raises(KeyError):
-        plan_from_data(plan_to_data(plan), plan_of(converted("bert", "linear-only")).rules, lambda _: 0)
+    with pytest.raises(DamagedError, match="which is not in the rules"):
+        plan_from_data(
+            Item(json.loads(json.dumps(plan_to_data(plan))), "plan"),
+            plan_of(converted("bert", "linear-only")).rules,
+            lambda _: 0,
+        )
+
+
+def site(data: Any, capture: str) -> Any:
+    return next(entry for entry in data["sites"] if entry[7] == capture)
+
+
+FORGED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "code-for-a-name": (
+        lambda d: site(d, "q").__setitem__(1, 'bert.encoder.layer.*.attention.self.x"),print("x'),
+        "the path of a quantizer",
+    ),
+    "another-name": (
+        lambda d: site(d, "q").__setitem__(1, "bert.encoder.layer.*.attention.self.other_quantizer"),
+        "the name that the rule 'attention-scores' gives",
+    ),
+    "the-name-of-a-child": (
+        lambda d: site(d, "local").__setitem__(1, "bert.encoder.layer.*.output.LayerNorm"),
+        "the path of a quantizer",
+    ),
+    "a-module-that-is-not-there": (
+        lambda d: site(d, "q").__setitem__(1, "bert.decoder.layer.*.matmul_q_input_quantizer"),
+        "which the model has not",
+    ),
+    "operands-exchanged": (
+        lambda d: (site(d, "q").__setitem__(4, 1), site(d, "k").__setitem__(4, 0)),
+        "is on the operand of another capture",
+    ),
+    "two-on-one-operand": (lambda d: site(d, "k").__setitem__(4, 0), "twice, or another on the same operand"),
+    "a-third-operand": (lambda d: site(d, "k").__setitem__(4, 2), "a whole number from 0 to 1"),
+    "an-operand-with-a-quote": (lambda d: site(d, "k").__setitem__(4, 'x"'), "the name of an argument"),
+    "a-role-that-is-none": (lambda d: site(d, "q").__setitem__(5, "output"), "one of input, weight"),
+    "weight-and-input-exchanged": (lambda d: site(d, "w").__setitem__(5, "input"), "the name that the rule"),
+    "an-operator-that-is-none": (lambda d: site(d, "q").__setitem__(6, "exec"), "wanted one of"),
+    "a-capture-that-is-none": (lambda d: site(d, "q").__setitem__(7, "z"), "not in the rules"),
+    "a-rule-that-is-none": (lambda d: site(d, "q").__setitem__(8, []), "not in the rules"),
+    "an-origin-that-is-a-mapping": (lambda d: site(d, "q").__setitem__(3, {"a": 1}), "a list"),
+    "an-origin-too-deep": (lambda d: site(d, "q").__setitem__(3, [[[[[["a"]]]]]]), "nested less"),
+    "a-hundred-thousand-layers": (lambda d: site(d, "q").__setitem__(0, "0-99999"), "layers such as 0-11"),
+    "a-count-that-is-none": (lambda d: d["coverage"].update(linear=[1, 2, "3"]), "a whole number"),
+    "a-refusal-that-is-none": (lambda d: d["refusals"].append([1]), "a list of 7 entries"),
+    "matches-of-other-rules": (lambda d: d["matches"].update(x=1), "unknown key"),
+    "an-unknown-key": (lambda d: d.update(code="x"), "unknown key"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_is_forged_is_no_plan(name: str) -> None:
+    qmodel = converted("bert", "qdqbert")
+    plan = plan_of(qmodel)
+    data = json.loads(json.dumps(plan_to_data(plan)))
+    change, reason = FORGED[name]
+    change(data)
+    with pytest.raises(DamagedError, match=re.escape(reason)):
+        plan_from_data(Item(data, "plan"), plan.rules, order(qmodel))
+
+
+def test_the_switch_of_attention_follows_from_the_sites() -> None:
+    """And so do shared ranges: neither is stored, so neither can be forged."""
+    data = plan_to_data(plan_of(converted("bert", "fuse-qkv")))
+    assert not {"attention", "shared"} & data.keys()

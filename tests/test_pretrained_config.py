@@ -22,6 +22,7 @@ import qdq_surgery as qs
 from qdq_surgery.pretrained.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.pretrained.descriptors import descriptor_from_data, descriptor_to_data
 from qdq_surgery.pretrained.record import record_of
+from qdq_surgery.untrusted import DamagedError, Item
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,7 +174,7 @@ DESCRIPTORS = {
     ids=str,
 )
 def test_a_descriptor_comes_back(descriptor: QuantDescriptor) -> None:
-    again = descriptor_from_data(json.loads(json.dumps(descriptor_to_data(descriptor))))
+    again = descriptor_from_data(Item(json.loads(json.dumps(descriptor_to_data(descriptor))), "input"))
     own, other = dict(vars(descriptor)), dict(vars(again))
     amax, theirs = own.pop("_amax"), other.pop("_amax")
     assert own == other
@@ -181,10 +182,24 @@ def test_a_descriptor_comes_back(descriptor: QuantDescriptor) -> None:
     assert amax is None or (amax == theirs).all()
 
 
-@pytest.mark.parametrize("data", [{}, {"num_bits": 8}, {"axis": None, "bits": 8}, {"axis": None, "num_bits": "8"}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"num_bits": 8},
+        {"axis": None, "num_bits": 8, "bits": 8},
+        *({"axis": None, "num_bits": 8, **wrong} for wrong in [
+            {"num_bits": "8"}, {"num_bits": 10**9}, {"num_bits": True}, {"axis": "0"}, {"axis": [0] * 99},
+            {"calib_method": 7}, {"calib_method": "x"}, {"unsigned": 1}, {"name": 5}, {"amax": "1"}, {"amax": -1.0},
+            {"amax": [[[[[1.0]]]]]}, {"amax": [[1.0], [1.0, 2.0]]}, {"learn_amax": True, "axis": 0}, {"axis": 1.5},
+            {"scale_amax": []},
+        ]),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_is_no_descriptor(data: dict[str, Any]) -> None:
-    with pytest.raises(qs.ModelError, match="default descriptor that is none"):
-        descriptor_from_data(data)
+    with pytest.raises(DamagedError, match=r"^input"):
+        descriptor_from_data(Item(data, "input"))
 
 
 @pytest.mark.usefixtures("default_descriptors")
@@ -215,11 +230,11 @@ def test_defaults_are_those_of_the_folder(name: str, locked: bool, tmp_path: Pat
 QUERY = "bert.encoder.layer.*.attention.self.query._input_quantizer"
 DAMAGE: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "schema": (lambda c: c.update(schema=2), qs.ModelError, "has schema 2, and this release of qdq_surgery reads 1"),
-    "unknown-key": (lambda c: c.update(extra=1), qs.ModelError, "is damaged .*'extra'"),
-    "no-sites": (lambda c: c.pop("sites"), qs.ModelError, "is damaged .*'sites'"),
+    "unknown-key": (lambda c: c.update(extra=1), qs.ModelError, "is damaged: .*'extra'"),
+    "no-sites": (lambda c: c.pop("sites"), qs.ModelError, "is damaged: .*'sites'"),
     "sites-a-list": (lambda c: c.update(sites=["a"]), qs.ModelError, "is damaged"),
     "layers-no-text": (lambda c: c["sites"].update({QUERY: [0, 1]}), qs.ModelError, "is damaged"),
-    "layers-no-number": (lambda c: c["sites"].update({QUERY: "all"}), qs.ModelError, "is damaged .*'all'"),
+    "layers-no-number": (lambda c: c["sites"].update({QUERY: "all"}), qs.ModelError, "is damaged: .*'all'"),
     "layers-without-end": (lambda c: c["sites"].update({QUERY: "0-9999999999"}), qs.ModelError, "are no layers"),
     "disabled-nobody": (
         lambda c: c.update(disabled={QUERY.replace("query", "querry"): "0"}),
@@ -229,7 +244,16 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "learned-in-a-layer-too-many": (lambda c: c.update(learned={QUERY: "0-2"}), qs.ModelError, "which is not in sites"),
     "versions-a-text": (lambda c: c.update(versions="1"), qs.ModelError, "is damaged"),
     "descriptors-a-list": (lambda c: c.update(descriptors=[1]), qs.ModelError, "is damaged"),
-    "descriptor-none": (lambda c: c["descriptors"].update(input={}), qs.ModelError, "default descriptor that is none"),
+    "descriptor-none": (lambda c: c["descriptors"].update(input={}), qs.ModelError, "descriptors.input lacks"),
+    "descriptor-of-no-role": (lambda c: c["descriptors"].update(output={}), qs.ModelError, "unknown key 'output'"),
+    "model-a-list": (lambda c: c.update(model=[]), qs.ModelError, "model is list, wanted the name of a class"),
+    "model-with-nul": (lambda c: c.update(model="Bert\0"), qs.ModelError, r"model is 'Bert\\x00'"),
+    "a-name-with-a-quote": (lambda c: c["sites"].update({'x"._input_quantizer': None}), qs.ModelError, "a name in"),
+    "many-layers": (
+        lambda c: c.update(sites={f"a{i}._input_quantizer": "0-9999" for i in range(40)}),
+        qs.ModelError,
+        "400000",
+    ),
     "rules": (lambda c: c["rules"].update(schema=7), qs.RuleFileError, "the stored rules have schema 7"),
     "rules-unknown": (lambda c: c.update(rules="nothing"), qs.RuleFileError, "nothing"),
 }

@@ -89,7 +89,7 @@ LOCKS: dict[str, Callable[[str], str | None]] = {
     "no-json": lambda text: text[:-5],
     "a-list": lambda _: "[1, 2]",
     "a-number": lambda _: "7",
-    "another-schema": with_data(lambda data: data.update(schema=2)),
+    "another-schema": with_data(lambda data: data.update(schema=99)),
     "another-fingerprint": with_data(lambda data: data.update(fits="0" * 64)),
     "no-plan": with_data(lambda data: data.pop("plan")),
     "a-plan-that-is-none": with_data(lambda data: data.update(plan=[])),

@@ -64,15 +64,95 @@ def test_no_range_at_all(value: float, channel: bool, tmp_path: Path) -> None:
         tensors[f"{name}._amax"].view(-1)[-1] = value
 
     change_weights(tmp_path, change)
-    with pytest.raises(qs.ModelError, match=f"range of {name} is negative or not finite; calibrate"):
+    with pytest.raises(
+        qs.ModelError, match=f"model.safetensors is damaged: the range of '{name}' is negative or not finite"
+    ):
         BertForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_zero_is_a_range(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["_input_quantizer", "_weight_quantizer"])
+def test_a_range_of_zero_is_neither_saved_nor_loaded(kind: str, tmp_path: Path) -> None:
     qmodel = calibrated()
-    qs.quantizers(qmodel)[FIRST].amax = 0.0
+    qmodel.save_pretrained(tmp_path)
+    name = FIRST.replace("_input_quantizer", kind)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{name}._amax"].view(-1)[-1] = 0.0
+
+    change_weights(tmp_path, change)
+    with pytest.raises(qs.ModelError, match=f"range of {name} does not fit: it is zero"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    qs.quantizers(qmodel)[name].amax.view(-1)[-1] = 0.0
+    with pytest.raises(qs.ModelError, match=f"range of {name} is not saved: it is zero"):
+        qmodel.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_channel_without_weights_has_a_range_of_zero(tmp_path: Path) -> None:
+    qmodel = calibrated()
+    linear = qmodel.bert.encoder.layer[0].attention.self.query
+    with torch.no_grad():
+        linear.weight[3] = 0.0
+    qs.recalibrate_weights(qmodel)
+    assert float(linear._weight_quantizer.amax[3]) == 0.0
     qmodel.save_pretrained(tmp_path)
     assert_reloaded(BertForSequenceClassification.from_pretrained(tmp_path), qmodel)
+
+
+MISSHAPEN: dict[str, tuple[str, Any]] = {
+    "weight-flat": ("_weight_quantizer", lambda value: value.reshape(-1)),
+    "weight-along-the-other-axis": ("_weight_quantizer", lambda value: value.reshape(1, -1)),
+    "weight-of-one": ("_weight_quantizer", lambda value: value.max()),
+    "weight-of-two": ("_weight_quantizer", lambda value: value[:2]),
+    "weight-of-none": ("_weight_quantizer", lambda value: value[:0]),
+    "weight-one-less": ("_weight_quantizer", lambda value: value[:-1]),
+    "input-of-a-channel-each": ("_input_quantizer", lambda value: value.expand(32)),
+    "input-of-none": ("_input_quantizer", lambda value: value.reshape(1)[:0]),
+    "input-with-axes": ("_input_quantizer", lambda value: value.reshape(1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_the_shape_of_a_range_is_its_quantizers(name: str, tmp_path: Path) -> None:
+    qmodel = calibrated()
+    qmodel.save_pretrained(tmp_path)
+    kind, change = MISSHAPEN[name]
+    key = f"{FIRST.replace('_input_quantizer', kind)}._amax"
+    change_weights(tmp_path, lambda tensors: tensors.update({key: change(tensors[key]).clone()}))
+    with pytest.raises(qs.ModelError, match=r"query\._(input|weight)_quantizer does not fit: the range has the shape"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    state = {**qmodel.state_dict(), key: change(qmodel.state_dict()[key]).clone()}
+    if state[key].ndim > 0:  # (torch's own way takes a number for all channels)
+        with pytest.raises(RuntimeError, match=r"quantizer\._amax: the range has the shape"):
+            calibrated().load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_range_is_a_float(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    tensors = {"a._input_quantizer._amax": torch.tensor(1.0).to(dtype)}
+    path = tmp_path / f"file.{kind}"
+    if kind == "bin":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
+    with pytest.raises(qs.ModelError, match=rf"file\.{kind} is damaged: the range 'a\._input.*wanted float32"):
+        read_ranges([str(path)])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, (2**60).to_bytes(8, "little") + b"{}", b"PK\x03\x04garbage"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_damaged_file_is_named(content: bytes, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"file.{kind}"
+    path.write_bytes(content)
+    with pytest.raises(qs.ModelError, match=rf"file\.{kind}"):
+        read_ranges([str(path)])
+
+
+def test_a_range_is_no_larger_than_a_range(tmp_path: Path) -> None:
+    save_file({"a._input_quantizer._amax": torch.ones(1 << 25)}, tmp_path / "file.safetensors")
+    with pytest.raises(qs.ModelError, match="which no range has"):
+        read_ranges([str(tmp_path / "file.safetensors")])
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"torch_dtype": torch.float16}, {"dtype": "bfloat16"}])
@@ -130,7 +210,7 @@ def test_ranges_of_nobody(tmp_path: Path) -> None:
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:
     calibrated().save_pretrained(tmp_path, max_shard_size=20_000)
     sorted(tmp_path.glob("*.safetensors"))[0].unlink()
-    with pytest.raises(OSError, match="model-00001-of"):
+    with pytest.raises(qs.ModelError, match=r"model-00001-of.*No such file"):
         BertForSequenceClassification.from_pretrained(tmp_path)
 
 
@@ -161,10 +241,11 @@ def test_under_names_that_are_mapped(tmp_path: Path) -> None:
 
 def test_a_state_dict_has_none(tmp_path: Path) -> None:
     qmodel = calibrated()
-    qmodel.save_pretrained(tmp_path, state_dict={n: v * 0 if "quantizer" in n else v for n, v in state_of(qmodel)})
+    qmodel.save_pretrained(tmp_path, state_dict={n: v * 2 if "quantizer" in n else v for n, v in state_of(qmodel)})
     with pytest.raises(qs.ModelError, match="does not see the ranges in a state_dict="):
         BertForSequenceClassification.from_pretrained(None, config=qmodel.config, state_dict=qmodel.state_dict())
-    assert all(float(each.amax.sum()) == 0 for each in qs.quantizers(BertModel.from_pretrained(tmp_path)).values())
+    found, own = qs.quantizers(BertForSequenceClassification.from_pretrained(tmp_path)), qs.quantizers(qmodel)
+    assert all(torch.equal(each.amax, 2 * own[name].amax) for name, each in found.items())
 
 
 def state_of(qmodel: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from transformers.utils import hub
 
 import qdq_surgery as qs
 from qdq_surgery.layered import expand
-from qdq_surgery.pretrained import plugin
 from qdq_surgery.pretrained.report import REPORT_NAME, calibration_of, report_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,20 +87,28 @@ def test_only_the_main_process_writes_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_transformers_that_hides_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No report then; the weights are whole."""
+def test_saved_by_the_class_there_is_none(tmp_path: Path) -> None:
+    """``Class.save_pretrained(model, folder)`` is transformers' own, which tells no folder; the rest is whole."""
     qmodel = calibrated()
-    monkeypatch.setattr(plugin.inspect, "currentframe", lambda: None)
-    monkeypatch.setattr(plugin.logger, "propagate", True)
-    monkeypatch.setattr(plugin.logger.parent, "propagate", True)
-    qmodel.save_pretrained(tmp_path)
-    assert "no qdq_report.json is written" in caplog.text
+    BertForSequenceClassification.save_pretrained(qmodel, tmp_path)
     assert not (tmp_path / REPORT_NAME).exists()
-    monkeypatch.undo()
     found, batch = BertForSequenceClassification.from_pretrained(tmp_path), batch_for(qmodel, (2, 5))
     assert torch.equal(found(**batch).logits, qmodel(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[" * 200_000, b'{"calibration": {"schema": 1, "method": []}}', None]
+)
+def test_loading_needs_no_report(content: bytes | None, tmp_path: Path) -> None:
+    calibrated().save_pretrained(tmp_path)
+    path = tmp_path / REPORT_NAME
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    found = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert calibration_of(found) is None
 
 
 class Hub:

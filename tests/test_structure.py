@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "qdq_surgery"
 LAYERS = [
     "version",
     "errors",
+    "upstream",
     "untrusted",
     "limits",
     "render",
@@ -65,6 +66,7 @@ LAYERS = [
     "pretrained.hollow",
     "pretrained.lock",
     "pretrained.ranges",
+    "pretrained.preflight",
     "pretrained.report",
     "pretrained.comparing",
     "pretrained.saving",
@@ -158,6 +160,7 @@ HOMES = {
         "pretrained.hollow",
         "pretrained.lock",
         "pretrained.ranges",
+        "pretrained.preflight",
         "pretrained.comparing",
         "pretrained.saving",
         "pretrained.report",
@@ -200,7 +203,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name}: imports are absolute"
             assert node.module is not None
             assert [alias.name for alias in node.names] != ["*"]
-            if node.module in ("qdq_surgery.deploy", "qdq_surgery.pretrained"):  # their modules, by name
+            if node.module in ("qdq_surgery", "qdq_surgery.deploy", "qdq_surgery.pretrained"):  # their modules, by name
                 found.update(f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 found.add(node.module)

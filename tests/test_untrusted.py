@@ -1,126 +1,129 @@
-"""Files from strangers: only regular ones are opened, and only so much of them is read."""
+"""What a file says is believed by nobody: types, bounds and places of what JSON holds."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qdq_surgery.untrusted import read_regular_file
+from qdq_surgery.untrusted import DamagedError, Item, parse_json, quoted, read_regular_file
+
+WORD = re.compile("[a-z]+")
+
+WRONG: dict[str, tuple[Any, Callable[[Item], Any]]] = {
+    "a-list-as-mapping": ([], lambda item: item.entries()),
+    "an-unknown-key": ({"a": 1, "b\x1b": 2}, lambda item: item.fields((), ("a",))),
+    "a-missing-key": ({}, lambda item: item.fields(("a",))),
+    "a-long-key": ({"a" * 2000: 1}, lambda item: item.entries()),
+    "too-many-entries": ({"a": 1, "b": 2}, lambda item: item.entries(1)),
+    "a-text-as-list": ("ab", lambda item: item.items()),
+    "a-long-list": ([1, 2], lambda item: item.items(1)),
+    "a-number-as-text": (7, lambda item: item.text()),
+    "a-long-text": ("aa", lambda item: item.text(1)),
+    "a-control-character": ("a\x1b[2J", lambda item: item.text()),
+    "a-line-break": ("a\nb", lambda item: item.text()),
+    "a-direction-mark": ("a\u202e", lambda item: item.lines()),
+    "another-pattern": ("A", lambda item: item.text(pattern=WORD, wanted="a word")),
+    "no-choice": ("c", lambda item: item.one_of(("a", "b"))),
+    "true-for-one": (True, lambda item: item.one_of((0, 1))),
+    "true-as-number": (True, lambda item: item.integer(0, 1)),
+    "a-float-as-integer": (1.0, lambda item: item.integer(0, 1)),
+    "out-of-bounds": (10**40, lambda item: item.integer(0, 100)),
+    "no-number": (float("nan"), lambda item: item.number(0, 1)),
+    "an-infinite-number": (float("inf"), lambda item: item.number(0, 1)),
+    "one-as-flag": (1, lambda item: item.flag()),
+}
 
 
-@pytest.fixture
-def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> int:
-        raise AssertionError("it was opened")
-
-    monkeypatch.setattr(os, "open", refuse)
-
-
-@pytest.fixture(params=["fifo", "socket", "directory", "device", "link-to-a-fifo"])
-def special(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    path = tmp_path / "a.yaml"
-    if request.param == "fifo":
-        os.mkfifo(path)
-        yield path, "a FIFO"
-    elif request.param == "link-to-a-fifo":
-        os.mkfifo(tmp_path / "fifo")
-        path.symlink_to(tmp_path / "fifo")
-        yield path, "a FIFO"
-    elif request.param == "socket":
-        here = os.getcwd()
-        os.chdir(tmp_path)  # the path of a socket has at most 107 bytes
-        with socket.socket(socket.AF_UNIX) as end:
-            end.bind(path.name)
-            os.chdir(here)
-            yield path, "a socket"
-    elif request.param == "directory":
-        path.mkdir()
-        yield path, "a directory"
-    else:
-        path.symlink_to("/dev/zero")
-        yield path, "a device"
-
-
-@pytest.mark.usefixtures("nothing_is_opened")
-def test_special_files_are_refused_before_they_are_opened(special: tuple[Path, str]) -> None:
-    path, kind = special
-    with pytest.raises(ValueError, match=f"^it is {kind}, no regular file$"):
-        read_regular_file(path, 100)
-
-
-@pytest.mark.usefixtures("nothing_is_opened")
-def test_a_file_without_a_size_is_not_opened(tmp_path: Path) -> None:
-    # Files of /proc say so, /proc/kmsg among them, which blocks its reader.
-    (tmp_path / "empty").write_bytes(b"")
-    assert read_regular_file(tmp_path / "empty", 100) == b""
-
-
-@pytest.mark.usefixtures("nothing_is_opened")
-def test_a_file_that_is_too_large_is_not_opened(tmp_path: Path) -> None:
-    (tmp_path / "large").write_bytes(b"x" * 101)
-    with pytest.raises(ValueError, match=r"^it has 101 bytes, more than the 100 that are read$"):
-        read_regular_file(tmp_path / "large", 100)
-
-
-def test_a_file_is_read_to_its_end(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(bytes(range(100)))
-    (tmp_path / "link").symlink_to("file")
-    assert read_regular_file(tmp_path / "link", 100) == bytes(range(100))
-
-
-@pytest.mark.parametrize("becomes", ["fifo", "larger"])
-def test_what_takes_the_files_place_is_refused(becomes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"x")
-    look = os.stat
-
-    def stat(*args: object, **keys: object) -> os.stat_result:
-        found = look(*args, **keys)  # type: ignore[arg-type]
-        path.unlink()
-        if becomes == "fifo":
-            os.mkfifo(path)
-        else:
-            path.write_bytes(b"x" * 101)
-        monkeypatch.undo()
-        return found
-
-    monkeypatch.setattr(os, "stat", stat)
-    with pytest.raises(ValueError, match="FIFO" if becomes == "fifo" else "101 bytes"):
-        read_regular_file(path, 100)
-
-
-def test_a_file_that_grows_is_read_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * 100)
-    look = os.fstat
-
-    def fstat(descriptor: int) -> os.stat_result:
-        found = look(descriptor)
-        with path.open("ab") as file:
-            file.write(b"x" * 10_000)
-        return found
-
-    monkeypatch.setattr(os, "fstat", fstat)
-    with pytest.raises(ValueError, match=r"^it has 101 bytes"):
-        read_regular_file(path, 100)
-
-
-def test_descriptors_are_closed(tmp_path: Path, special: tuple[Path, str]) -> None:
-    (tmp_path / "file").write_bytes(b"x")
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(10):
-        read_regular_file(tmp_path / "file", 100)
-        with pytest.raises(ValueError, match="no regular file"):
-            read_regular_file(special[0], 100)
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize("path", ["nowhere", "a\0b"])
-def test_what_is_not_there_is_an_error_that_can_be_printed(path: str) -> None:
-    with pytest.raises((OSError, ValueError)) as caught:
-        read_regular_file(Path(path), 100)
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_refused_with_its_place(name: str) -> None:
+    value, read = WRONG[name]
+    with pytest.raises(DamagedError, match=r"config\.sites") as caught:
+        read(Item(value, "config.sites"))
     assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_what_is_right_is_given() -> None:
+    item = parse_json('{"a": [1, 2.5, "x", true, null], "b c": {"d": "e\\nf"}}', "file")
+    fields = item.fields(("a",), ("b c",))
+    one, half, text, flag, none = fields["a"].items()
+    assert (one.integer(0, 2), half.number(0, 3), text.text(), flag.flag()) == (1, 2.5, "x", True)
+    assert none.one_of((None, 1)) is None
+    assert none.where == "file.a[4]"
+    inner = fields["b c"].entries()["d"]
+    assert inner.where == "file.'b c'.d"
+    assert inner.lines() == "e\nf"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "line 1, column 1"),
+        ("{", "line 1, column 2"),
+        ('{"a": 1,\n}', "line 2"),
+        ("[" * 200_000, "nested too deep"),
+        ('{"a":' * 200_000, "nested too deep"),
+        ("1" * 5000, "limit"),
+        ("x" * 200, "200 characters"),
+        (b"\xff", "UTF-8"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_what_is_no_json_is_refused(text: str | bytes, reason: str) -> None:
+    with pytest.raises(DamagedError, match=f"^the lock.*{reason}"):
+        parse_json(text, "the lock", 100 if reason == "200 characters" else 1 << 22)
+
+
+@pytest.mark.parametrize("value", ["a\x1b\n'\"", "x" * 1000, ["x"] * 1000, 10**4000, None])
+def test_what_is_quoted_is_short_and_printable(value: Any) -> None:
+    if isinstance(value, int):
+        value = 10**400
+    assert quoted(value).isprintable()
+    assert len(quoted(value)) <= 80
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+SPECIAL: dict[str, Callable[[Path], Any]] = {
+    "fifo": fifo,
+    "socket": a_socket,
+    "folder": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_files_are_refused_unopened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    path = Path("special")
+    SPECIAL[kind](path)
+    opened: list[Any] = []
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args))
+    with pytest.raises(DamagedError, match="no regular file"):
+        read_regular_file(path, 100)
+    assert opened == []
+
+
+def test_a_regular_file_is_read_within_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    assert read_regular_file(path, 3) == read_regular_file(link, 3) == b"abc"
+    with pytest.raises(DamagedError, match="3 bytes"):
+        read_regular_file(path, 2)
+    with pytest.raises(OSError, match="No such file"):
+        read_regular_file(tmp_path / "none", 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,9 +14,8 @@ from transformers.utils import logging
 from qdq_surgery.errors import MatchError, ModelError
 from qdq_surgery.layered import fold
 from qdq_surgery.plan import Plan
-from qdq_surgery.pretrained.record import Record, zero_range
+from qdq_surgery.pretrained.record import Record, misfit
 from qdq_surgery.quantizer import TensorQuantizer
-from qdq_surgery.site_names import LINEAR_NAMES
 from qdq_surgery.surgery import Implant
 
 __all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "take_state"]
@@ -115,10 +114,7 @@ def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor]) -> Non
         amax = None if each.site is None else ranges.get(each.site.quantizer)
         if each.site is None or each.quantizer is None or amax is None:
             continue
-        weight = cast("Tensor", each.owner.weight) if each.name == LINEAR_NAMES["weight"] else None
-        problem = each.quantizer.misfit(amax.shape, None if weight is None else weight.shape)
-        if problem is None and not amax.all():
-            problem = zero_range(amax, weight)
+        problem = misfit(each.quantizer, each.name, amax, each.owner)
         if problem is not None:
             raise ModelError(
                 f"the checkpoint's range of {each.site.quantizer} does not fit: {problem}; its files are not those "

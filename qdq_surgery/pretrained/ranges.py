@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +92,12 @@ def _in_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _in_pickle(path: str) -> dict[str, Tensor]:
-    state = load_state_dict(path, weights_only=True)
+    try:
+        state = load_state_dict(path, weights_only=True)
+    except Exception as error:  # whatever a damaged archive makes of torch
+        raise DamagedError(str(error) or type(error).__name__) from error
+    if not isinstance(state, Mapping):
+        raise DamagedError(f"it holds a {type(state).__name__}, wanted tensors by name")
     found = {name: value for name, value in state.items() if isinstance(name, str) and name.endswith(RANGE_SUFFIX)}
     for name, value in found.items():
         if not isinstance(value, Tensor):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from qdq_surgery.site_names import LINEAR_NAMES, QUANTIZER_PATH
 from qdq_surgery.untrusted import DamagedError, Item
 from qdq_surgery.version import __version__
 
-__all__ = ["Record", "record_of", "versions", "zero_range"]
+__all__ = ["Record", "misfit", "record_of", "versions"]
 
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
@@ -134,7 +134,7 @@ def record_of(qmodel: nn.Module) -> Record:
             "write a rule file that says so and convert the float model by it"
         )
     descriptors = _descriptors(plan, found)
-    _check_zero(qmodel, found)
+    _check_ranges(qmodel, found)
 
     def those(test: str) -> dict[str, str | None]:
         return fold({name: layers[name] for name, each in found.items() if _TESTS[test](each)})
@@ -156,7 +156,7 @@ _TESTS: dict[str, Callable[[TensorQuantizer], bool]] = {
 }
 
 
-def zero_range(amax: Tensor, weight: Tensor | None) -> str | None:
+def _zero_range(amax: Tensor, weight: Tensor | None) -> str | None:
     """What is wrong with a range that is zero somewhere; ``None`` where the weight is zero, too.
 
     Args:
@@ -170,18 +170,22 @@ def zero_range(amax: Tensor, weight: Tensor | None) -> str | None:
     return "it is zero in a channel whose weight is not, which makes that channel zero" if bool(lost.any()) else None
 
 
-def _check_zero(qmodel: nn.Module, found: Mapping[str, TensorQuantizer]) -> None:
-    for name, quantizer in found.items():
+def misfit(quantizer: TensorQuantizer, name: str, amax: Tensor, owner: nn.Module) -> str | None:
+    """Why a range cannot be that of ``quantizer``, which ``owner`` has under ``name``; ``None`` if it can."""
+    weight = cast("Tensor", owner.weight) if name == LINEAR_NAMES["weight"] else None
+    problem = quantizer.misfit(amax.shape, None if weight is None else weight.shape)
+    if problem is not None or amax.is_meta or amax.all():
+        return problem
+    return _zero_range(amax, weight)
+
+
+def _check_ranges(qmodel: nn.Module, found: Mapping[str, TensorQuantizer]) -> None:
+    for path, quantizer in found.items():
+        owner, _, name = path.rpartition(".")
         amax = quantizer.amax
-        if amax is None or amax.is_meta or bool(amax.all()):
-            continue
-        owner = qmodel.get_submodule(name.rpartition(".")[0])
-        is_weight = name.endswith(LINEAR_NAMES["weight"])
-        problem = zero_range(amax.detach(), owner.weight if is_weight else None)  # type: ignore[arg-type]
+        problem = None if amax is None else misfit(quantizer, name, amax.detach(), qmodel.get_submodule(owner))
         if problem is not None:
-            raise ModelError(
-                f"the range of {name} is not saved: {problem}; calibrate the model, or disable that quantizer"
-            )
+            raise ModelError(f"the range of {path} is not saved: {problem}; calibrate the model, or set another")
 
 
 def _descriptors(plan: Plan, found: Mapping[str, TensorQuantizer]) -> dict[str, Any]:
