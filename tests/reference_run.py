@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
 from filelock import FileLock
 
@@ -36,8 +37,11 @@ CHOOSE_KERNELS = tuple(
 ON_BOTH_SIDES = ("torch", "numpy", "scipy", "safetensors", "pytorch-quantization")
 
 
-class NoReference(Exception):
-    """The real QDQBERT is not there, or did not run."""
+class NoReference(pytest.fail.Exception):
+    """The real QDQBERT is not there, or did not run: tests that compare with it fail, with these words alone."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said, pytrace=False)
 
 
 def reference_in(cache: Path, packages: Path = PACKAGES, script: Path = SCRIPT) -> Path:
@@ -57,7 +61,12 @@ def reference_in(cache: Path, packages: Path = PACKAGES, script: Path = SCRIPT) 
 
 
 def run(script: Path, folder: Path, packages: Path) -> None:
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(packages), *inherited()])}
+    # A thread that waits is not to spin: on a busy machine the run would take five times as long.
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **ENVIRONMENT,
+        "PYTHONPATH": os.pathsep.join([str(packages), *inherited()]),
+    }
     command = [sys.executable, "-W", "ignore", str(script), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -68,19 +77,22 @@ def inherited() -> list[str]:
     return [path for path in ENVIRONMENT.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
+def pinned() -> dict[str, str]:
+    return dict(line.split("==") for line in REQUIREMENTS.read_text().splitlines() if "==" in line)
+
+
 def check_packages(packages: Path) -> None:
     """What is in the folder is what the requirements pin."""
-    wanted = dict(line.split("==") for line in REQUIREMENTS.read_text().splitlines() if "==" in line)
     found = {one.name.lower().replace("_", "-"): one.version for one in metadata.distributions(path=[str(packages)])}
     wrong = [
         f"{name} {version} ({found.get(name, 'none')} found)"
-        for name, version in wanted.items()
+        for name, version in pinned().items()
         if found.get(name) != version
     ]
     if wrong:
         raise NoReference(
-            f"The tests compare with the real QDQBERT, which is not in {packages}: they need {', '.join(wrong)}.\n"
-            "`bash scripts/test.sh` installs it. Into this environment alone:\n"
+            f"The tests compare with the real QDQBERT, which is not in {packages}: wanted {', '.join(wrong)}.\n"
+            "`bash scripts/test.sh` installs it into .venv. For this environment:\n"
             f"  rm -rf {packages}; {sys.executable} -m pip install --no-deps --target {packages} -r {REQUIREMENTS}"
         )
 
