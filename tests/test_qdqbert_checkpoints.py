@@ -53,6 +53,9 @@ def class_of(name: str) -> Any:
 
 def assert_as_recorded(folder: Path, model: PreTrainedModel) -> None:
     model.eval()
+    for parameter in model.parameters():
+        # A loaded weight lies wherever the file has it, and kernels may round by that: lay it as the real one's lay.
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         found = model(**recorded(folder, "batch"))
     wanted = recorded(folder, "output")
@@ -131,6 +134,7 @@ def test_an_old_checkpoint_for_another_head(checkpoints: Path, caplog: pytest.Lo
     assert "classifier.weight" in caplog.text  # what is not in the checkpoint is still said
 
 
+@pytest.mark.usefixtures("threads_of_the_reference")
 def test_an_old_checkpoint_trains_and_goes_round(checkpoints: Path, tmp_path: Path) -> None:
     model = class_of("masked-lm-bin").from_pretrained(checkpoints / "masked-lm-bin").train()
     batch = recorded(checkpoints / "masked-lm-bin", "batch")
