@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
-# Builds an environment with the real QDQBERT and writes the golden files that the tests compare with.
+# Runs the real QDQBERT and writes what it computes on this machine into a folder; scripts/make_reference.py says what lies
+# in it. The tests do so by themselves. Usage: bash scripts/make_reference.sh FOLDER
 set -euo pipefail
-cd "$(dirname "$0")/.."
-venv=${REFERENCE_VENV:-.venv-reference}
-if [ ! -x "$venv/bin/python" ]; then
-  python3 -m venv "$venv"
-fi
-"$venv/bin/pip" install --quiet torch==2.13.0
-"$venv/bin/pip" install --quiet --requirement scripts/constraints-reference.txt
-exec "$venv/bin/python" scripts/make_reference.py "${1:-tests/golden/reference}"
+folder=$(realpath -m "${1:?name the folder to write into}")
+source "$(dirname "$0")/setup.sh" dev
+PYTHONPATH=$venv/reference exec "$python" -W ignore scripts/make_reference.py "$folder"

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import reference_run
 import torch
 from pytorch_quantization import nn as quant_nn
+
+from reference_cases import THREADS
 
 
 @pytest.fixture
@@ -26,8 +30,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def threads_of_the_reference() -> Iterator[None]:
-    """The golden files were made with two threads: one thread alone sums a layer norm's gradients in another order."""
+    """One thread alone sums a layer norm's gradients in another order than the reference's two."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def reference(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what the real QDQBERT computes here: scripts/make_reference.py says what lies in it."""
+    kept = pytestconfig.pluginmanager.hasplugin("cacheprovider")
+    cache = pytestconfig.cache.mkdir("reference") if kept else tmp_path_factory.mktemp("reference")
+    return reference_run.reference_in(cache)

@@ -28,9 +28,10 @@ def test_1_float_exact() -> None:
     assert not torch.equal(qmodel(**batch).logits, wanted["logits"])
 
 
-def test_2_reference_exact() -> None:
+@pytest.mark.usefixtures("threads_of_the_reference")
+def test_2_reference_exact(reference: Path) -> None:
     """In depth: test_reference.py."""
-    golden = Golden(Path(__file__).parent / "golden" / "reference" / "model.safetensors")
+    golden = Golden(reference / "model.safetensors")
     output = golden.calibrated()(**golden.arguments(), output_hidden_states=True)
     wanted = {k: v for k, v in golden.group("legacy").items() if not k.startswith("attentions")}
     assert_equal(flat(output), wanted, tolerance=0.0)

@@ -1,4 +1,4 @@
-"""``head_mask``, against the real QDQBERT to the bit, and what it refuses. Golden files: scripts/make_reference.sh."""
+"""``head_mask``, against the real QDQBERT to the bit, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.pretrained.head_mask import head_factors, masked_heads
-
-GOLDEN = sorted((Path(__file__).parent / "golden" / "reference" / "head_mask").glob("*.safetensors"))
+from reference_cases import HEAD_MASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Masked(Golden):
-    """A golden file of calls with a ``head_mask``, for QDQBERT's class under its own name."""
+    """What the real one computes of calls with a ``head_mask``, for QDQBERT's class under its own name."""
 
     @functools.cached_property
     def first(self) -> PreTrainedModel:
@@ -39,9 +38,14 @@ class Masked(Golden):
         return {**super().arguments(), "head_mask": self.group("head_mask")["head_mask"]}
 
 
-@pytest.fixture(scope="module", params=GOLDEN, ids=lambda path: path.stem)
-def golden(request: pytest.FixtureRequest) -> Masked:
-    return Masked(request.param)
+@pytest.fixture(scope="module", params=[case.name for case in HEAD_MASKS])
+def golden(request: pytest.FixtureRequest, reference: Path) -> Masked:
+    return Masked(reference / "head_mask" / f"{request.param}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def by_layer(reference: Path) -> Masked:
+    return Masked(reference / "head_mask" / "classification-layers.safetensors")
 
 
 @pytest.mark.usefixtures("threads_of_the_reference")
@@ -87,9 +91,8 @@ def test_cached_step(golden: Masked) -> None:
     assert_equal({"logits": step.logits}, wanted, tolerance=0.0)
 
 
-def test_the_mask_is_gone_after_the_call_and_after_an_error() -> None:
-    golden = Masked(GOLDEN[0])
-    qmodel, given = golden.calibrated(), golden.arguments()
+def test_the_mask_is_gone_after_the_call_and_after_an_error(by_layer: Masked) -> None:
+    qmodel, given = by_layer.calibrated(), by_layer.arguments()
     mask = given.pop("head_mask")
     before = qmodel(**given)[0]
     masked = qmodel(**given, head_mask=mask)[0]
@@ -102,9 +105,8 @@ def test_the_mask_is_gone_after_the_call_and_after_an_error() -> None:
     assert not any(module._forward_pre_hooks for module in qmodel.modules())
 
 
-def test_the_mask_is_the_calling_thread_s_own() -> None:
-    golden = Masked(GOLDEN[0])
-    qmodel, given = golden.calibrated(), golden.arguments()
+def test_the_mask_is_the_calling_thread_s_own(by_layer: Masked) -> None:
+    qmodel, given = by_layer.calibrated(), by_layer.arguments()
     mask = given.pop("head_mask")
     before, found = qmodel(**given)[0], []
     encoder = qmodel.base_model.encoder

@@ -16,17 +16,17 @@ import torch
 import transformers
 from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
-from test_reference import GOLDEN, Golden, assert_equal, flat, target_of
+from test_reference import Golden, assert_equal, flat, target_of
 from torch import Tensor
 from transformers import BertConfig, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.pretrained import qdqbert
 from qdq_surgery.pretrained.legacy_cache import as_cache
+from reference_cases import CASES, HEADS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES: dict[str, list[str]] = json.loads((Path(__file__).parent / "golden" / "reference" / "names.json").read_text())
 SIZES = {
     "vocab_size": 32,
     "hidden_size": 32,
@@ -143,7 +143,7 @@ def test_what_is_no_bert_is_said() -> None:
 
 
 class Real(Golden):
-    """A golden file, for QDQBERT's class under its own name."""
+    """What the real one computes, for QDQBERT's class under its own name."""
 
     def converted(self) -> PreTrainedModel:
         model = getattr(qs, f"QDQ{self.meta['head']}")(qs.QDQBertConfig(**self.config())).eval()
@@ -154,9 +154,9 @@ class Real(Golden):
 
 
 @pytest.mark.usefixtures("threads_of_the_reference")
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_outputs_are_those_of_the_real_one(path: Path) -> None:
-    golden = Real(path)
+@pytest.mark.parametrize("case", [case.name for case in CASES])
+def test_outputs_are_those_of_the_real_one(case: str, reference: Path) -> None:
+    golden = Real(reference / f"{case}.safetensors")
     output = golden.calibrated()(**golden.arguments(), output_hidden_states=True, output_attentions=True)
     found, wanted = flat(output), golden.group("legacy")
     if "loss" in wanted:
@@ -164,16 +164,16 @@ def test_outputs_are_those_of_the_real_one(path: Path) -> None:
     assert_equal(found, wanted, tolerance=0.0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_state_dict_has_the_names_of_the_real_one(name: str) -> None:
+@pytest.mark.parametrize("name", HEADS)
+def test_the_state_dict_has_the_names_of_the_real_one(name: str, reference: Path) -> None:
     cross = {"add_cross_attention": True} if name == "QDQBertLMHeadModel" else {}
     model = build(name, num_hidden_layers=1, **cross)
     for quantizer in qs.quantizers(model).values():
         quantizer.amax = torch.tensor(1.0)
-    assert sorted(model.state_dict()) == NAMES[name]
+    assert sorted(model.state_dict()) == json.loads((reference / "names.json").read_text())[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_a_model_is_its_class_and_a_converted_bert(name: str) -> None:
     model, ids = built(name), ids_for(name)
     bert = getattr(transformers, name.removeprefix("QDQ"))
@@ -189,7 +189,7 @@ def test_a_model_is_its_class_and_a_converted_bert(name: str) -> None:
     assert not torch.equal(model(ids)[0], plain(ids)[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_copies_and_pickles(name: str) -> None:
     model, ids = built(name), ids_for(name)
     wanted = model(ids)[0]
@@ -271,7 +271,7 @@ def test_heads_stay_tied() -> None:
         ("AutoModelForCausalLM", "QDQBertLMHeadModel"),
         *(
             (name.replace("QDQBert", "AutoModel"), name)
-            for name in NAMES
+            for name in HEADS
             if name not in ("QDQBertModel", "QDQBertLMHeadModel")
         ),
     ],
@@ -367,9 +367,8 @@ def legacy(cache: Any) -> tuple[tuple[Tensor, ...], ...]:
 
 @pytest.mark.usefixtures("threads_of_the_reference")
 @pytest.mark.parametrize("name", ["decoder", "decoder-cross"])
-def test_a_step_from_tuples_is_that_of_the_real_one(name: str) -> None:
-    [path] = [path for path in GOLDEN if path.stem == name]
-    golden = Real(path)
+def test_a_step_from_tuples_is_that_of_the_real_one(name: str, reference: Path) -> None:
+    golden = Real(reference / f"{name}.safetensors")
     qmodel, memory = golden.calibrated(), golden.group("memory")
     batch = {name: value for name, value in golden.group("batch").items() if name in ("input_ids", "token_type_ids")}
     with torch.no_grad():
