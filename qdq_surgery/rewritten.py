@@ -169,8 +169,8 @@ def _operand(node: Node, edit: Edit) -> Node:
         operand = node.args[edit.position] if edit.position < len(node.args) else None
     if not isinstance(operand, Node) or node.meta.get("op") != edit.operator:
         raise TraceError(
-            f"{edit.quantizer} belongs to operand {edit.position} of a {edit.operator}, which the {node.meta.get('op')} "
-            f"at {node.meta['source']} has not; the model's plan was made for other code: convert it anew"
+            f"{edit.quantizer} belongs to operand {edit.position} of a {edit.operator}, which the "
+            f"{node.meta.get('op')} at {node.meta['source']} has not; the model's plan was made for other code: convert it anew"
         )
     return operand
 

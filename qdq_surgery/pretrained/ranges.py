@@ -53,15 +53,7 @@ def _naming(path: str) -> Iterator[None]:
     """Whatever a damaged file makes of the libraries that read it is an error that names the file."""
     try:
         yield
-    except (
-        DamagedError,
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except (DamagedError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{Path(path).name} is damaged: {reason[:300]}; save the model again") from error
 

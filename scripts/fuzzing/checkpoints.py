@@ -83,7 +83,8 @@ class _Base:
         for name, quantizer in qs.quantizers(model).items():
             wanted = stored.get(name + _RANGE)
             found = quantizer.amax
-            if (wanted is None) != (found is None) or (found is not None and not torch.equal(found, wanted.float())):
+            same = torch.equal(found, wanted.float()) if found is not None and wanted is not None else found is wanted
+            if not same:
                 return f"the range of {name} is not the one in the file"
         whole = {
             name: value for file in sorted(self.whole.glob("*.safetensors")) for name, value in load_file(file).items()
