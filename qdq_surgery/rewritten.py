@@ -170,7 +170,7 @@ def _operand(node: Node, edit: Edit) -> Node:
     if not isinstance(operand, Node) or node.meta.get("op") != edit.operator:
         raise TraceError(
             f"{edit.quantizer} belongs to operand {edit.position} of a {edit.operator}, which the "
-            f"{node.meta.get('op')} at {node.meta['source']} has not; the model's plan was made for other code: convert it anew"
+            f"{node.meta.get('op')} at {node.meta['source']} has not; its plan was made for other code: convert it anew"
         )
     return operand
 
