@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fuzz
 import pytest
+
+import fuzz
 from fuzzing import rules as fuzzed
 from fuzzing.data import mutated
 from fuzzing.outcome import Outcome
 from fuzzing.rule_texts import generated
-
 from qdq_surgery.errors import RuleFileError
 from qdq_surgery.rule_file import load_rules
 
