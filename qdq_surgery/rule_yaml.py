@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from qdq_surgery.errors import RuleFileError
+from qdq_surgery.limits import MAX_LIST
 from qdq_surgery.untrusted import read_regular_file
 
 __all__ = ["MAX_BYTES", "TAG", "Budget", "compose", "cut", "kind_of", "read_text"]
@@ -37,7 +38,7 @@ class Budget:
     """
 
     bytes: int = 4 * MAX_BYTES
-    values: int = 5000
+    values: int = 3000
 
     def spend_bytes(self, size: int, path: Path) -> None:
         if size > self.bytes:
@@ -148,6 +149,9 @@ class _Loader(yaml.SafeLoader):
             raise _NotAllowedError(
                 found, f"write at most {Budget().values} words, lists and mappings", event.start_mark
             )
+        if isinstance(index, int) and index == MAX_LIST:
+            found = f"a list has more than {MAX_LIST} entries"
+            raise _NotAllowedError(found, "write fewer, or globs for many", event.start_mark)
         if self._depth == _MAX_DEPTH and isinstance(event, yaml.CollectionStartEvent):
             found = f"nested deeper than {_MAX_DEPTH} levels"
             raise _NotAllowedError(found, "a rule file needs five", event.start_mark)

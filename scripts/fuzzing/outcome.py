@@ -22,8 +22,8 @@ class Outcome:
         read, refused: How many of each kind.
         wrong: Read as something else than they say, or refused without naming the place; with the case.
         foreign: Exceptions that are none of the package's; with the case.
-        slowest: Seconds of the slowest case, and the case.
-        mebibytes: How much the process grew, at its peak.
+        slowest: Seconds of the processor of the slowest case, and the case.
+        mebibytes: How much the process grew at its peak while the cases were checked, in all.
     """
 
     read: Counter[str] = field(default_factory=Counter)
@@ -32,7 +32,6 @@ class Outcome:
     foreign: list[str] = field(default_factory=list)
     slowest: tuple[float, str] = (0.0, "")
     mebibytes: float = 0.0
-    _start: float = field(default_factory=lambda: _peak())
 
     def run(self, kind: str, case: str, check: Callable[[], str], own: type[Exception]) -> None:
         """Run one case.
@@ -40,7 +39,7 @@ class Outcome:
         Args:
             check: Says what was wrong, ``""`` if nothing; raises ``own`` if the case was refused.
         """
-        begin = time.perf_counter()
+        peak, begin = _peak(), time.process_time()
         try:
             wrong = check()
             self.read[kind] += 1
@@ -52,8 +51,8 @@ class Outcome:
                 self.wrong.append(f"{case}: a message that is long or not printable")
         except Exception as error:  # any other is what is looked for
             self.foreign.append(f"{case}: {type(error).__name__}: {str(error)[:200]}")
-        self.slowest = max(self.slowest, (time.perf_counter() - begin, case))
-        self.mebibytes = max(self.mebibytes, _peak() - self._start)
+        self.slowest = max(self.slowest, (time.process_time() - begin, case))
+        self.mebibytes += _peak() - peak
 
     @property
     def is_right(self) -> bool:

@@ -160,12 +160,15 @@ def _agrees(said: Any, again: Any, key: Any = None) -> bool:
         return parse_pattern(said) == parse_pattern(again)
     if isinstance(said, dict) and isinstance(again, dict):
         return all(
-            _agrees(value, again[name], name) if name in again else value in ({}, [], False, None)
-            for name, value in said.items()
+            _agrees(value, again[name], name) if name in again else _is_default(value) for name, value in said.items()
         )
     if isinstance(said, list) and isinstance(again, list):
         return len(said) == len(again) and all(map(_agrees, said, again))
     return bool(said == again or said == [again] or (key == "model_types" and said == {}))
+
+
+def _is_default(said: Any) -> bool:
+    return all(map(_is_default, said.values())) if isinstance(said, dict) else said in ([], False, None)
 
 
 def _content(rules: RuleSet) -> RuleSet:
