@@ -6,6 +6,9 @@ qmodel = qs.convert(model)
 print(qs.diff(model, qmodel))
 """
 
+# The first of all: the other imports take seconds, in which Ctrl-C may come.
+import qdq_surgery.starting  # noqa: F401  # isort: split
+
 from qdq_surgery.calibrate import Calibration, calibrate
 from qdq_surgery.collect import Statistics, collect
 from qdq_surgery.convert import convert, plan
@@ -24,6 +27,7 @@ from qdq_surgery.errors import (
     ExportError,
     MatchError,
     ModelError,
+    OptionError,
     ParityError,
     QdqSurgeryError,
     ReceiptError,
@@ -64,6 +68,7 @@ __all__ = [
     "MatchError",
     "ModelError",
     "OnnxModel",
+    "OptionError",
     "Parity",
     "ParityError",
     "Plan",

@@ -31,12 +31,12 @@ from qdq_surgery.collect import (
     weight_quantizers,
 )
 from qdq_surgery.converted import plan_of, quantizers
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
-from qdq_surgery.spec import CalibratorSpec
+from qdq_surgery.spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 
 __all__ = ["CALIBRATION_ATTRIBUTE", "Calibration", "Range", "calibrate", "share_ranges_found", "weight_range"]
 
@@ -138,7 +138,7 @@ def calibrate(
     Raises:
         CalibrationError: The data cannot be used; the model is then as it was before.
         ModelError: The model is not converted.
-        ValueError: The method or the percentile is none.
+        OptionError: The method or the percentile is none; a ValueError, too.
     """
     _check_method(method, percentile)
     model = unwrapped(qmodel)
@@ -174,12 +174,14 @@ def _is_weight(quantizer: TensorQuantizer) -> bool:
 
 def _check_method(method: str | None, percentile: float | None) -> None:
     if method is not None and method not in METHODS:
-        raise ValueError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
+        raise OptionError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
     if percentile is not None:
         if method != "percentile":
-            raise ValueError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
+            raise OptionError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
         if not 0 < percentile <= 100:
-            raise ValueError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
+            raise OptionError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
+        if percentile < LEAST_PERCENTILE:
+            raise OptionError("; ".join(doubtful_percentile(percentile)))
 
 
 def _percentile(method: str, percentile: float | None) -> float | None:

@@ -11,6 +11,7 @@ __all__ = [
     "ExportError",
     "MatchError",
     "ModelError",
+    "OptionError",
     "ParityError",
     "QdqSurgeryError",
     "ReceiptError",
@@ -65,6 +66,10 @@ class TraceError(QdqSurgeryError):
 
 class ModelError(QdqSurgeryError):
     """The model given cannot be converted, or is not what the call needs."""
+
+
+class OptionError(QdqSurgeryError, ValueError):
+    """An option has a value that it cannot have, or goes with another one that is not there."""
 
 
 class AlreadyConvertedError(ModelError):

@@ -1,0 +1,125 @@
+"""Which class a model folder is loaded as, so that no head in its weights is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from qdq_surgery.errors import ModelError
+from qdq_surgery.pretrained import qdqbert
+
+__all__ = ["check_head", "model_class"]
+
+
+def model_class(path: Path, name: str | None = None) -> type[PreTrainedModel]:
+    """The class to load a folder as: the one asked for, or that its config names, or the base model of its type.
+
+    Raises:
+        ModelError: The config names none, or transformers has no such class.
+    """
+    config = _read(path)
+    names = config.get("architectures") or []
+    if name is None and isinstance(names, list) and names and isinstance(names[0], str):
+        return _known(names[0], f"{path}/config.json names the class '{names[0]}'")
+    if name is not None:
+        return _known(name, f"the class '{name}' is asked for")
+    kind = config.get("model_type")
+    if not kind or not isinstance(kind, str):
+        raise ModelError(
+            f"{path}/config.json names neither a class under 'architectures' nor a 'model_type'; say which class the "
+            "model is, such as BertModel (--class CLASS), or save it again with save_pretrained"
+        )
+    try:
+        base = MODEL_MAPPING[type(AutoConfig.from_pretrained(path, local_files_only=True))]
+    except KeyError:
+        base = None
+    if isinstance(base, tuple):  # a type with several base models
+        base = base[0]
+    if base is None:
+        raise ModelError(
+            f"{path}/config.json names no class under 'architectures', and transformers has no base model of the type "
+            f"'{kind}'; say which class the model is (--class CLASS)"
+        )
+    found: type[PreTrainedModel] = base
+    return found
+
+
+def check_head(path: Path, model: PreTrainedModel, unexpected: list[str], name: str | None = None) -> None:
+    """Refuse weights with a head that a class lacks which nobody named.
+
+    Args:
+        unexpected: Names of weights that the class does not have.
+        name: The class that was asked for.
+
+    Raises:
+        ModelError: There are such weights; names them, and the classes that have them.
+    """
+    if not unexpected or name is not None or _read(path).get("architectures"):
+        return
+    fitting = _fitting(model, unexpected)
+    classes = f"such as {', '.join(fitting)}" if fitting else "which has them"
+    raise ModelError(
+        f"{path}/config.json names no class under 'architectures', and {type(model).__name__} would lose "
+        f"{len(unexpected)} weights ({_listed(unexpected)}); say which class the model is, {classes} (--class CLASS); "
+        f"--class {type(model).__name__} leaves them out"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}/config.json is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}/config.json is no JSON object; save the model again with save_pretrained")
+    return config
+
+
+def _known(name: str, why: str) -> type[PreTrainedModel]:
+    kind = getattr(transformers, name, None) or getattr(qdqbert, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ModelError(
+            f"{why}, which transformers {transformers.__version__} lacks; load it yourself and call "
+            "qdq_surgery.convert(model)"
+        )
+    return kind
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _fitting(model: PreTrainedModel, unexpected: list[str]) -> list[str]:
+    """The classes of the model's type with exactly these weights on top."""
+    found = []
+    for name in dict.fromkeys(_classes(str(model.config.model_type))):
+        kind = getattr(transformers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+            continue
+        try:
+            with torch.device("meta"):
+                made: PreTrainedModel = kind(model.config)
+        except Exception:  # a config that this class does not take: then it is not the model's
+            continue
+        keys, prefix = made.state_dict().keys(), f"{made.base_model_prefix}."
+        if {key for key in keys if not key.startswith(prefix)} == set(unexpected):
+            found.append(name)
+    return found
+
+
+def _classes(model_type: str) -> list[str]:
+    """The names of the classes with a head, for a type of model."""
+    return [
+        name
+        for mapping, names in vars(modeling_auto).items()
+        if mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")
+        for name in [names.get(model_type)]
+        if isinstance(name, str)
+    ]
