@@ -7,7 +7,9 @@ print(qs.diff(model, qmodel))
 """
 
 # The first of all: the other imports take seconds, in which Ctrl-C may come.
-import qdq_surgery.starting  # noqa: F401  # isort: split
+import qdq_surgery.starting  # noqa: F401
+
+# isort: split
 
 from qdq_surgery.calibrate import Calibration, calibrate
 from qdq_surgery.collect import Statistics, collect

@@ -50,7 +50,7 @@ def analyse(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str,
             raise
         raise ModelError(
             f"{type(model).__name__} is a decoder, and a decoder is not supported: the rules are for encoders, such as "
-            f"BERT's family; give one of those ({error})"
+            "BERT's family; give one of those"
         ) from error
 
 

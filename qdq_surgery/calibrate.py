@@ -38,7 +38,15 @@ from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
 from qdq_surgery.spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 
-__all__ = ["CALIBRATION_ATTRIBUTE", "Calibration", "Range", "calibrate", "share_ranges_found", "weight_range"]
+__all__ = [
+    "CALIBRATION_ATTRIBUTE",
+    "Calibration",
+    "Range",
+    "calibrate",
+    "check_method",
+    "share_ranges_found",
+    "weight_range",
+]
 
 #: Where a calibrated model keeps its :class:`Calibration`.
 CALIBRATION_ATTRIBUTE = "_qdq_calibration"
@@ -140,7 +148,7 @@ def calibrate(
         ModelError: The model is not converted.
         OptionError: The method or the percentile is none; a ValueError, too.
     """
-    _check_method(method, percentile)
+    check_method(method, percentile)
     model = unwrapped(qmodel)
     activations = activation_quantizers(model)
     asked = None if method is None else CalibratorSpec(method, _percentile(method, percentile))
@@ -172,7 +180,12 @@ def _is_weight(quantizer: TensorQuantizer) -> bool:
     return quantizer.provenance is not None and quantizer.provenance.role == "weight"
 
 
-def _check_method(method: str | None, percentile: float | None) -> None:
+def check_method(method: str | None, percentile: float | None) -> None:
+    """Whether there is such a method, and the percentile goes with it.
+
+    Raises:
+        OptionError: There is none, or it does not.
+    """
     if method is not None and method not in METHODS:
         raise OptionError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
     if percentile is not None:

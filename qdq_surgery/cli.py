@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qdq_surgery.calibrate import calibrate
+from qdq_surgery.calibrate import calibrate, check_method
 from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
 from qdq_surgery.convert import convert, plan
 from qdq_surgery.converted import plan_of, quantizers
@@ -184,10 +185,14 @@ def _output_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--width", type=_columns, help="columns of the text (default: those of the terminal)")
 
 
+def _load(arguments: argparse.Namespace) -> PreTrainedModel:
+    return load_model(arguments.model, arguments.kind, note=lambda text: _say("note", text))
+
+
 def _convert(arguments: argparse.Namespace) -> None:
     with steps(3) as bar:
         bar.next("loading")
-        model = load_model(arguments.model, arguments.kind)
+        model = _load(arguments)
         bar.next("converting")
         qmodel = convert(model, arguments.rules, inplace=True)
         bar.next("writing")
@@ -199,12 +204,13 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _calibrate(arguments: argparse.Namespace) -> None:
     if arguments.percentile is not None and arguments.method != "percentile":
         raise OptionError("--percentile goes with --method percentile only")
+    check_method(arguments.method, arguments.percentile)
     check_new(arguments.output)
     samples = read_samples(arguments.texts, arguments.column)
     tokenizer = arguments.tokenizer or arguments.model
     with steps(2) as bar:
         bar.next("loading")
-        model = load_model(arguments.model, arguments.kind)
+        model = _load(arguments)
         data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
         for note in data.notes:
             _say("note", note)
@@ -221,7 +227,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 def _diff(arguments: argparse.Namespace) -> None:
     with steps(3) as bar:
         bar.next("loading")
-        model = load_model(arguments.model, arguments.kind)
+        model = _load(arguments)
         bar.next("converting")
         qmodel = convert(model, arguments.rules)
         bar.next("comparing")
@@ -232,7 +238,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     with steps(2) as bar:
         bar.next("loading")
-        model = load_model(arguments.model, arguments.kind)
+        model = _load(arguments)
         bar.next("matching")
         made = plan(model, arguments.rules)
     _show(made, made.to_json, arguments)
@@ -267,7 +273,7 @@ def _rules_check(arguments: argparse.Namespace) -> None:
     for rule in rules.rules:
         print(f"  {rule.name} ({rule.source}): {rule.pattern}; {rule.scope}")
     if arguments.model is not None:
-        made = plan(load_model(arguments.model, arguments.kind), rules)
+        made = plan(_load(arguments), rules)
         print(f"fits {Path(arguments.model).name} ({made.model}): {len(made.sites)} quantizers in {made.layers} layers")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,13 +35,16 @@ _TOKENIZER = (
 )
 
 
-def load_model(folder: str | Path, kind: str | None = None) -> PreTrainedModel:
+def load_model(
+    folder: str | Path, kind: str | None = None, note: Callable[[str], None] | None = None
+) -> PreTrainedModel:
     """Load a model with the head that it was saved with, in eval mode, from the folder alone.
 
     A folder of a converted model gives the converted model, with its ranges.
 
     Args:
         kind: The name of its class; left out, the one that its config names, or its type's if the weights have no head.
+        note: Is told of weights that are left out.
 
     Raises:
         ModelError: The folder is none that ``save_pretrained`` wrote; says what is missing.
@@ -64,8 +68,11 @@ def load_model(folder: str | Path, kind: str | None = None) -> PreTrainedModel:
     finally:
         transformers_logging.set_verbosity(before)
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    unexpected = sorted(str(key) for key in info.get("unexpected_keys", ()))
+    left = check_head(path, model, [key for key in unexpected if not key.endswith(RANGE_SUFFIX)], kind)
     _check_weights(folder, type(model).__name__, info)
-    check_head(path, model, sorted(str(key) for key in info.get("unexpected_keys", ())), kind)
+    if left is not None and note is not None:
+        note(left)
     model.eval()
     return model
 

@@ -33,7 +33,7 @@ def model_class(path: Path, name: str | None = None) -> type[PreTrainedModel]:
     kind = config.get("model_type")
     if not kind or not isinstance(kind, str):
         raise ModelError(
-            f"{path}/config.json names neither a class under 'architectures' nor a 'model_type'; say which class the "
+            f"{path}/config.json names no class under 'architectures' and no 'model_type'; say which class the "
             "model is, such as BertModel (--class CLASS), or save it again with save_pretrained"
         )
     try:
@@ -51,18 +51,24 @@ def model_class(path: Path, name: str | None = None) -> type[PreTrainedModel]:
     return found
 
 
-def check_head(path: Path, model: PreTrainedModel, unexpected: list[str], name: str | None = None) -> None:
+def check_head(path: Path, model: PreTrainedModel, unexpected: list[str], name: str | None = None) -> str | None:
     """Refuse weights with a head that a class lacks which nobody named.
 
     Args:
         unexpected: Names of weights that the class does not have.
         name: The class that was asked for.
 
+    Returns:
+        A word on weights that a class lacks which somebody named.
+
     Raises:
-        ModelError: There are such weights; names them, and the classes that have them.
+        ModelError: There are such weights, and nobody named the class; names them, and the classes that have them.
     """
-    if not unexpected or name is not None or _read(path).get("architectures"):
-        return
+    if not unexpected:
+        return None
+    if name is not None or _read(path).get("architectures"):
+        lost = f"{len(unexpected)} weights that {type(model).__name__} lacks ({_listed(unexpected)})"
+        return f"{path} has {lost}; they are left out"
     fitting = _fitting(model, unexpected)
     classes = f"such as {', '.join(fitting)}" if fitting else "which has them"
     raise ModelError(
@@ -108,18 +114,19 @@ def _fitting(model: PreTrainedModel, unexpected: list[str]) -> list[str]:
                 made: PreTrainedModel = kind(model.config)
         except Exception:  # a config that this class does not take: then it is not the model's
             continue
-        keys, prefix = made.state_dict().keys(), f"{made.base_model_prefix}."
-        if {key for key in keys if not key.startswith(prefix)} == set(unexpected):
+        own = {key for key in made.state_dict() if not key.startswith(f"{made.base_model_prefix}.")}
+        tied = set(made._tied_weights_keys or ())  # a file holds what is tied once
+        if own - tied <= set(unexpected) <= own:
             found.append(name)
     return found
 
 
 def _classes(model_type: str) -> list[str]:
-    """The names of the classes with a head, for a type of model."""
+    """The names of an encoder's classes with a head, for a type of model."""
     return [
         name
         for mapping, names in vars(modeling_auto).items()
-        if mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")
+        if mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES") and "CAUSAL" not in mapping
         for name in [names.get(model_type)]
         if isinstance(name, str)
     ]

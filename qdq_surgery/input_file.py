@@ -63,15 +63,16 @@ def _read(path: str | Path, largest: int) -> bytes:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:  # a NUL in the name
         raise CalibrationError(f"{printable(str(path))} cannot be read: no file has such a name") from None
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
+        raise CalibrationError(f"{path} is {what}; give a file with texts")
     with os.fdopen(handle, "rb") as file:
-        mode = os.fstat(file.fileno())
-        if not stat.S_ISREG(mode.st_mode):
-            what = "a folder" if stat.S_ISDIR(mode.st_mode) else "no regular file"
-            raise CalibrationError(f"{path} is {what}; give a file with texts")
         data = file.read(largest + 1)
     if len(data) > largest:
         raise CalibrationError(
-            f"{path} has {mode.st_size} bytes, more than the {largest} that are read; some hundred texts are enough: "
+            f"{path} has {found.st_size} bytes, more than the {largest} that are read; some hundred texts are enough: "
             f"take a sample of it"
         )
     return data
