@@ -6,7 +6,14 @@ qmodel = qs.convert(model)
 print(qs.diff(model, qmodel))
 """
 
-from qdq_surgery import upstream  # noqa: F401 (before what else imports pytorch-quantization)
+# The first of all: the other imports take seconds, in which Ctrl-C may come.
+import qdq_surgery.starting  # noqa: F401
+
+# isort: split
+# Before what else imports pytorch-quantization.
+import qdq_surgery.upstream  # noqa: F401
+
+# isort: split
 from qdq_surgery.calibrate import Calibration, calibrate
 from qdq_surgery.collect import Statistics, collect
 from qdq_surgery.convert import convert, plan
@@ -25,6 +32,7 @@ from qdq_surgery.errors import (
     ExportError,
     MatchError,
     ModelError,
+    OptionError,
     ParityError,
     QdqSurgeryError,
     ReceiptError,
@@ -65,6 +73,7 @@ __all__ = [
     "MatchError",
     "ModelError",
     "OnnxModel",
+    "OptionError",
     "Parity",
     "ParityError",
     "Plan",

@@ -10,8 +10,9 @@ from pytorch_quantization import nn as quant_nn
 from torch.fx import Graph
 from transformers import PreTrainedModel
 
-from qdq_surgery.errors import AlreadyConvertedError, ModelError, TraceError
+from qdq_surgery.errors import AlreadyConvertedError, MatchError, ModelError, TraceError
 from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resized, without_mask
+from qdq_surgery.inside import is_decoder_only, remedy_for
 from qdq_surgery.matching import match
 from qdq_surgery.plan import Plan
 from qdq_surgery.routine import Routine, join_path
@@ -42,7 +43,15 @@ def analyse(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str,
     first = survey(model, inputs)
     others, second = _second(model, candidates)
     _compare(first, second)
-    return Look(inputs, others, first, second), match(model, first, rules)
+    try:
+        return Look(inputs, others, first, second), match(model, first, rules)
+    except MatchError as error:
+        if not is_decoder_only(model):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} is a decoder, and a decoder is not supported: the rules are for encoders, such as "
+            "BERT's family; give one of those"
+        ) from error
 
 
 def _second(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Survey]:
@@ -58,8 +67,8 @@ def _second(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tup
 
 def _check(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
-        remedy = "convert it before torch.compile" if hasattr(model, "_orig_mod") else "load it with transformers"
-        raise ModelError(f"found a {type(model).__name__}, wanted a Hugging Face PreTrainedModel; {remedy}")
+        found = f"found a {type(model).__name__}, wanted a Hugging Face PreTrainedModel"
+        raise ModelError(f"{found}; {remedy_for(model)}")
     for name, module in model.named_modules():
         if isinstance(module, quant_nn.TensorQuantizer):
             raise AlreadyConvertedError(

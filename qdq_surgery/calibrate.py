@@ -31,15 +31,23 @@ from qdq_surgery.collect import (
     weight_quantizers,
 )
 from qdq_surgery.converted import plan_of, quantizers
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
-from qdq_surgery.spec import CalibratorSpec
+from qdq_surgery.spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 from qdq_surgery.transaction import all_or_nothing
 
-__all__ = ["CALIBRATION_ATTRIBUTE", "Calibration", "Range", "calibrate", "share_ranges_found", "weight_range"]
+__all__ = [
+    "CALIBRATION_ATTRIBUTE",
+    "Calibration",
+    "Range",
+    "calibrate",
+    "check_method",
+    "share_ranges_found",
+    "weight_range",
+]
 
 #: Where a calibrated model keeps its :class:`Calibration`.
 CALIBRATION_ATTRIBUTE = "_qdq_calibration"
@@ -133,9 +141,9 @@ def calibrate(
     Raises:
         CalibrationError: The data cannot be used; the model is then as it was before.
         ModelError: The model is not converted.
-        ValueError: The method or the percentile is none.
+        OptionError: The method or the percentile is none; a ValueError, too.
     """
-    _check_method(method, percentile)
+    check_method(method, percentile)
     model = unwrapped(qmodel)
     activations = activation_quantizers(model)
     asked = None if method is None else CalibratorSpec(method, _percentile(method, percentile))
@@ -168,14 +176,21 @@ def _is_weight(quantizer: TensorQuantizer) -> bool:
     return quantizer.provenance is not None and quantizer.provenance.role == "weight"
 
 
-def _check_method(method: str | None, percentile: float | None) -> None:
+def check_method(method: str | None, percentile: float | None) -> None:
+    """Whether there is such a method, and the percentile goes with it.
+
+    Raises:
+        OptionError: There is none, or it does not.
+    """
     if method is not None and method not in METHODS:
-        raise ValueError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
+        raise OptionError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
     if percentile is not None:
         if method != "percentile":
-            raise ValueError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
+            raise OptionError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
         if not 0 < percentile <= 100:
-            raise ValueError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
+            raise OptionError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
+        if percentile < LEAST_PERCENTILE:
+            raise OptionError("; ".join(doubtful_percentile(percentile)))
 
 
 def _percentile(method: str, percentile: float | None) -> float | None:

@@ -17,7 +17,7 @@ from pytorch_quantization import calib
 from pytorch_quantization.calib.calibrator import _Calibrator
 from torch import Tensor
 
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.histogram import BINS, Histogram, largest
 from qdq_surgery.padding import Padding
 from qdq_surgery.ranges import (
@@ -261,10 +261,10 @@ def choose(
 
     Raises:
         CalibrationError: There was a NaN or an infinite value.
-        ValueError: The method is none of :data:`METHODS`.
+        OptionError: The method is none of :data:`METHODS`.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
+        raise OptionError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
     top = float(histogram.amax)
     if not math.isfinite(top):
         raise CalibrationError(f"there was {'an infinite value' if math.isinf(top) else 'a NaN'} in the data")

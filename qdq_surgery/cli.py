@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qdq_surgery.calibrate import calibrate
+from qdq_surgery.calibrate import calibrate, check_method
 from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
 from qdq_surgery.convert import convert, plan
 from qdq_surgery.converted import plan_of, quantizers
@@ -22,31 +23,42 @@ from qdq_surgery.deploy.export import export_onnx
 from qdq_surgery.deploy.receipt import receipt
 from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, TARGETS
 from qdq_surgery.diff import diff
-from qdq_surgery.errors import CalibrationError, ModelError, QdqSurgeryError
+from qdq_surgery.errors import ModelError, OptionError, QdqSurgeryError
 from qdq_surgery.folder import check_new, load_model, save_model
+from qdq_surgery.input_file import printable
 from qdq_surgery.progress import steps
 from qdq_surgery.render import Rendered
 from qdq_surgery.rule_file import load_rules, shipped_rules
-from qdq_surgery.texts import read_texts, text_batches
+from qdq_surgery.samples import read_samples
+from qdq_surgery.starting import COMMAND
+from qdq_surgery.texts import text_batches
+from qdq_surgery.version import __version__
+from qdq_surgery.wording import in_words_of_the_command
 
 __all__ = ["main"]
 
 _RULES = "qdqbert"
+_NARROWEST, _WIDEST = 40, 10_000
 _FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Mistakes of the user end in one line on standard error."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    words = sys.argv[1:] if argv is None else [*argv]
+    odd = next((word for word in words if "\0" in word), None)
+    if odd is not None:
+        parser.error(f"the argument {printable(odd)} holds a NUL character")
+    arguments = parser.parse_args(words)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         arguments.run(arguments)
     except QdqSurgeryError as error:
-        print(f"qdq-surgery: error: {error}", file=sys.stderr)
+        _say("error", in_words_of_the_command(str(error)))
         return 1
     except KeyboardInterrupt:
-        print("qdq-surgery: interrupted", file=sys.stderr)
+        print(f"{COMMAND}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever reads our output has seen enough (`| head`).
@@ -55,38 +67,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _say(what: str, text: str) -> None:
+    # Without anything that a terminal obeys: names and texts of others may be in it.
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="qdq-surgery", description="Put QDQBERT's quantizers into a Hugging Face encoder, by rule files."
+        prog=COMMAND, description="Put QDQBERT's quantizers into a Hugging Face encoder, by rule files."
     )
+    parser.add_argument("--version", action="version", version=f"{COMMAND} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("convert", help="convert a model and write it with its rules and a report")
     command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
     _rules_option(command)
+    _class_option(command)
     command.set_defaults(run=_convert)
 
     command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
     command.add_argument("model", metavar="MODEL_DIR", help=f"{_FOLDER_HELP}, with its tokenizer; converted or not")
-    command.add_argument("texts", metavar="TEXTS", help="a UTF-8 file with one text in each line")
+    command.add_argument(
+        "texts",
+        metavar="TEXTS",
+        help="a UTF-8 file: one text in each line, or .csv, .tsv or .jsonl with columns; .jsonl may have 'input_ids' "
+        "(and 'attention_mask', 'token_type_ids') or 'tokens' in each row",
+    )
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
+    _class_option(command)
     command.add_argument("--rules", help=f"for a model that is not converted yet (default: {_RULES})")
     command.add_argument("--method", choices=METHODS, help="for all activations (default: each by its rule)")
     command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
+    command.add_argument(
+        "--column",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="which column has the texts (default: text, or sentence); twice for pairs of texts",
+    )
+    command.add_argument("--tokenizer", metavar="FOLDER", help="has the tokenizer (default: the model's folder)")
     command.add_argument("--batch", type=int, default=16, help="texts in a batch (default: %(default)s)")
-    command.add_argument("--length", type=int, default=128, help="most tokens of a text (default: %(default)s)")
+    command.add_argument("--length", type=int, help="most tokens of a text (default: 128, or what the model takes)")
     command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("diff", help="show each block's graph before and after")
     command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
     _rules_option(command)
+    _class_option(command)
     _output_options(command)
     command.set_defaults(run=_diff)
 
     command = commands.add_parser("plan", help="list the sites, the refusals and the counts; convert nothing")
     command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
     _rules_option(command)
+    _class_option(command)
     _output_options(command)
     command.set_defaults(run=_plan)
 
@@ -100,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     action = actions.add_parser("check", help="read a rule file and say what is wrong with it")
     action.add_argument("rules", metavar="RULES", help="a shipped name or a file")
     action.add_argument("--model", metavar="MODEL_DIR", help="check that it fits this model, too")
+    _class_option(action)
     action.set_defaults(run=_rules_check)
 
     command = commands.add_parser("export", help="write a calibrated model as ONNX for one runtime, and check the file")
@@ -126,15 +163,36 @@ def _rules_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rules", default=_RULES, help="a shipped name or a file (default: %(default)s)")
 
 
+def _columns(text: str) -> int:
+    """A width that a table fits in."""
+    width = int(text)
+    if not _NARROWEST <= width <= _WIDEST:
+        raise argparse.ArgumentTypeError(f"{width} columns, wanted {_NARROWEST} to {_WIDEST}")
+    return width
+
+
+def _class_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--class",
+        dest="kind",
+        metavar="CLASS",
+        help="class of the model, such as BertForMaskedLM (default: the one that its config.json names)",
+    )
+
+
 def _output_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--width", type=int, help="columns of the text (default: those of the terminal)")
+    command.add_argument("--width", type=_columns, help="columns of the text (default: those of the terminal)")
+
+
+def _load(arguments: argparse.Namespace) -> PreTrainedModel:
+    return load_model(arguments.model, arguments.kind, note=lambda text: _say("note", text))
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     with steps(3) as bar:
         bar.next("loading")
-        model = load_model(arguments.model)
+        model = _load(arguments)
         bar.next("converting")
         qmodel = convert(model, arguments.rules, inplace=True)
         bar.next("writing")
@@ -144,21 +202,24 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
+    if arguments.percentile is not None and arguments.method != "percentile":
+        raise OptionError("--percentile goes with --method percentile only")
+    check_method(arguments.method, arguments.percentile)
     check_new(arguments.output)
-    texts = read_texts(arguments.texts)
+    samples = read_samples(arguments.texts, arguments.column)
+    tokenizer = arguments.tokenizer or arguments.model
     with steps(2) as bar:
         bar.next("loading")
-        model = load_model(arguments.model)
-        batches = text_batches(arguments.model, texts, arguments.batch, arguments.length)
+        model = _load(arguments)
+        data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
+        for note in data.notes:
+            _say("note", note)
         bar.next("converting")
         if quantizers(model) and arguments.rules is not None:
             raise ModelError(f"{arguments.model} is converted already, by its own rules; leave --rules out")
         qmodel = model if quantizers(model) else convert(model, arguments.rules or _RULES, inplace=True)
-    try:
-        made = calibrate(qmodel, batches, arguments.method, percentile=arguments.percentile)
-    except ValueError as error:
-        raise CalibrationError(str(error)) from None
-    save_model(qmodel, arguments.output, source=arguments.model)
+    made = calibrate(qmodel, data.batches, arguments.method, percentile=arguments.percentile)
+    save_model(qmodel, arguments.output, source=tokenizer)
     print(made)
     print(f"\nwritten to {arguments.output}")
 
@@ -166,7 +227,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 def _diff(arguments: argparse.Namespace) -> None:
     with steps(3) as bar:
         bar.next("loading")
-        model = load_model(arguments.model)
+        model = _load(arguments)
         bar.next("converting")
         qmodel = convert(model, arguments.rules)
         bar.next("comparing")
@@ -177,7 +238,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     with steps(2) as bar:
         bar.next("loading")
-        model = load_model(arguments.model)
+        model = _load(arguments)
         bar.next("matching")
         made = plan(model, arguments.rules)
     _show(made, made.to_json, arguments)
@@ -187,7 +248,7 @@ def _show(made: Rendered, to_json: Any, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(to_json(), indent=2))
     elif arguments.width is not None:
-        print(made.to_text(max(arguments.width, 40)))
+        print(made.to_text(arguments.width))
     else:
         print(made)
 
@@ -212,11 +273,13 @@ def _rules_check(arguments: argparse.Namespace) -> None:
     for rule in rules.rules:
         print(f"  {rule.name} ({rule.source}): {rule.pattern}; {rule.scope}")
     if arguments.model is not None:
-        made = plan(load_model(arguments.model), rules)
+        made = plan(_load(arguments), rules)
         print(f"fits {Path(arguments.model).name} ({made.model}): {len(made.sites)} quantizers in {made.layers} layers")
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if Path(arguments.output).suffix != ".onnx":
+        raise OptionError(f"the file is called {arguments.output}; give it a name that ends in .onnx")
     with steps(2) as bar:
         bar.next("loading")
         model = load_model(arguments.model)

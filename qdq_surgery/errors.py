@@ -12,6 +12,7 @@ __all__ = [
     "ExportError",
     "MatchError",
     "ModelError",
+    "OptionError",
     "ParityError",
     "QdqSurgeryError",
     "ReceiptError",
@@ -108,6 +109,10 @@ class TraceError(QdqSurgeryError):
 
 class ModelError(QdqSurgeryError):
     """The model given cannot be converted, or is not what the call needs."""
+
+
+class OptionError(QdqSurgeryError, ValueError):
+    """An option has a value that it cannot have, or goes with another one that is not there."""
 
 
 class AlreadyConvertedError(ModelError):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from qdq_surgery.errors import ModelError
+from qdq_surgery.positions import longest_text
 
 __all__ = ["SHAPES", "checked_examples", "make_examples", "resized", "without_mask"]
 
@@ -42,8 +43,7 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     # A feed-forward network in chunks takes only lengths that its chunks divide.
     chunk = max(1, getattr(config, "chunk_size_feed_forward", 0) or 0)
     tokens *= chunk
-    longest = getattr(config, "max_position_embeddings", None) or tokens
-    tokens = max(chunk, min(tokens, longest - 2) // chunk * chunk)
+    tokens = max(chunk, min(tokens, longest_text(config) or tokens) // chunk * chunk)
     if any(base.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() for base in type(model).__mro__):
         size: tuple[int, ...] = (batch, 2, tokens)
     else:

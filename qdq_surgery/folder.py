@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.converted import plan_of
 from qdq_surgery.errors import AlreadyConvertedError, ModelError, QdqSurgeryError
-from qdq_surgery.pretrained import qdqbert
+from qdq_surgery.heads import check_head, model_class
 from qdq_surgery.pretrained.config import QUANT_METHOD
 from qdq_surgery.pretrained.preflight import check_files, check_size
 from qdq_surgery.pretrained.ranges import RANGE_SUFFIX
@@ -29,7 +29,10 @@ __all__ = ["check_new", "is_converted", "load_model", "save_model"]
 _TOKENIZER = (
     "tokenizer*",
     "vocab*",
+    "*vocab.json",
+    "*vocab.txt",
     "merges.txt",
+    "bpe.codes",
     "special_tokens_map.json",
     "added_tokens.json",
     "*.model",
@@ -37,10 +40,16 @@ _TOKENIZER = (
 )
 
 
-def load_model(folder: str | Path) -> PreTrainedModel:
+def load_model(
+    folder: str | Path, kind: str | None = None, note: Callable[[str], None] | None = None
+) -> PreTrainedModel:
     """Load a model with the head that it was saved with, in eval mode, from the folder alone.
 
     A folder of a converted model gives the converted model, with its ranges.
+
+    Args:
+        kind: The name of its class; left out, the one that its config names, or its type's if the weights have no head.
+        note: Is told of weights that are left out.
 
     Raises:
         ModelError: The folder is none that ``save_pretrained`` wrote; says what is missing.
@@ -55,10 +64,10 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     weights = check_files(path)
     before = transformers_logging.get_verbosity()
     try:
-        kind = _model_class(path)
         transformers_logging.set_verbosity_error()  # what it would report is checked here
-        check_size(kind, AutoConfig.from_pretrained(path, local_files_only=True), path, weights)
-        loaded = kind.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        cls = model_class(path, kind)
+        check_size(cls, path, weights)
+        loaded = cls.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except QdqSurgeryError:
         raise
     except Exception as error:  # whatever a damaged folder makes of transformers, torch and safetensors
@@ -67,7 +76,11 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     finally:
         transformers_logging.set_verbosity(before)
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    unexpected = sorted(str(key) for key in info.get("unexpected_keys", ()))
+    left = check_head(path, model, [key for key in unexpected if not key.endswith(RANGE_SUFFIX)], kind)
     _check_weights(folder, type(model).__name__, info)
+    if left is not None and note is not None:
+        note(left)
     model.eval()
     return model
 
@@ -80,23 +93,6 @@ def is_converted(folder: str | Path) -> bool:
         return bool(own["quant_method"].value == QUANT_METHOD)
     except (OSError, DamagedError, KeyError):
         return False
-
-
-def _model_class(path: Path) -> type[PreTrainedModel]:
-    """The class that the folder's config names: none other, so that no head is lost."""
-    names = json.loads((path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    if name is None:
-        raise ModelError(
-            f"{path}/config.json names no class under 'architectures'; save the model with save_pretrained"
-        )
-    kind = getattr(transformers, name, None) or getattr(qdqbert, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ModelError(
-            f"{path}/config.json names the class '{name}', which transformers {transformers.__version__} lacks; "
-            "load it yourself and call qdq_surgery.convert(model)"
-        )
-    return kind
 
 
 def _check_weights(folder: str | Path, name: str, info: dict[str, Any]) -> None:
@@ -144,7 +140,7 @@ def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path |
             qmodel.save_pretrained(draft)
             for pattern in _TOKENIZER if source is not None else ():
                 for file in Path(str(source)).glob(pattern):
-                    if not (draft / file.name).exists():
+                    if file.is_file() and not (draft / file.name).exists():
                         shutil.copy(file, draft / file.name)
             if path.exists():
                 path.rmdir()

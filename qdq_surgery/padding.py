@@ -18,6 +18,7 @@ from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 
 from qdq_surgery.errors import CalibrationError
+from qdq_surgery.positions import longest_text
 
 __all__ = ["Axis", "Padding", "chunk_size", "find_axes", "trimmed"]
 
@@ -96,9 +97,7 @@ def find_axes(
 def _sizes(qmodel: nn.Module, batch: Mapping[str, Any]) -> list[_Size]:
     """Two sizes that the model takes, in whole chunks of the feed-forward network."""
     chunk, length = chunk_size(qmodel), batch[_MASK].shape[-1] if _MASK in batch else 1
-    # Some models keep two positions for themselves.
-    positions = getattr(getattr(qmodel, "config", None), "max_position_embeddings", None) or sys.maxsize
-    length = max(length, positions - 2)
+    length = max(length, longest_text(getattr(qmodel, "config", None)) or sys.maxsize)
     if length // chunk >= _PROBES[1].tokens:
         return [size._replace(tokens=size.tokens * chunk) for size in _PROBES]
     longest = max(length // chunk, 2)

@@ -15,6 +15,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from qdq_surgery.errors import OptionError
 from qdq_surgery.numerics import fake_quant
 
 __all__ = ["START_BIN", "channel_mse_amax", "entropy_amax", "mse_amax", "percentile_amax", "relative_error"]
@@ -39,7 +40,7 @@ def percentile_amax(counts: Tensor, edges: Tensor, percentile: float) -> float:
         percentile: In percent, (0, 100]. Read as the decimal number that it is written as.
     """
     if not 0 < percentile <= 100:
-        raise ValueError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
+        raise OptionError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
     sums = counts.cumsum(0)
     wanted = math.ceil(Fraction(repr(float(percentile))) * int(sums[-1]) / 100)
     index = int(torch.searchsorted(sums, max(wanted, 1)))

@@ -28,6 +28,7 @@ from qdq_surgery.pattern import Pattern
 __all__ = [
     "CALIBRATORS",
     "DEFAULT_SPEC",
+    "LEAST_PERCENTILE",
     "CalibrationOptions",
     "CalibratorSpec",
     "Count",
@@ -39,6 +40,7 @@ __all__ = [
     "RuleSet",
     "Scope",
     "Share",
+    "doubtful_percentile",
     "is_quantizer_name",
 ]
 
@@ -48,6 +50,9 @@ CALIBRATORS = ("max", "histogram", "percentile", "entropy", "mse", "best")
 
 #: The spec name that means "pytorch-quantization's default descriptor at the time of the conversion".
 DEFAULT_SPEC = "default"
+
+#: Below it most values would be cut off: nobody wants that, and whoever writes it means a share, or the other end.
+LEAST_PERCENTILE = 50.0
 
 _QUANTIZER_NAME = re.compile(r"[a-z][a-z0-9_]*_quantizer")
 _SOURCE = re.compile(r"(.+:[0-9]{1,9})?")
@@ -60,6 +65,14 @@ _MAX_AMAX = 2.0**-23, 2.0**126
 def is_quantizer_name(name: str) -> bool:
     """Whether ``name`` can be a quantizer's attribute name: ``matmul_q_input_quantizer`` and the like."""
     return len(name) <= 128 and _QUANTIZER_NAME.fullmatch(name) is not None
+
+
+def doubtful_percentile(percentile: float) -> tuple[str, str]:
+    """What is wrong with a percentile below :data:`LEAST_PERCENTILE`, and what was meant."""
+    # 0.9999 is a share, 0.01 is what is to be cut off.
+    meant = percentile * 100 if LEAST_PERCENTILE / 100 < percentile <= 1 else 100 - percentile
+    found = f"percentile {percentile:g} would cut off {100 - percentile:g} % of the values"
+    return found, f"did you mean {meant:.6g}?"
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,8 @@ class CalibratorSpec:
                 )
             if not 0 < self.percentile <= 100:
                 raise RuleFileError(f"percentile {self.percentile} is outside (0, 100]", "write for example 99.99")
+            if self.percentile < LEAST_PERCENTILE:
+                raise RuleFileError(*doubtful_percentile(self.percentile))
         if self.num_bins is not None:
             if self.name == "max":
                 raise RuleFileError("calibrator 'max' keeps no histogram, so num_bins means nothing", "remove it")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from qdq_surgery.collect import unwrapped
 from qdq_surgery.converted import plan_of, quantizers
-from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.errors import CalibrationError, ModelError, OptionError
 from qdq_surgery.training import recalibrate_weights
 
 __all__ = ["QATTrainer", "distillation_loss"]
@@ -86,7 +86,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
     Raises:
         CalibrationError: A quantizer has no range.
         ModelError: The teacher is the model itself, or quantized.
-        ValueError: The temperature or the weight is out of range, or there is a ``compute_loss_func`` beside a teacher.
+        OptionError: The temperature or the weight is out of range, or ``compute_loss_func`` is given beside a teacher.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if temperature <= 0 or not 0 <= distill_weight <= 1:
-            raise ValueError(
+            raise OptionError(
                 f"temperature {temperature} must be above 0, and distill_weight {distill_weight} within 0 and 1"
             )
         super().__init__(*args, **kwargs)
@@ -107,7 +107,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         if teacher is not None:
             if kwargs.get("compute_loss_func") is not None:
-                raise ValueError("compute_loss_func and teacher both say what the loss is; give one of them")
+                raise OptionError("compute_loss_func and teacher both say what the loss is; give one of them")
             if teacher is self.model or quantizers(teacher):
                 raise ModelError("the teacher has to be a float model of its own; load it again")
             teacher.to(self.args.device)

@@ -28,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
 from qdq_surgery.folder import load_model
-from qdq_surgery.texts import read_texts, text_batches
+from qdq_surgery.samples import read_samples
+from qdq_surgery.texts import text_batches
 
 FLOAT = "float16"
 RULES = ("tensorrt", "tensorrt-both", "tensorrt-none")
@@ -77,7 +78,7 @@ def write_files(output: Path, shapes: Sequence[tuple[int, int]], folder: Path | 
     if folder is None or texts is None:
         batches: Any = [random_batch(CALIBRATED, vocabulary, seed) for seed in range(4)]
     else:
-        batches = text_batches(folder, read_texts(texts), *CALIBRATED)
+        batches = text_batches(read_samples(texts), model, folder, *CALIBRATED).batches
     for rules in RULES:
         qmodel = qs.convert(model, rules)
         qs.calibrate(qmodel, batches)

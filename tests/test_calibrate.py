@@ -456,13 +456,17 @@ def assert_refused(qmodel: PreTrainedModel, error: type[Exception], words: str, 
         ("percentile", 0.0, "percentile 0.0 is outside (0, 100]"),
         ("percentile", 100.5, "percentile 100.5 is outside (0, 100]"),
         ("percentile", -1.0, "percentile -1.0 is outside (0, 100]"),
+        ("percentile", 0.5, "percentile 0.5 would cut off 99.5 % of the values; did you mean 99.5?"),
+        ("percentile", 0.9999, "did you mean 99.99?"),
+        ("percentile", 49.9, "did you mean 50.1?"),
         ("percentile", math.nan, "percentile nan is outside (0, 100]"),
     ],
 )
 def test_methods_that_are_none(
     shared_model: PreTrainedModel, method: str | None, percentile: float | None, words: str
 ) -> None:
-    assert_refused(shared_model, ValueError, words, BATCHES, method, percentile=percentile)
+    assert issubclass(qs.OptionError, ValueError)
+    assert_refused(shared_model, qs.OptionError, words, BATCHES, method, percentile=percentile)
 
 
 @pytest.mark.parametrize("batches", [[], [None]], ids=["empty", "None"])

@@ -24,7 +24,7 @@ from qdq_surgery.calibrator import (
     MaxCalibrator,
     choose,
 )
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.histogram import BINS, Histogram
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import channel_mse_amax, entropy_amax, mse_amax, percentile_amax, relative_error
@@ -414,15 +414,15 @@ def test_the_range_of_zeros_is_0(method: str, values: Tensor) -> None:
 @pytest.mark.parametrize("method", ["", "Max", "histogram", "mean"])
 def test_an_unknown_method_is_refused(method: str) -> None:
     message = f"unknown calibration method '{method}'; write one of max, percentile, entropy, mse, best"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         histogram_calibrator(data(9)).compute_amax(method)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         choose(Histogram.of(data(9)), method)
 
 
 @pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1])
 def test_a_percentile_outside_the_limits_is_refused(percentile: float) -> None:
-    with pytest.raises(ValueError, match="is outside"):
+    with pytest.raises(OptionError, match="is outside"):
         histogram_calibrator(data(9)).compute_amax("percentile", percentile=percentile)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import batch_for, build
 from safetensors.torch import load_file
-from transformers import BertForTokenClassification
+from transformers import BertForTokenClassification, GPT2Config, GPT2Model
 
 import qdq_surgery as qs
 from qdq_surgery import progress
@@ -120,6 +120,9 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             ["plan", "{folder}", "--rules", "{tmp}/typo.yaml"],
             "typo.yaml:5: rule 'typo' matches nothing in BertForToken",
         ),
+        (["plan", "{tmp}/headless", "--class", "BertForPoetry"], "the class 'BertForPoetry' is asked for"),
+        (["export", "{folder}", "{tmp}/x.txt"], "give it a name that ends in .onnx"),
+        (["plan", "\x1b[2J"], "\\x1b[2J is no folder"),
         (["demo", "--texts", "1"], "a nearest neighbour needs at least two texts"),
         (["demo", "--texts", "10000000"], "standard library has only"),
     ],
@@ -150,7 +153,18 @@ def test_mistakes_end_in_one_line(
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["convert"], ["rules"], ["plan", "x", "--width", "wide"], ["unknown"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["convert"],
+        ["rules"],
+        ["plan", "x", "--width", "wide"],
+        ["plan", "x", "--width", "0"],
+        ["plan", "a\0b"],
+        ["unknown"],
+    ],
+)
 def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -248,3 +262,37 @@ def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(found["sites"]) == 28
     assert main(["export", str(folder), str(file)]) == 1
     assert "is not converted" in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"qdq-surgery {qs.__version__}\n"
+
+
+def test_an_older_folder_needs_no_class_and_a_decoder_is_called_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("bert", "BertModel").save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path / "old")]) == 0
+    assert "BertModel: 40 quantizers" in capsys.readouterr().out
+    GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
+    assert main(["plan", str(tmp_path / "gpt2")]) == 1
+    assert "GPT2Model is a decoder, and a decoder is not supported" in capsys.readouterr().err
+
+
+def test_a_head_that_a_class_leaves_out_gets_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("bert", "BertForPreTraining").save_pretrained(tmp_path / "both")
+    assert main(["plan", str(tmp_path / "both"), "--class", "BertForMaskedLM"]) == 0
+    assert "qdq-surgery: note: " in (error := capsys.readouterr().err)
+    assert "cls.seq_relationship.bias" in error
+
+
+def test_advice_names_what_can_be_typed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(folder), str(tmp_path / "bare"), "--rules", "onnxruntime"]) == 0
+    assert main(["export", str(tmp_path / "bare"), str(tmp_path / "x.onnx")]) == 1
+    assert "calibrate the model: qdq-surgery calibrate MODEL_DIR TEXTS OUTPUT_DIR" in capsys.readouterr().err

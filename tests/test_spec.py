@@ -66,6 +66,15 @@ REFUSED: list[Any] = [
         )
         for value in (0, -1.0, 100.0001, float("inf"), float("nan"))
     ),
+    *(
+        pytest.param(
+            lambda value=value: CalibratorSpec("percentile", percentile=value),
+            f"percentile {value} would cut off",
+            f"did you mean {meant}",
+            id=f"percentile-{value}",
+        )
+        for value, meant in ((0.01, "99.99"), (0.999, "99.9"), (49, "51"))
+    ),
     pytest.param(lambda: CalibratorSpec("max", num_bins=2048), "'max' keeps no histogram", "remove", id="bins-of-max"),
     *(
         pytest.param(
@@ -266,7 +275,7 @@ def test_axes_within_the_limits(axis: int | None) -> None:
     assert QuantSpec(axis=axis).axis == axis
 
 
-@pytest.mark.parametrize("percentile", [0.0001, 50, 99.99, 100])
+@pytest.mark.parametrize("percentile", [50, 99.99, 100])
 def test_percentiles_within_the_limits(percentile: float) -> None:
     assert CalibratorSpec("percentile", percentile).percentile == percentile
 

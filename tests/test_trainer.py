@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 import qdq_surgery as qs
-from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.errors import CalibrationError, ModelError, OptionError
 from qdq_surgery.trainer import QATTrainer, distillation_loss
 
 Batch = dict[str, Tensor]
@@ -431,7 +431,7 @@ def test_no_scores_in_common(student: dict[str, Any], teacher: dict[str, Any]) -
     ("temperature", "weight"), [(0.0, 0.5), (-1.0, 0.5), (2.0, -0.1), (2.0, 1.1)], ids=lambda value: f"{value:g}"
 )
 def test_options_out_of_range(tmp_path: Path, temperature: float, weight: float) -> None:
-    with pytest.raises(ValueError, match=rf"temperature {temperature} must be above 0, and distill_weight {weight}"):
+    with pytest.raises(OptionError, match=rf"temperature {temperature} must be above 0, and distill_weight {weight}"):
         QATTrainer(
             calibrated(), arguments(tmp_path), train_dataset=Texts(), temperature=temperature, distill_weight=weight
         )

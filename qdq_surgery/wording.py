@@ -1,0 +1,30 @@
+"""Advice of errors in the words of the command line: what to type there, in place of arguments that Python has."""
+
+from __future__ import annotations
+
+__all__ = ["ADVICE", "in_words_of_the_command"]
+
+_EXAMPLES = "the command makes its example inputs from config.json: correct that, or convert the model in Python"
+_CALIBRATE = "qdq-surgery calibrate MODEL_DIR TEXTS OUTPUT_DIR"
+
+#: What errors say to those who program, and to those who type. The longer of two that begin alike comes first.
+ADVICE = {
+    "pass example_inputs={name: tensor, ...}": _EXAMPLES,
+    "pass example_inputs= that it takes": _EXAMPLES,
+    "convert with example_inputs= that take it": _EXAMPLES,
+    "; call with use_cache=False": "; set use_cache to false in its config.json",
+    "calibrate the model (qdq_surgery.calibrate), or disable them": f"calibrate the model: {_CALIBRATE}",
+    "call qdq_surgery.convert(model) first": "convert it first: qdq-surgery convert MODEL_DIR OUTPUT_DIR",
+    "qdq_surgery.calibrate or learn_ranges": _CALIBRATE,
+    "disable them for the export": "leave them out by a rule file's exclude",
+    "or pass dynamic=False": "or give --static",
+    "or dynamic=False": "or --static",
+    "export with parity=False": "export with --no-parity",
+}
+
+
+def in_words_of_the_command(message: str) -> str:
+    """The message of an error with its advice put for the command line."""
+    for python, words in ADVICE.items():
+        message = message.replace(python, words)
+    return message
