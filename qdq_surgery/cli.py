@@ -18,9 +18,11 @@ from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
 from qdq_surgery.convert import convert, plan
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.demo import DEMO_TEXTS, run_demo
-from qdq_surgery.deploy.export import export_onnx
+from qdq_surgery.deploy.export import Export, export_onnx
+from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.receipt import receipt
 from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, TARGETS
+from qdq_surgery.deploy.writing import writable
 from qdq_surgery.diff import diff
 from qdq_surgery.errors import CalibrationError, ModelError, QdqSurgeryError
 from qdq_surgery.folder import check_new, load_model, save_model
@@ -32,6 +34,7 @@ from qdq_surgery.texts import read_texts, text_batches
 __all__ = ["main"]
 
 _RULES = "qdqbert"
+_WIDEST = 10_000
 _FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
 
 
@@ -112,12 +115,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--static", action="store_true", help="only the shape of the example: 2 rows of 21 tokens")
     command.add_argument("--no-parity", action="store_true", help="do not compare the file with the model")
     command.add_argument("--receipt", action="store_true", help="show what the runtime makes of the file")
+    command.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     _output_options(command)
-    command.set_defaults(run=_export)
+    command.set_defaults(run=_export, refuse=command.error)
 
     command = commands.add_parser("demo", help="convert, calibrate, compare and export the real all-MiniLM-L6-v2")
     command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
     command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
+    command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     command.set_defaults(run=_demo)
     return parser
 
@@ -128,7 +133,13 @@ def _rules_option(command: argparse.ArgumentParser) -> None:
 
 def _output_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--width", type=int, help="columns of the text (default: those of the terminal)")
+    command.add_argument("--width", type=_columns, help="columns of the text (default: those of the terminal)")
+
+
+def _columns(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _WIDEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of columns; give 1 to {_WIDEST}")
+    return int(text)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -217,6 +228,15 @@ def _rules_check(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.receipt:
+        if arguments.target == "tensorrt":
+            arguments.refuse(
+                "--receipt of tensorrt needs the layers of a built engine: leave it out, build the engine, and call "
+                "qdq_surgery.receipt(FILE, layers=...)"
+            )
+        for package in {"onnxruntime", arguments.target}:  # the first counts multiply-adds
+            require(package, "a receipt")
+    writable(arguments.output, arguments.overwrite)  # before the model is loaded
     with steps(2) as bar:
         bar.next("loading")
         model = load_model(arguments.model)
@@ -230,16 +250,28 @@ def _export(arguments: argparse.Namespace) -> None:
             parity=not arguments.no_parity,
             activations=arguments.activations,
             precision=arguments.precision,
+            overwrite=arguments.overwrite,
         )
-    found = receipt(arguments.output) if arguments.receipt else None
     if arguments.json:
-        print(json.dumps({**made.to_json(), **({} if found is None else {"receipt": found.to_json()})}, indent=2))
+        _export_json(made, arguments)
         return
     _show(made, made.to_json, arguments)
-    if found is not None:
+    if arguments.receipt:
+        found = receipt(made.path)
         print()
         _show(found, found.to_json, arguments)
 
 
+def _export_json(made: Export, arguments: argparse.Namespace) -> None:
+    """One object, whether or not there is a receipt: the file is written."""
+    shown = made.to_json()
+    try:
+        if arguments.receipt:
+            shown["receipt"] = receipt(made.path).to_json()
+    finally:
+        print(json.dumps(shown, indent=2))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
-    run_demo(texts=arguments.texts, onnx=None if arguments.onnx is None else Path(arguments.onnx))
+    onnx = None if arguments.onnx is None else Path(arguments.onnx)
+    run_demo(texts=arguments.texts, onnx=onnx, overwrite=arguments.overwrite)

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "qdq_surgery"
 LAYERS = [
     "version",
     "errors",
+    "untrusted",
     "render",
     "layered",
     "progress",
@@ -76,7 +77,11 @@ LAYERS = [
     "deploy.__init__",
     "deploy.extras",
     "deploy.targets",
+    "deploy.wire",
+    "deploy.structure",
+    "deploy.opening",
     "deploy.sites",
+    "deploy.described",
     "deploy.origin",
     "deploy.sample",
     "deploy.chunks",
@@ -122,6 +127,7 @@ HOMES = {
     # At run time only through deploy.extras.
     "onnx": {"deploy.lint"},
     "onnx_ir": {
+        "deploy.opening",
         "deploy.tracing",
         "deploy.lowering",
         "deploy.scores",
