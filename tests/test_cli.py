@@ -242,9 +242,12 @@ def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "linears of the encoder" in printed
     assert file.is_file()
     options = ["--target", "tensorrt", "--precision", "float16", "--no-parity", "--json"]
+    assert main(["export", str(tmp_path / "calibrated"), str(file), *options]) == 1
+    assert "exists; pass overwrite=True (--overwrite on the command line)" in capsys.readouterr().err
+    options.append("--overwrite")
     assert main(["export", str(tmp_path / "calibrated"), str(file), *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["target"], found["opset"], found["parity"]) == ("tensorrt", 19, None)
     assert len(found["sites"]) == 28
-    assert main(["export", str(folder), str(file)]) == 1
+    assert main(["export", str(folder), str(file), "--overwrite"]) == 1
     assert "is not converted" in capsys.readouterr().err

@@ -491,6 +491,9 @@ def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypa
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "model.onnx.data").write_bytes(b"of a file that is gone")
+    with pytest.raises(qs.ExportError, match=r"model\.onnx\.data exists; pass overwrite=True"):
+        export_onnx(tiny, folder / "model.onnx")
+    (folder / "model.onnx.data").unlink()
     file = export_onnx(tiny, folder / "model.onnx")
     assert sorted(listing(folder)) == ["model.onnx", "model.onnx.data"]
     assert len(listing(folder)["model.onnx.data"]) > len(listing(folder)["model.onnx"]) / 2
@@ -505,15 +508,16 @@ def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypa
     quantizer = qs.quantizers(tiny)["encoder.layer.0.output.dense._input_quantizer"]
     assert quantizer.amax is not None
     quantizer.amax = quantizer.amax / 4
-    export_onnx(tiny, moved / "model.onnx")
-    assert sorted(listing(moved)) == ["model.onnx", "model.onnx.data"]
+    export_onnx(tiny, moved / "model.onnx", overwrite=True)
+    assert len(listing(moved)) == 2
+    assert "model.onnx.data" not in listing(moved)  # the old file's, whose name was taken until the new one was there
     again = run(moved / "model.onnx", inputs)
     assert not np.allclose(again["last_hidden_state"], wanted["last_hidden_state"])
     assert_parity(tiny, moved / "model.onnx", inputs)
     # A small one needs no second file.
     for each in (module, probing):
         monkeypatch.setattr(each, "LARGEST", LARGEST)
-    export_onnx(tiny, moved / "model.onnx")
+    export_onnx(tiny, moved / "model.onnx", overwrite=True)
     assert sorted(listing(moved)) == ["model.onnx"]
     assert np.array_equal(run(moved / "model.onnx", inputs)["last_hidden_state"], again["last_hidden_state"])
 
@@ -587,7 +591,7 @@ def refusal(qmodel: Any, folder: Path, kind: type[Exception] = qs.ExportError, *
     """What is said; and everything is as it was."""
     before = listing(folder)
     with pytest.raises(kind) as caught:
-        export_onnx(qmodel, how.pop("path", folder / "model.onnx"), **how)
+        export_onnx(qmodel, how.pop("path", folder / "model.onnx"), **{"overwrite": True, **how})
     assert listing(folder) == before
     assert [each for each in folder.iterdir() if each.is_dir()] == []
     assert isinstance(caught.value, qs.QdqSurgeryError)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.described import own_entries, read_config
+from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.findings import VERDICTS, Finding, Findings
 from qdq_surgery.deploy.opening import open_graph
 from qdq_surgery.deploy.sites import METADATA, check_sites, load_sites

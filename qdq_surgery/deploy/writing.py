@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from qdq_surgery.deploy.opening import ENDING
 from qdq_surgery.errors import ExportError
 from qdq_surgery.untrusted import quoted
 
-__all__ = ["DATA_SUFFIX", "LARGEST", "Draft", "data_beside", "draft", "writable"]
+__all__ = ["DATA_SUFFIX", "LARGEST", "Draft", "data_beside", "draft", "replace_text", "writable"]
 
 #: Where protobuf ends: from here on, weights stand in a file beside the graph.
 LARGEST = 2**31 - 2**24
@@ -90,8 +91,8 @@ def draft(path: Path, overwrite: bool = False) -> Iterator[Draft]:
         ExportError: Something is there that must not be replaced, the disk is full, or whatever else the system says.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".qdq-surgery-") as temporary:
-            made = Draft(Path(temporary) / path.name, Path(temporary) / _free_name(path))
+        with _folder(path.parent) as folder:
+            made = Draft(folder / path.name, folder / _free_name(path))
             yield made
             _check_place(path, overwrite)
             _move(made, path, overwrite)
@@ -99,13 +100,44 @@ def draft(path: Path, overwrite: bool = False) -> Iterator[Draft]:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def replace_text(path: str | Path, text: str) -> None:
+    """Write a small text, such as figures; one that is there is replaced when the new one is complete.
+
+    Raises:
+        ExportError: Something else than a regular file is there, or whatever the system says.
+    """
+    file = Path(path)
+    _check_place(file, overwrite=True)
+    try:
+        with _folder(file.parent) as folder:
+            made = folder / file.name
+            made.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(made, file)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _folder(parent: Path) -> Iterator[Path]:
+    """One that is gone afterwards, even if its removal is interrupted."""
+    made = tempfile.mkdtemp(dir=parent, prefix=".qdq-surgery-")
+    try:
+        yield Path(made)
+    finally:
+        try:
+            shutil.rmtree(made)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+
+
 def _move(made: Draft, path: Path, overwrite: bool) -> None:
-    old = data_beside(path) if os.path.lexists(path) else []
+    old = data_beside(path) if overwrite else []
     data = path.parent / made.data.name
     large = made.data.exists()
     for file in (made.data, made.graph) if large else (made.graph,):
         _flush(file)
-    new = os.stat(made.graph)
+    new, weights = os.stat(made.graph), os.stat(made.data) if large else None
     try:
         if large:
             _place(made.data, data)
@@ -114,7 +146,7 @@ def _move(made: Draft, path: Path, overwrite: bool) -> None:
         else:
             _place(made.graph, path)
     except BaseException:
-        if large and not _is(path, new):
+        if weights is not None and not _is(path, new) and _is(data, weights):
             data.unlink(missing_ok=True)
         raise
     for each in old:
