@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from exported import exported
+from exported import calibrated
 from onnx import TensorProto, helper, numpy_helper
 
 import qdq_surgery as qs
@@ -72,7 +72,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     "load_onnx on OpenVINO": lambda path: qs.load_onnx(path, "openvino"),
     "lint": lambda path: qs.lint(path, "onnxruntime"),
     "receipt": qs.receipt,
-    "certify": lambda path: certify(exported("bert")[0], path, {}),
+    "certify": lambda path: certify(calibrated("bert"), path, {}),
     "probe": lambda path: probe(path, {"x": np.zeros(2, np.float32)}, (), runtimes("onnxruntime")[0]),
 }
 
@@ -121,7 +121,17 @@ def test_a_link_to_a_file_may_be_read(tmp_path: Path) -> None:
     (view / "model.onnx").symlink_to("../blobs/a")
     (view / "w.data").symlink_to("../blobs/b")
     assert check_file(view / "model.onnx") == view / "model.onnx"
-    assert open_graph(view / "model.onnx").graph.initializers["w"].const_value.numpy().shape == (4,)
+    (view / "w.data").unlink()
+    (view / "w.data").symlink_to("/etc/passwd")
+    with pytest.raises(qs.ExportError, match="is not inside"):
+        check_file(view / "model.onnx")
+
+
+def test_weights_beside_the_file_are_read(tmp_path: Path) -> None:
+    (tmp_path / "w.data").write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    found = open_graph(saved(proto(external()), tmp_path)).graph.initializers["w"].const_value
+    assert found is not None
+    assert found.numpy().tolist() == [0, 1, 2, 3]
 
 
 PLACES = ["initializer", "sparse initializer", "function", "attribute", "attributes", "subgraph", "subgraphs"]
@@ -232,13 +242,13 @@ def test_bytes_that_are_no_model(case: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_graphs_in_graphs(tmp_path: Path) -> None:
-    made = proto()
+    graph = b""
     for _ in range(40):
-        node = helper.make_node("Identity", ["x"], ["y"], name="n")
-        node.attribute.append(helper.make_attribute("body", made.graph))
-        made = proto(nodes=[node])
+        for number in (6, 5, 1):  # of an attribute's graph, a node's attribute, a graph's node
+            graph = bytes([number << 3 | 2, len(graph) & 0x7F | 0x80, len(graph) >> 7]) + graph
+    (tmp_path / "model.onnx").write_bytes(bytes([7 << 3 | 2, len(graph) & 0x7F | 0x80, len(graph) >> 7]) + graph)
     with pytest.raises(qs.ExportError, match="nested deeper than 32"):
-        check_file(saved(made, tmp_path))
+        check_file(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["model.ort", "model.xml", "model.onnx.txt", "model"])
@@ -277,9 +287,8 @@ def test_graphs_that_are_none(nodes: list[onnx.NodeProto], found: str, tmp_path:
 
 
 def test_graphs_that_are_fine(tmp_path: Path) -> None:
-    body = helper.make_graph(
-        [make("Add", ["x", "x"], ["z"])], "b", [], [helper.make_tensor_value_info("z", FLOAT, [2])]
-    )
+    result = helper.make_tensor_value_info("z", FLOAT, [2])
+    body = helper.make_graph([make("Add", ["x", "x"], ["z"])], "b", [], [result])
     choose = make("If", ["c"], ["y"], then_branch=body, else_branch=body)
     constant = make("Constant", [], ["c"], value=numpy_helper.from_array(np.array(True)))
     assert len(open_proto(saved(proto(nodes=[constant, choose]), tmp_path)).graph.node) == 2
