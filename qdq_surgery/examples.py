@@ -33,7 +33,7 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     """
     whole = model.config
     both = bool(getattr(whole, "is_encoder_decoder", False))
-    config = whole.get_text_config(encoder=True) if both else whole.get_text_config()
+    config = _side(whole, "encoder") if both else whole.get_text_config()
     names = inspect.signature(model.forward).parameters
     vocabulary = getattr(config, "vocab_size", None)
     if model.main_input_name != "input_ids" or "input_ids" not in names or vocabulary is None:
@@ -57,7 +57,7 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     if both and "decoder_input_ids" in names:
         # Of another length: the decoder's tokens are not the encoder's.
         size = (batch, tokens - chunk if tokens > chunk else tokens)
-        ids, mask = _text(whole.get_text_config(decoder=True), size, generator)
+        ids, mask = _text(_side(whole, "decoder"), size, generator)
         inputs.update(decoder_input_ids=ids, decoder_attention_mask=mask)
     limit = getattr(config, "max_2d_position_embeddings", None)
     if "bbox" in names and isinstance(limit, int):
@@ -70,6 +70,12 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     if (both or getattr(config, "is_decoder", False)) and ("use_cache" in names or open_ended):
         inputs["use_cache"] = False  # a head that does not name it hands it on
     return {name: value for name, value in inputs.items() if open_ended or name in names}
+
+
+def _side(config: Any, name: str) -> Any:
+    """The config of an encoder or a decoder: its own, or the one that both share."""
+    own = getattr(config, name, None)
+    return own if hasattr(own, "vocab_size") else config
 
 
 def _text(config: Any, size: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

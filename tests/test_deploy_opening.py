@@ -292,3 +292,18 @@ def test_graphs_that_are_fine(tmp_path: Path) -> None:
     choose = make("If", ["c"], ["y"], then_branch=body, else_branch=body)
     constant = make("Constant", [], ["c"], value=numpy_helper.from_array(np.array(True)))
     assert len(open_proto(saved(proto(nodes=[constant, choose]), tmp_path)).graph.node) == 2
+
+
+def test_bytes_that_are_not_those_of_the_shape(tmp_path: Path) -> None:
+    tensor = numpy_helper.from_array(np.zeros(4, np.float32), "w")
+    tensor.dims[:] = [2**40]
+    with pytest.raises(qs.ExportError, match="'w' have 16 bytes, which are not those of their shape"):
+        check_file(saved(proto(tensor), tmp_path))
+
+
+def test_text_that_is_no_utf8(tmp_path: Path) -> None:
+    model = proto()
+    model.metadata_props.add(key="k", value="????")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString().replace(b"????", b"\xff" * 4))
+    with pytest.raises(qs.ExportError, match="is no UTF-8"):
+        check_file(tmp_path / "model.onnx")

@@ -52,7 +52,10 @@ def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model, target: str | N
     nodes = {str(node.name): (node.op_type, [str(value.name) for value in node.outputs]) for node in model.graph}
     check_sites(sites, nodes, what)
     config = read_config(metadata.get("config", "{}"), what)
-    found = list(_check(name, model, sites, config))
+    try:
+        found = list(_check(name, model, sites, config))
+    except (OSError, ValueError) as error:  # of NumPy and onnx_ir: a constant is not what it says
+        raise ExportError(f"{what} has a constant that cannot be read: {error}") from error
     merged = sorted(_merged(found), key=lambda finding: VERDICTS.index(finding.verdict))
     pairs = sum(node.op_type == "DequantizeLinear" for node in model.graph)
     return Findings(metadata.get("class") or model.graph.name or "the model", name, pairs, tuple(merged))

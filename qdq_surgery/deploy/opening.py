@@ -56,7 +56,8 @@ MESSAGES: Mapping[str, Mapping[int, str]] = {
 }
 #: All fields of ModelProto: a file with another one is no ONNX file, or of a version that is not known here.
 _MODEL_FIELDS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26))
-_GRAPH = 7
+_GRAPH, _METADATA = 7, 14
+_LONGEST_ENTRY = 2**25
 #: Of TensorProto.
 _DIMS, _TYPE, _FLOATS, _NAME, _RAW, _DOUBLES, _EXTERNAL = 1, 2, 4, 8, 9, 10, 13
 #: Bits of an element, by ONNX's number of the type.
@@ -147,7 +148,14 @@ class _Tensor:
     name: str = ""
     dims: list[int] = field(default_factory=list)
     kind: int = 0
+    raw: int | None = None
     entries: dict[str, str] = field(default_factory=dict)
+
+    def stored(self) -> int | None:
+        """Bytes of its numbers; ``None`` if they have no such form."""
+        if self.kind not in _BITS or any(axis >= 2**63 for axis in self.dims):
+            return None
+        return -(-math.prod(self.dims) * _BITS[self.kind] // 8)
 
 
 class _Inspection:
@@ -166,6 +174,9 @@ class _Inspection:
             if each.number not in _MODEL_FIELDS:
                 raise ValueError(f"a model has no field {each.number} (byte {each.start})")
             graphs += each.number == _GRAPH and each.nested
+            if each.number == _METADATA and each.nested:
+                for text in self._walk.fields(each.start, each.end):
+                    self._walk.text(text, _LONGEST_ENTRY)  # a runtime hands it out as it is
             self._child("ModelProto", each, 1)
         if graphs != 1:
             raise ValueError(f"it holds {graphs} graphs")
@@ -189,6 +200,7 @@ class _Inspection:
         for each in self._walk.fields(message.start, message.end):
             if each.number in (_RAW, _FLOATS, _DOUBLES) and each.nested:
                 self._structure -= each.end - each.start
+                made.raw = each.end - each.start if each.number == _RAW else made.raw
             elif each.number == _TYPE:
                 made.kind = each.value
             elif each.number == _NAME and each.nested:
@@ -197,6 +209,10 @@ class _Inspection:
                 self._entry(made, each)
             elif each.number == _DIMS:
                 made.dims.extend(self._walk.packed(each) if each.nested else [each.value])
+        if made.raw is not None and not made.entries and made.raw != made.stored():
+            raise ValueError(
+                f"the weights {quoted(made.name)} have {made.raw} bytes, which are not those of their shape and type"
+            )
         if made.entries:
             try:
                 self._external(made)
@@ -215,10 +231,10 @@ class _Inspection:
     def _external(self, made: _Tensor) -> None:
         size = self._size_of(made.entries.get("location", ""))
         offset, length = (_number(made.entries.get(key, "0"), key) for key in ("offset", "length"))
-        if any(axis >= 2**63 for axis in made.dims):
-            raise ValueError("an axis is negative")
-        stored = math.prod(made.dims) * _BITS.get(made.kind, 0) // 8
-        if made.kind not in _BITS or offset + max(length, stored) > size:
+        stored = made.stored()
+        if stored is None:
+            raise ValueError("an axis is negative, or they are of a type that cannot lie there")
+        if offset + max(length, stored) > size:
             raise ValueError(
                 f"they need bytes {offset} to {offset + max(length, stored)} of its {size}; a file of weights beside "
                 "it is missing or damaged"

@@ -48,6 +48,9 @@ def _nodes(nodes: Iterable[Any], known: set[str], opset: int) -> None:
     made: set[str] = set()
     for node in nodes:
         what = f"node {quoted(node.name)} ({quoted(node.op_type)})"
+        texts = (node.name, node.op_type, node.domain, *node.input, *node.output)
+        if not all(isinstance(text, str) for text in texts):  # protobuf gives bytes that are no UTF-8 as they are
+            raise ValueError(f"{what} has a name that is no UTF-8")
         absent = next((value for value in node.input if value and value not in known), None)
         if absent is not None:
             raise ValueError(f"{what} reads {quoted(absent)}, which nothing makes before it")
