@@ -7,7 +7,7 @@ print(qs.diff(model, qmodel))
 """
 
 # The first of all: the other imports take seconds, in which Ctrl-C may come.
-import qdq_surgery.starting  # noqa: F401
+import qdq_surgery.starting
 
 # isort: split
 # Before what else imports pytorch-quantization.

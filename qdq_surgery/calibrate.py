@@ -33,10 +33,10 @@ from qdq_surgery.collect import (
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.progress import track
+from qdq_surgery.quant_spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
 from qdq_surgery.render import Rendered
-from qdq_surgery.spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 from qdq_surgery.transaction import all_or_nothing
 
 __all__ = [

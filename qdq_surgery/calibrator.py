@@ -20,6 +20,7 @@ from torch import Tensor
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.histogram import BINS, Histogram, largest
 from qdq_surgery.padding import Padding
+from qdq_surgery.quant_spec import CALIBRATORS
 from qdq_surgery.ranges import (
     START_BIN,
     channel_mse_amax,
@@ -28,7 +29,6 @@ from qdq_surgery.ranges import (
     percentile_amax,
     relative_error,
 )
-from qdq_surgery.spec import CALIBRATORS
 
 __all__ = [
     "DEFAULT_PERCENTILE",

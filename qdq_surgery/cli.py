@@ -19,9 +19,11 @@ from qdq_surgery.calibrator import DEFAULT_PERCENTILE, METHODS
 from qdq_surgery.convert import convert, plan
 from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.demo import DEMO_TEXTS, run_demo
-from qdq_surgery.deploy.export import export_onnx
+from qdq_surgery.deploy.export import Export, export_onnx
+from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.receipt import receipt
 from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, TARGETS
+from qdq_surgery.deploy.writing import writable
 from qdq_surgery.diff import diff
 from qdq_surgery.errors import ModelError, OptionError, QdqSurgeryError
 from qdq_surgery.folder import check_new, load_model, save_model
@@ -38,7 +40,7 @@ from qdq_surgery.wording import in_words_of_the_command
 __all__ = ["main"]
 
 _RULES = "qdqbert"
-_NARROWEST, _WIDEST = 40, 10_000
+_WIDEST = 10_000
 _FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
 
 
@@ -149,26 +151,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--static", action="store_true", help="only the shape of the example: 2 rows of 21 tokens")
     command.add_argument("--no-parity", action="store_true", help="do not compare the file with the model")
     command.add_argument("--receipt", action="store_true", help="show what the runtime makes of the file")
+    command.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     _output_options(command)
-    command.set_defaults(run=_export)
+    command.set_defaults(run=_export, refuse=command.error)
 
     command = commands.add_parser("demo", help="convert, calibrate, compare and export the real all-MiniLM-L6-v2")
     command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
     command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
+    command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     command.set_defaults(run=_demo)
     return parser
 
 
 def _rules_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rules", default=_RULES, help="a shipped name or a file (default: %(default)s)")
-
-
-def _columns(text: str) -> int:
-    """A width that a table fits in."""
-    width = int(text)
-    if not _NARROWEST <= width <= _WIDEST:
-        raise argparse.ArgumentTypeError(f"{width} columns, wanted {_NARROWEST} to {_WIDEST}")
-    return width
 
 
 def _class_option(command: argparse.ArgumentParser) -> None:
@@ -187,6 +183,13 @@ def _output_options(command: argparse.ArgumentParser) -> None:
 
 def _load(arguments: argparse.Namespace) -> PreTrainedModel:
     return load_model(arguments.model, arguments.kind, note=lambda text: _say("note", text))
+
+
+def _columns(text: str) -> int:
+    """A width of text."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _WIDEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of columns; give 1 to {_WIDEST}")
+    return int(text)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -278,8 +281,15 @@ def _rules_check(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    if Path(arguments.output).suffix != ".onnx":
-        raise OptionError(f"the file is called {arguments.output}; give it a name that ends in .onnx")
+    if arguments.receipt:
+        if arguments.target == "tensorrt":
+            arguments.refuse(
+                "--receipt of tensorrt needs the layers of a built engine: leave it out, build the engine, and call "
+                "qdq_surgery.receipt(FILE, layers=...)"
+            )
+        for package in {"onnxruntime", arguments.target}:  # the first counts multiply-adds
+            require(package, "a receipt")
+    writable(arguments.output, arguments.overwrite)  # before the model is loaded
     with steps(2) as bar:
         bar.next("loading")
         model = load_model(arguments.model)
@@ -293,16 +303,28 @@ def _export(arguments: argparse.Namespace) -> None:
             parity=not arguments.no_parity,
             activations=arguments.activations,
             precision=arguments.precision,
+            overwrite=arguments.overwrite,
         )
-    found = receipt(arguments.output) if arguments.receipt else None
     if arguments.json:
-        print(json.dumps({**made.to_json(), **({} if found is None else {"receipt": found.to_json()})}, indent=2))
+        _export_json(made, arguments)
         return
     _show(made, made.to_json, arguments)
-    if found is not None:
+    if arguments.receipt:
+        found = receipt(made.path)
         print()
         _show(found, found.to_json, arguments)
 
 
+def _export_json(made: Export, arguments: argparse.Namespace) -> None:
+    """One object, whether or not there is a receipt: the file is written."""
+    shown = made.to_json()
+    try:
+        if arguments.receipt:
+            shown["receipt"] = receipt(made.path).to_json()
+    finally:
+        print(json.dumps(shown, indent=2))
+
+
 def _demo(arguments: argparse.Namespace) -> None:
-    run_demo(texts=arguments.texts, onnx=None if arguments.onnx is None else Path(arguments.onnx))
+    onnx = None if arguments.onnx is None else Path(arguments.onnx)
+    run_demo(texts=arguments.texts, onnx=onnx, overwrite=arguments.overwrite)

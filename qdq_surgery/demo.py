@@ -32,6 +32,7 @@ from qdq_surgery.deploy.export import export_onnx
 from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.receipt import receipt
 from qdq_surgery.deploy.runner import OnnxModel, load_onnx
+from qdq_surgery.deploy.writing import writable
 from qdq_surgery.diff import diff
 from qdq_surgery.errors import ModelError
 from qdq_surgery.folder import load_model
@@ -47,16 +48,20 @@ _BATCH = 16
 _METHODS = {"max": "max", "99.99 %": "percentile", "entropy": "entropy", "mse": "mse"}
 
 
-def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
+def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bool = False) -> None:
     """Convert, show the diff, calibrate, compare with the float model, export, and run the export.
 
     Args:
         texts: Number of held-out texts.
         onnx: Where to keep the ONNX file; a temporary one is deleted.
+        overwrite: Whether a file that is there is replaced.
 
     Raises:
         ModelError: The checkpoint or an extra is not installed, or there are fewer than two texts.
+        ExportError: The ONNX file cannot be written there.
     """
+    if onnx is not None:
+        writable(onnx, overwrite)
     if texts < 2:
         raise ModelError(f"--texts {texts}: a nearest neighbour needs at least two texts")
     folder = checkpoint()
@@ -104,7 +109,8 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None) -> None:
         again = _reload(qmodel, Path(temporary) / "model", console)
         difference = float((embed(again, tokenizer, held_out, "loaded again") - embeddings).abs().max())
         console.print(f"its embeddings differ from those of the model that was saved by {difference:g}")
-        _deploy(again, tokenizer, held_out, wanted, onnx or Path(temporary) / "model.onnx", console)
+        path = onnx or Path(temporary) / "model.onnx"
+        _deploy(again, tokenizer, held_out, wanted, path, overwrite, console)
 
 
 def _reload(qmodel: PreTrainedModel, folder: Path, console: Console) -> PreTrainedModel:
@@ -196,13 +202,19 @@ def agreement(wanted: Tensor, found: Tensor) -> tuple[float, float]:
 
 
 def _deploy(
-    qmodel: PreTrainedModel, tokenizer: Any, texts: Sequence[str], wanted: Tensor, path: Path, console: Console
+    qmodel: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    wanted: Tensor,
+    path: Path,
+    overwrite: bool,
+    console: Console,
 ) -> None:
     """Export for ONNX Runtime, and hold the file against both models."""
     start = time.perf_counter()
     # Two texts to trace and to compare site by site with.
     batch = next(iter(token_batches(tokenizer, texts[:2])))
-    exported = export_onnx(qmodel, path, batch, target="onnxruntime")
+    exported = export_onnx(qmodel, path, batch, target="onnxruntime", overwrite=overwrite)
     console.print(f"\nexported and compared in {time.perf_counter() - start:.0f} s")
     console.print(exported)
     console.print(receipt(path))

@@ -26,12 +26,15 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
         shape: Batch and tokens.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` (its last row is padded), and what a decoder with cross-attention needs.
+        ``input_ids`` and ``attention_mask`` (its last row is padded), the same for the decoder of an encoder-decoder,
+        boxes for a model of texts on pages, and what a decoder with cross-attention needs.
 
     Raises:
         ModelError: The model does not take token ids; pass ``example_inputs``.
     """
-    config = model.config.get_text_config()
+    whole = model.config
+    both = bool(getattr(whole, "is_encoder_decoder", False))
+    config = _side(whole, "encoder") if both else whole.get_text_config()
     names = inspect.signature(model.forward).parameters
     vocabulary = getattr(config, "vocab_size", None)
     if model.main_input_name != "input_ids" or "input_ids" not in names or vocabulary is None:
@@ -49,23 +52,50 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     else:
         size = (batch, tokens)
     generator = torch.Generator().manual_seed(0)
+    ids, mask = _text(config, size, generator)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if both and "decoder_input_ids" in names:
+        # Of another length: the decoder's tokens are not the encoder's.
+        size = (batch, tokens - chunk if tokens > chunk else tokens)
+        ids, mask = _text(_side(whole, "decoder"), size, generator)
+        inputs.update(decoder_input_ids=ids, decoder_attention_mask=mask)
+    limit = getattr(config, "max_2d_position_embeddings", None)
+    if "bbox" in names and isinstance(limit, int):
+        inputs["bbox"] = _boxes(inputs["input_ids"].shape, limit, generator)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
+        states = torch.randn(batch, tokens + 1, config.hidden_size, generator=generator)
+        inputs["encoder_hidden_states"] = states.to(model.device, model.dtype)
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
+    if (both or getattr(config, "is_decoder", False)) and ("use_cache" in names or open_ended):
+        inputs["use_cache"] = False  # a head that does not name it hands it on
+    return {name: value for name, value in inputs.items() if open_ended or name in names}
+
+
+def _side(config: Any, name: str) -> Any:
+    """The config of an encoder or a decoder: its own, or the one that both share."""
+    own = getattr(config, name, None)
+    return own if hasattr(own, "vocab_size") else config
+
+
+def _text(config: Any, size: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ordinary tokens, and a mask that leaves the last one of the last row out."""
     special = {
         value
         for name in ("pad_token_id", "eos_token_id", "bos_token_id", "mask_token_id")
         if isinstance(value := getattr(config, name, None), int)
     }
-    ordinary = torch.tensor([token for token in range(min(vocabulary, 4096)) if token not in special] or [0])
-    ids = ordinary[torch.randint(len(ordinary), size, generator=generator)]
+    ordinary = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special] or [0])
     mask = torch.ones(size, dtype=torch.long)
     mask[-1, ..., -1:] = 0
-    inputs: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
-        states = torch.randn(batch, tokens + 1, config.hidden_size, generator=generator)
-        inputs["encoder_hidden_states"] = states.to(model.device, model.dtype)
-    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
-    if getattr(config, "is_decoder", False) and ("use_cache" in names or open_ended):
-        inputs["use_cache"] = False  # a head that does not name it hands it on
-    return {name: value for name, value in inputs.items() if open_ended or name in names}
+    return ordinary[torch.randint(len(ordinary), size, generator=generator)], mask
+
+
+def _boxes(size: tuple[int, ...], limit: int, generator: torch.Generator) -> torch.Tensor:
+    """Where each token stands on its page: left, top, right, bottom, below ``limit``; no two of a row alike."""
+    half = max(1, min(limit, 1000) // 2)
+    corner, extent = (torch.randint(half, (*size, 2), generator=generator) for _ in range(2))
+    return torch.cat([corner, corner + extent], dim=-1)
 
 
 def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any], what: str = "example_inputs") -> dict[str, Any]:

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qdq_surgery.layered import star
+from qdq_surgery.quant_spec import QuantSpec
 from qdq_surgery.render import Rendered
-from qdq_surgery.spec import QuantSpec, RuleSet
+from qdq_surgery.spec import RuleSet
 
 __all__ = ["COVERED", "Coverage", "Plan", "Refusal", "Site"]
 

@@ -28,7 +28,7 @@ from qdq_surgery.numerics import (
     native_fake_quant,
     onnx_fake_quant,
 )
-from qdq_surgery.spec import QuantSpec
+from qdq_surgery.quant_spec import QuantSpec
 from qdq_surgery.tagging import tag
 
 __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]

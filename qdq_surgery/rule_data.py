@@ -15,16 +15,15 @@ from typing import Any, NoReturn, TypeVar
 from qdq_surgery.errors import RuleFileError
 from qdq_surgery.limits import MAX_LIST
 from qdq_surgery.pattern import parse_pattern
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rule_file import SCHEMA
 from qdq_surgery.spec import (
     DEFAULT_SPEC,
     CalibrationOptions,
-    CalibratorSpec,
     Count,
     Exclude,
     Expect,
     Place,
-    QuantSpec,
     Rule,
     RuleSet,
     Scope,

@@ -16,16 +16,15 @@ import yaml
 from qdq_surgery.errors import RuleFileError, printable
 from qdq_surgery.limits import MAX_ENTRIES, MAX_LIST, MAX_RULES, hidden_character
 from qdq_surgery.pattern import Pattern, parse_pattern
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rule_yaml import TAG, Budget, compose, cut, kind_of, read_text
 from qdq_surgery.spec import (
     DEFAULT_SPEC,
     CalibrationOptions,
-    CalibratorSpec,
     Count,
     Exclude,
     Expect,
     Place,
-    QuantSpec,
     Rule,
     RuleSet,
     Scope,

@@ -13,22 +13,33 @@ import stat
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from qdq_surgery.errors import printable
-
-__all__ = ["DamagedError", "Item", "parse_json", "quoted", "read_regular_file"]
+__all__ = [
+    "DamagedError",
+    "Item",
+    "open_regular_file",
+    "parse_json",
+    "quoted",
+    "read_json_text",
+    "read_regular_file",
+]
 
 #: The longest JSON text that is parsed, in characters. The plan of a model of 100 layers takes some 100,000.
-_MOST_JSON = 1 << 22
+_MOST_JSON = 1 << 24
 
 #: The longest text and the most entries that an item may have where its reader sets no limit of its own.
 _MOST_TEXT = 1000
 _MOST_ENTRIES = 100_000
 
 #: How much of a stranger's text an error quotes.
-_QUOTED = 80
+_QUOTED = 120
 
+#: Values and levels of a JSON text.
+_MOST_VALUES, _DEEPEST = 1_000_000, 64
+
+#: What is no bracket of a JSON text, strings whole: their brackets do not count.
+_NO_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[^\[\]{}"]+', re.DOTALL)
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -48,8 +59,33 @@ class DamagedError(ValueError):
 
 def quoted(value: object) -> str:
     """``value`` for a message: printable, in quotes if it is a text, and short."""
-    text = ascii(value) if not isinstance(value, (list, dict)) else type(value).__name__
-    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 3]}..."
+    if isinstance(value, (list, tuple, dict)):
+        return type(value).__name__
+    if isinstance(value, int) and abs(value) > 1 << 64:
+        return "a number of many digits"
+    shown = str(value) if isinstance(value, (int, float, type(None))) else repr(str(value))
+    return shown if len(shown) <= _QUOTED else f"{shown[: _QUOTED - 4]}...{shown[0]}"
+
+
+def open_regular_file(path: str | Path) -> BinaryIO:
+    """A regular file, or a link to one, opened for reading.
+
+    A FIFO, a device, a socket or a folder is refused before it is opened: that may wait for ever, or do something.
+
+    Raises:
+        OSError: It cannot be opened.
+        DamagedError: It is no regular file, or the path holds a NUL.
+    """
+    if "\0" in str(path):
+        raise DamagedError("its path holds a NUL character")
+    _regular_size(os.stat(path))
+    handle = os.open(path, _FLAGS)
+    try:
+        _regular_size(os.fstat(handle))  # between the two looks it may have become a FIFO
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
 
 
 def read_regular_file(path: str | Path, limit: int) -> bytes:
@@ -64,60 +100,78 @@ def read_regular_file(path: str | Path, limit: int) -> bytes:
         OSError: The file cannot be read.
         DamagedError: It is no regular file, or has more bytes. Its text is printable.
     """
-    if _regular_size(os.stat(path), limit) == 0:
+    if "\0" not in str(path) and _regular_size(os.stat(path), limit) == 0:
         return b""
-    descriptor = os.open(path, _FLAGS)
-    try:
-        _regular_size(os.fstat(descriptor), limit)
-        return _read(descriptor, limit)
-    finally:
-        os.close(descriptor)
+    with open_regular_file(path) as file:
+        data = file.read(limit + 1)  # one more, to see a file that grows
+    if len(data) > limit:
+        raise DamagedError(_too_large(len(data), limit))
+    return data
 
 
-def _regular_size(found: os.stat_result, limit: int) -> int:
+def _regular_size(found: os.stat_result, limit: int | None = None) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise DamagedError(f"it is {_KINDS.get(stat.S_IFMT(found.st_mode), 'a special file')}, no regular file")
-    if found.st_size > limit:
+    if limit is not None and found.st_size > limit:
         raise DamagedError(_too_large(found.st_size, limit))
     return found.st_size
 
 
-def _read(descriptor: int, limit: int) -> bytes:
-    parts, left = [], limit + 1  # one more, to see a file that grows
-    while left > 0 and (part := os.read(descriptor, left)):
-        parts.append(part)
-        left -= len(part)
-    if left <= 0:
-        raise DamagedError(_too_large(limit + 1, limit))
-    return b"".join(parts)
-
-
 def _too_large(size: int, limit: int) -> str:
-    return printable(f"it has {size} bytes, more than the {limit} that are read")
+    return f"it has {size} bytes, more than the {limit} that are read"
 
 
-def parse_json(text: str | bytes, where: str, limit: int = _MOST_JSON) -> Item:
-    """What a JSON text says.
+def read_json_text(text: str | bytes, *, where: str, limit: int = _MOST_JSON) -> Any:
+    """What a JSON text says; lists and objects are nested 64 deep at most.
 
     Args:
-        where: What the text is, for messages.
+        where: What it is, as the subject of a message.
         limit: The most characters that are parsed.
 
     Raises:
-        DamagedError: It is no JSON, or too long or too deep.
+        DamagedError: It is no JSON, it is too large or too deep, or an object has a key twice; says where.
     """
     if len(text) > limit:
-        raise DamagedError(f"{where} has {len(text)} characters, more than {limit}")
+        raise DamagedError(f"{where} has {len(text)} characters of JSON, more than {limit}")
     try:
-        return Item(json.loads(text), where)
+        text = text if isinstance(text, str) else text.decode()
+        _check_size(text)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise DamagedError(f"{where} is not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise DamagedError(f"{where} is nested too deep") from None
     except json.JSONDecodeError as error:
-        raise DamagedError(f"{where}, line {error.lineno}, column {error.colno}: {error.msg}") from None
-    except ValueError as error:  # a number of more digits than Python reads
-        raise DamagedError(f"{where}: {error}") from None
+        place = f"line {error.lineno}, column {error.colno}"
+        raise DamagedError(f"{where} is no JSON that can be read: {error.msg} ({place})") from None
+    except ValueError as error:
+        raise DamagedError(f"{where} is no JSON that can be read: {error}") from None
+
+
+def _check_size(text: str) -> None:
+    if text.count(",") > _MOST_VALUES:
+        raise DamagedError(f"it has more than {_MOST_VALUES} values")
+    depth = 0
+    for bracket in _NO_BRACKET.sub("", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > _DEEPEST:
+            raise DamagedError(f"it is nested deeper than {_DEEPEST} levels")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise DamagedError(f"{name} is no number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DamagedError(f"the key {quoted(twice)} stands twice")
+    return made
+
+
+def parse_json(text: str | bytes, where: str, limit: int = _MOST_JSON) -> Item:
+    """What a JSON text says, to be asked for by type; as :func:`read_json_text`, for data of several levels."""
+    return Item(read_json_text(text, where=where, limit=limit), where)
 
 
 @dataclass(frozen=True)

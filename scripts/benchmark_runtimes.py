@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from qdq_surgery.deploy.writing import replace_text
 from runtimes import goals, machine, with_onnxruntime, with_openvino, with_ours, with_reference, with_torch
 from runtimes.figures import Figures, Measured
 from runtimes.subjects import SUBJECTS, Batch, Shape, Subject, make_batch, make_model
@@ -229,7 +230,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.json:
         found = {name: figures.as_json() for name, figures in all_figures.items()}
         written = {**machine.describe(arguments.threads), "runs": arguments.runs, "models": found}
-        arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        replace_text(arguments.json, json.dumps(written, indent=2) + "\n")
     return int(any(figures.failed for figures in all_figures.values()))
 
 

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
 from qdq_surgery.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
+from qdq_surgery.deploy.writing import replace_text
 from qdq_surgery.folder import load_model
 from run_classification import Classification
 from run_ner import NamedEntities
@@ -228,7 +229,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 figures = embedding(model) if task == "embedding" else Bench(task, model, Path(folder), seed).run()
             found.setdefault(task, {})[str(seed)] = figures
-            arguments.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            replace_text(arguments.output, json.dumps(found, indent=2) + "\n")
             print(f"{task}, seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print(table(found))
     Console(highlight=False, width=140).print(seeds(found))

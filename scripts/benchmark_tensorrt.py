@@ -27,6 +27,7 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
+from qdq_surgery.deploy.writing import draft, replace_text
 from qdq_surgery.folder import load_model
 from qdq_surgery.samples import read_samples
 from qdq_surgery.texts import text_batches
@@ -85,7 +86,8 @@ def write_files(output: Path, shapes: Sequence[tuple[int, int]], folder: Path | 
         path = output / f"{rules}.onnx"
         # Only these two inputs: token types are constants in the file.
         traced = random_batch(TRACED, vocabulary)
-        qs.export_onnx(qmodel, path, traced, "tensorrt", opset=OPSET, precision="float16", parity=False)
+        how: dict[str, Any] = {"opset": OPSET, "precision": "float16", "parity": False, "overwrite": True}
+        qs.export_onnx(qmodel, path, traced, "tensorrt", **how)
         Console().print(qs.lint(path), f"\nwrote {path}")
 
 
@@ -100,10 +102,10 @@ def export_float(model: PreTrainedModel, path: Path, batch: dict[str, Tensor]) -
     half = copy.deepcopy(model).half()
     half.set_attn_implementation("sdpa")
     axes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
-    with warnings.catch_warnings(), torch.no_grad():
+    with draft(path, overwrite=True) as made, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the exporter, about packages that are not needed
         torch.onnx.export(
-            half, kwargs=batch, f=path, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
+            half, kwargs=batch, f=made.graph, dynamo=True, dynamic_shapes=axes, opset_version=OPSET, verbose=False
         )
 
 
@@ -121,7 +123,7 @@ def report(output: Path, shapes: Sequence[tuple[int, int]]) -> None:
     console.print(table)
     for rules, shape, name, layers in built(output, shapes):
         receipt = qs.receipt(output / f"{rules}.onnx", "tensorrt", layers=layers, shape=shape)
-        (output / f"{rules}.{name}.receipt.json").write_text(json.dumps(receipt.to_json(), indent=2))
+        replace_text(output / f"{rules}.{name}.receipt.json", json.dumps(receipt.to_json(), indent=2))
         console.print(receipt)
 
 

@@ -25,8 +25,9 @@ from qdq_surgery.collect import Seen, Statistics
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.folder import load_model, save_model
 from qdq_surgery.numerics import fake_quant
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.ranges import channel_mse_amax
-from qdq_surgery.spec import CalibratorSpec, QuantSpec, RuleSet
+from qdq_surgery.spec import RuleSet
 
 Batch = dict[str, Any]
 LAYER = "encoder.layer.0."

@@ -26,9 +26,9 @@ from qdq_surgery.calibrator import (
 )
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.histogram import BINS, Histogram
+from qdq_surgery.quant_spec import CALIBRATORS
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import channel_mse_amax, entropy_amax, mse_amax, percentile_amax, relative_error
-from qdq_surgery.spec import CALIBRATORS
 
 HALF = [torch.float16, torch.bfloat16]
 HALF_IDS = ["float16", "bfloat16"]

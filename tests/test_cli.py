@@ -256,11 +256,14 @@ def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "linears of the encoder" in printed
     assert file.is_file()
     options = ["--target", "tensorrt", "--precision", "float16", "--no-parity", "--json"]
+    assert main(["export", str(tmp_path / "calibrated"), str(file), *options]) == 1
+    assert "exists; pass overwrite=True (--overwrite on the command line)" in capsys.readouterr().err
+    options.append("--overwrite")
     assert main(["export", str(tmp_path / "calibrated"), str(file), *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["target"], found["opset"], found["parity"]) == ("tensorrt", 19, None)
     assert len(found["sites"]) == 28
-    assert main(["export", str(folder), str(file)]) == 1
+    assert main(["export", str(folder), str(file), "--overwrite"]) == 1
     assert "is not converted" in capsys.readouterr().err
 
 
@@ -296,3 +299,31 @@ def test_advice_names_what_can_be_typed(folder: Path, tmp_path: Path, capsys: py
     assert main(["convert", str(folder), str(tmp_path / "bare"), "--rules", "onnxruntime"]) == 0
     assert main(["export", str(tmp_path / "bare"), str(tmp_path / "x.onnx")]) == 1
     assert "calibrate the model: qdq-surgery calibrate MODEL_DIR TEXTS OUTPUT_DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", ["0", "-1", "many", "99999999"])
+def test_a_width_is_a_number_of_columns(width: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(folder), "--width", width])
+    assert stop.value.code == 2
+    assert f"'{width}' is no number of columns; give 1 to 10000" in capsys.readouterr().err
+
+
+def test_a_receipt_of_tensorrt_is_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.onnx"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(folder), str(file), "--target", "tensorrt", "--receipt"])
+    assert stop.value.code == 2
+    assert "needs the layers of a built engine" in capsys.readouterr().err
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(("name", "said"), [("x.txt", "ends in .onnx"), ("old.onnx", "exists; pass overwrite=True")])
+def test_where_an_export_cannot_go_is_told_first(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.onnx").write_text("old")
+    assert main(["export", str(tmp_path / "no model"), str(tmp_path / name)]) == 1
+    assert said in capsys.readouterr().err

@@ -17,7 +17,8 @@ import qdq_surgery as qs
 from qdq_surgery.collect import Statistics
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.histogram import Histogram
-from qdq_surgery.spec import CalibrationOptions, CalibratorSpec, QuantSpec, RuleSet
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
+from qdq_surgery.spec import CalibrationOptions, RuleSet
 
 Batch = dict[str, Any]
 

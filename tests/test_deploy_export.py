@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import itertools
 import json
 import logging
@@ -17,7 +18,16 @@ import numpy as np
 import pytest
 import torch
 from architectures import BY_TYPE, batch_for, build, tensors_of
-from transformers import PreTrainedModel
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LayoutLMConfig,
+    LayoutLMModel,
+    PreTrainedModel,
+)
 
 import qdq_surgery as qs
 from qdq_surgery.deploy import export as module
@@ -27,6 +37,7 @@ from qdq_surgery.deploy.sample import sample_inputs
 from qdq_surgery.deploy.stored import read_metadata, read_sites, stored_weights
 from qdq_surgery.deploy.targets import TARGETS
 from qdq_surgery.deploy.writing import LARGEST
+from qdq_surgery.examples import make_examples
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -491,6 +502,9 @@ def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypa
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "model.onnx.data").write_bytes(b"of a file that is gone")
+    with pytest.raises(qs.ExportError, match=r"model\.onnx\.data exists; pass overwrite=True"):
+        export_onnx(tiny, folder / "model.onnx")
+    (folder / "model.onnx.data").unlink()
     file = export_onnx(tiny, folder / "model.onnx")
     assert sorted(listing(folder)) == ["model.onnx", "model.onnx.data"]
     assert len(listing(folder)["model.onnx.data"]) > len(listing(folder)["model.onnx"]) / 2
@@ -505,15 +519,16 @@ def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypa
     quantizer = qs.quantizers(tiny)["encoder.layer.0.output.dense._input_quantizer"]
     assert quantizer.amax is not None
     quantizer.amax = quantizer.amax / 4
-    export_onnx(tiny, moved / "model.onnx")
-    assert sorted(listing(moved)) == ["model.onnx", "model.onnx.data"]
+    export_onnx(tiny, moved / "model.onnx", overwrite=True)
+    assert len(listing(moved)) == 2
+    assert "model.onnx.data" not in listing(moved)  # the old file's, whose name was taken until the new one was there
     again = run(moved / "model.onnx", inputs)
     assert not np.allclose(again["last_hidden_state"], wanted["last_hidden_state"])
     assert_parity(tiny, moved / "model.onnx", inputs)
     # A small one needs no second file.
     for each in (module, probing):
         monkeypatch.setattr(each, "LARGEST", LARGEST)
-    export_onnx(tiny, moved / "model.onnx")
+    export_onnx(tiny, moved / "model.onnx", overwrite=True)
     assert sorted(listing(moved)) == ["model.onnx"]
     assert np.array_equal(run(moved / "model.onnx", inputs)["last_hidden_state"], again["last_hidden_state"])
 
@@ -587,7 +602,7 @@ def refusal(qmodel: Any, folder: Path, kind: type[Exception] = qs.ExportError, *
     """What is said; and everything is as it was."""
     before = listing(folder)
     with pytest.raises(kind) as caught:
-        export_onnx(qmodel, how.pop("path", folder / "model.onnx"), **how)
+        export_onnx(qmodel, how.pop("path", folder / "model.onnx"), **{"overwrite": True, **how})
     assert listing(folder) == before
     assert [each for each in folder.iterdir() if each.is_dir()] == []
     assert isinstance(caught.value, qs.QdqSurgeryError)
@@ -794,3 +809,91 @@ def test_without_the_certificate_nothing_is_checked(
     file = export_onnx(tiny, tmp_path / "model.onnx", parity=False)
     assert file.parity is None
     assert "parity" not in file.to_text()
+
+
+# --- outputs and inputs beyond the usual ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_attentions_are_outputs_of_a_dynamic_file(model_type: str, tmp_path: Path) -> None:
+    model = calibrated(model_type)
+    inputs = {**inputs_for(model, (2, 9)), "output_attentions": True}
+    file = export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert file.parity is not None
+    others = inputs_for(model, (3, 12), mask=False)
+    with torch.no_grad():
+        wanted = model(**others, output_attentions=True)
+    found = qs.load_onnx(file.path)(**others, output_attentions=True)
+    assert len(found.attentions) == len(wanted.attentions) > 0
+    for mine, theirs in zip(found.attentions, wanted.attentions, strict=True):
+        # A tie may be rounded the other way: one step of the probabilities' grid and what follows from it.
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-2)
+
+
+def layoutlm() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = LayoutLMConfig(vocab_size=120, max_position_embeddings=64, max_2d_position_embeddings=200, **sizes)
+    torch.manual_seed(0)
+    return qs.convert(LayoutLMModel(config).eval())
+
+
+def test_a_model_of_pages_takes_boxes(tmp_path: Path) -> None:
+    model = layoutlm()
+    example = sample_inputs(model, None, True)
+    boxes = example["bbox"]
+    assert boxes.shape == (*example["input_ids"].shape, 4)
+    assert 0 <= boxes.min() <= boxes.max() < 200
+    assert (boxes[..., 2:] >= boxes[..., :2]).all()
+    qs.calibrate(model, [example])
+    file = export_onnx(model, tmp_path / "model.onnx")
+    taken = {value.name: [str(size) for size in value.shape or ()] for value in graph_of(file.path).inputs}
+    assert taken["bbox"] == ["batch", "sequence", "4"]
+    others = make_examples(model, (3, 12))
+    assert_parity(model, file.path, {**others, "token_type_ids": torch.zeros_like(others["input_ids"])})
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "entity_ids"])
+def test_inputs_that_no_config_gives_are_asked_for(name: str, tiny: PreTrainedModel, folder: Path) -> None:
+    forward, parameters = tiny.forward, inspect.signature(tiny.forward).parameters
+    extra = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    kept = [each for each in parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+
+    def further(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    further.__signature__ = inspect.Signature([*kept, extra])  # type: ignore[attr-defined]
+    tiny.forward = further
+    message = refusal(tiny, folder, qs.ModelError)
+    assert message.startswith(f"BertModel takes '{name}', for which its config gives no example")
+    assert message.endswith("pass example_inputs= with it, or without it for a file of text alone")
+
+
+def bart() -> PreTrainedModel:
+    sizes = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in {"layers": 1, "attention_heads": 4, "ffn_dim": 64}.items()
+    }
+    return BartModel(BartConfig(vocab_size=120, d_model=32, max_position_embeddings=64, **sizes)).eval()
+
+
+def bert2bert() -> PreTrainedModel:
+    sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sides = BertConfig(**sizes), BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*sides)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return EncoderDecoderModel(config).eval()
+
+
+@pytest.mark.parametrize("make", [bart, bert2bert])
+def test_an_encoder_decoder_takes_both_texts(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = qs.convert(make())
+    example = make_examples(model, (4, 9))
+    assert example["decoder_input_ids"].shape == (4, 8)
+    assert example["use_cache"] is False
+    whole = {name: value for name, value in example.items() if "mask" not in name}
+    qs.calibrate(model, [whole])
+    file = export_onnx(model, tmp_path / "model.onnx")
+    assert {"input_ids", "decoder_input_ids"} <= {str(value.name) for value in graph_of(file.path).inputs}
+    assert_parity(model, file.path, make_examples(model, (3, 12)))

@@ -303,7 +303,10 @@ IDS = torch.full((2, 6), 5)
             r"no input 'inputs_embeds'; it takes input_ids, token_type_ids, attention_mask",
         ),
         ({"input_ids": IDS, "use_cache": True}, r"keeps no cache; leave 'use_cache' out"),
-        ({"input_ids": IDS, "output_attentions": True}, r"does not return attentions; .*ask the PyTorch model"),
+        (
+            {"input_ids": IDS, "output_attentions": True},
+            r"does not return attentions; .*output_attentions=True among the example_inputs",
+        ),
         ({"input_ids": IDS, "output_hidden_states": True}, r"does not return hidden_states; .* export the model again"),
         ({"input_ids": IDS.float()}, r"'input_ids' is of float32, and .*\.onnx takes int64; convert it"),
         ({"input_ids": IDS.tolist()}, r"'input_ids' is a list; give a torch.Tensor or a numpy.ndarray"),

@@ -23,7 +23,7 @@ import qdq_surgery as qs
 from qdq_surgery.calibrator import METHODS
 from qdq_surgery.gather import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.histogram import Histogram
-from qdq_surgery.spec import CalibratorSpec, QuantSpec
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 
 Batch = dict[str, Any]
 

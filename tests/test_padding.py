@@ -21,8 +21,9 @@ from qdq_surgery.calibrator import METHODS
 from qdq_surgery.collect import Statistics, activation_quantizers
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.padding import Axis, Padding, find_axes, trimmed
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.quantizer import TensorQuantizer
-from qdq_surgery.spec import CalibratorSpec, QuantSpec, RuleSet
+from qdq_surgery.spec import RuleSet
 
 Batch = dict[str, Any]
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from qdq_surgery.calibrator import ChannelMseCalibrator, HistogramCalibrator, MaxCalibrator
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics import fake_quant, native_fake_quant
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.quantizer import Provenance, TensorQuantizer, make_quantizer
-from qdq_surgery.spec import CalibratorSpec, QuantSpec
 
 PROPERTY = settings(deadline=None, max_examples=40)
 CPU = torch.device("cpu")

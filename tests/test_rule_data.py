@@ -15,17 +15,16 @@ from hypothesis import strategies as st
 from test_pattern import NAMES, PROPERTY, trees
 
 from qdq_surgery.errors import RuleFileError
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rule_data import rules_from_data, rules_to_data
 from qdq_surgery.rule_file import load_rules, shipped_rules
 from qdq_surgery.spec import (
     DEFAULT_SPEC,
     CalibrationOptions,
-    CalibratorSpec,
     Count,
     Exclude,
     Expect,
     Place,
-    QuantSpec,
     Rule,
     RuleSet,
     Scope,

@@ -15,20 +15,9 @@ import yaml
 
 from qdq_surgery.errors import QdqSurgeryError, RuleFileError, printable
 from qdq_surgery.pattern import parse_pattern
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rule_file import SCHEMA, load_rules, shipped_rules
-from qdq_surgery.spec import (
-    CalibrationOptions,
-    CalibratorSpec,
-    Count,
-    Exclude,
-    Expect,
-    Place,
-    QuantSpec,
-    Rule,
-    RuleSet,
-    Scope,
-    Share,
-)
+from qdq_surgery.spec import CalibrationOptions, Count, Exclude, Expect, Place, Rule, RuleSet, Scope, Share
 
 HEAD = "schema: 1\nname: mine\n"
 

@@ -14,16 +14,14 @@ import torch
 from qdq_surgery.errors import RuleFileError, printable
 from qdq_surgery.numerics import fake_quant
 from qdq_surgery.pattern import parse_pattern
+from qdq_surgery.quant_spec import CALIBRATORS, CalibratorSpec, QuantSpec
 from qdq_surgery.spec import (
-    CALIBRATORS,
     DEFAULT_SPEC,
     CalibrationOptions,
-    CalibratorSpec,
     Count,
     Exclude,
     Expect,
     Place,
-    QuantSpec,
     Rule,
     RuleSet,
     Scope,

@@ -23,6 +23,7 @@ LAYERS = [
     "progress",
     "pattern_text",
     "pattern",
+    "quant_spec",
     "spec",
     "rule_yaml",
     "rule_file",
@@ -92,7 +93,11 @@ LAYERS = [
     "deploy.__init__",
     "deploy.extras",
     "deploy.targets",
+    "deploy.wire",
+    "deploy.structure",
+    "deploy.opening",
     "deploy.sites",
+    "deploy.described",
     "deploy.origin",
     "deploy.sample",
     "deploy.chunks",
@@ -139,6 +144,7 @@ HOMES = {
     # At run time only through deploy.extras.
     "onnx": {"deploy.lint"},
     "onnx_ir": {
+        "deploy.opening",
         "deploy.tracing",
         "deploy.lowering",
         "deploy.scores",

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.ranges import channel_mse_amax
-from qdq_surgery.spec import CalibratorSpec, QuantSpec
 
 Batch = dict[str, Any]
 CLASSIFIER = "BertForSequenceClassification"

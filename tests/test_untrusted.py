@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qdq_surgery.untrusted import DamagedError, Item, parse_json, quoted, read_regular_file
+from qdq_surgery.untrusted import DamagedError, Item, parse_json, quoted, read_json_text, read_regular_file
 
 WORD = re.compile("[a-z]+")
 
@@ -61,23 +62,13 @@ def test_what_is_right_is_given() -> None:
     assert inner.lines() == "e\nf"
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "line 1, column 1"),
-        ("{", "line 1, column 2"),
-        ('{"a": 1,\n}', "line 2"),
-        ("[" * 200_000, "nested too deep"),
-        ('{"a":' * 200_000, "nested too deep"),
-        ("1" * 5000, "limit"),
-        ("x" * 200, "200 characters"),
-        (b"\xff", "UTF-8"),
-    ],
-    ids=lambda value: str(value)[:12],
-)
-def test_what_is_no_json_is_refused(text: str | bytes, reason: str) -> None:
-    with pytest.raises(DamagedError, match=f"^the lock.*{reason}"):
-        parse_json(text, "the lock", 100 if reason == "200 characters" else 1 << 22)
+def test_json_says_where_it_ends() -> None:
+    with pytest.raises(DamagedError, match=r"^the lock is no JSON .*line 2, column 1"):
+        parse_json('{"a": 1,\n}', "the lock")
+    with pytest.raises(DamagedError, match="the lock is not UTF-8 at byte 2"):
+        parse_json(b'"a\xff"', "the lock")
+    with pytest.raises(DamagedError, match="the lock has 200 characters of JSON, more than 100"):
+        parse_json("x" * 200, "the lock", 100)
 
 
 @pytest.mark.parametrize("value", ["a\x1b\n'\"", "x" * 1000, ["x"] * 1000, 10**4000, None])
@@ -85,7 +76,7 @@ def test_what_is_quoted_is_short_and_printable(value: Any) -> None:
     if isinstance(value, int):
         value = 10**400
     assert quoted(value).isprintable()
-    assert len(quoted(value)) <= 80
+    assert len(quoted(value)) <= 120
 
 
 def fifo(path: Path) -> None:
@@ -127,3 +118,67 @@ def test_a_regular_file_is_read_within_its_limit(tmp_path: Path) -> None:
         read_regular_file(path, 2)
     with pytest.raises(OSError, match="No such file"):
         read_regular_file(tmp_path / "none", 2)
+
+
+def test_a_regular_file_and_a_link_to_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    assert read_regular_file(tmp_path / "file", 5) == read_regular_file(str(tmp_path / "link"), 9) == b"12345"
+    with pytest.raises(ValueError, match="more than the 4"):
+        read_regular_file(tmp_path / "file", 4)
+
+
+@pytest.mark.parametrize("name", ["folder", "fifo", "to-fifo", "device", "n\0l"])
+def test_anything_else_is_refused_before_it_is_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to-fifo").symlink_to("fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=r"no regular file|NUL"):
+        read_regular_file(tmp_path / name, 100)
+
+
+def test_one_that_becomes_a_fifo_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_text("text")
+    real = os.stat(tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda *_, **__: real)
+        with pytest.raises(DamagedError, match="no regular file"):  # and it does not wait for a writer
+            read_regular_file(tmp_path / "fifo", 100)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"a": [1, 2.5, "]]]]", {"b": true}]}', "[" * 64 + "]" * 64])
+def test_json_that_is_read(text: str) -> None:
+    assert read_json_text(text, where="it") == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "Expecting value"),
+        ("{", "no JSON that can be read"),
+        ("[" * 200_000, "nested deeper than 64 levels"),
+        ('{"a":' * 65 + "1" + "}" * 65, "nested deeper than 64 levels"),
+        ("[" + "[],[]," * 600_000 + "1]", "more than 1000000 values"),
+        (f'"{"a" * 2**24}"', "characters of JSON, more than"),
+        ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
+        ("[NaN]", "NaN is no number"),
+        ("[-Infinity]", "-Infinity is no number"),
+        ("9" * 5000, "no JSON that can be read"),
+    ],
+)
+def test_json_that_is_refused(text: str, found: str) -> None:
+    with pytest.raises(ValueError, match=found) as caught:
+        read_json_text(text, where="the lock")
+    assert str(caught.value).startswith("the lock ")
+    assert len(str(caught.value)) < 500
+
+
+def test_foreign_text_is_shown_without_what_a_terminal_acts_on() -> None:
+    assert quoted("a.b") == "'a.b'"
+    assert quoted("\x1b[2J\n\ud800") == r"'\x1b[2J\n\ud800'"
+    assert len(quoted("x" * 10**6)) <= 120

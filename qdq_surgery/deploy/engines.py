@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from qdq_surgery.deploy.extras import require
-from qdq_surgery.errors import ModelError
+from qdq_surgery.deploy.opening import inspect_file, open_proto
+from qdq_surgery.errors import ExportError, ModelError
+from qdq_surgery.untrusted import quoted
 
 __all__ = ["PRECISIONS", "RUNTIMES", "Engine", "Port", "open_engine"]
 
@@ -111,7 +113,10 @@ class OnnxRuntimeEngine(Engine):
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base
             raise _unopened(self, error) from error
-        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        try:
+            self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        except UnicodeDecodeError as error:
+            raise _unopened(self, error) from error
         self.inputs = tuple(_onnx_port(path, each) for each in self.session.get_inputs())
         self.outputs = tuple(_onnx_port(path, each) for each in self.session.get_outputs())
 
@@ -154,14 +159,18 @@ class OpenVinoEngine(Engine):
             name := self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), name
         )
         self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))  # no more than there are cores
-        self.inputs = tuple(map(_openvino_port, self._compiled.inputs))
-        self.outputs = tuple(map(_openvino_port, self._compiled.outputs))
+        try:
+            self.inputs = tuple(map(_openvino_port, self._compiled.inputs))
+            self.outputs = tuple(map(_openvino_port, self._compiled.outputs))
+        except (RuntimeError, TypeError) as error:  # a port without a name, or of a type that NumPy lacks
+            raise _unopened(self, error) from error
 
     @property
     def compiled(self) -> Any:
         """The ``openvino.CompiledModel``."""
         with self._lock:
             if self._compiled is None:
+                _inspect(self.path, self.runtime)  # it may be another one by now
                 self._compiled = self._core.compile_model(str(self.path), "CPU", self._options)
             return self._compiled
 
@@ -211,12 +220,24 @@ def open_engine(path: Path, runtime: str, threads: int | None, precision: str | 
     if threads is not None and threads < 1:
         raise ModelError(f"threads is {threads}; give 1 or more, or None for as many as PyTorch uses")
     if not path.is_file():
-        raise ModelError(f"{path} is no file; give one that qdq_surgery.export_onnx wrote")
+        shown = quoted(path) if "\0" in str(path) else path
+        raise ModelError(f"{shown} is no file; give one that qdq_surgery.export_onnx wrote")
+    _inspect(path, runtime)
     # PyTorch's number heeds OMP_NUM_THREADS and the cores that the process may use; the runtimes' own do not always.
     count = torch.get_num_threads() if threads is None else threads
     if runtime == OpenVinoEngine.runtime:
         return OpenVinoEngine(path, count, precision)
     return OnnxRuntimeEngine(path, count)
+
+
+def _inspect(path: Path, runtime: str) -> None:
+    """Whether a runtime may be given a file."""
+    version = str(require(runtime, f"running on {runtime}").__version__).split("-")[0]
+    try:
+        inspect_file(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ModelError(f"{path} cannot be opened by {runtime} {version}: {reason or error}") from error
 
 
 def _onnx_port(path: Path, found: Any) -> Port:
@@ -253,8 +274,11 @@ def _node_of(path: Path, op: str, domain: str) -> str | None:
     """Name of the first node with an operator, for a message; needs onnx, which a runtime does not."""
     if importlib.util.find_spec("onnx") is None:
         return None
-    onnx = require("onnx", "naming a node")
-    for node in onnx.load(str(path), load_external_data=False).graph.node:
+    try:
+        nodes = open_proto(path).graph.node
+    except ExportError:
+        return None
+    for node in nodes:
         if node.op_type == op and node.domain.removeprefix("ai.onnx") == domain:
             return str(node.name)
     return None

@@ -25,7 +25,7 @@ from qdq_surgery.deploy.sample import sample_inputs
 from qdq_surgery.deploy.sites import Site
 from qdq_surgery.deploy.targets import ACTIVATIONS, PRECISIONS, Target, get_target
 from qdq_surgery.deploy.twin import twin
-from qdq_surgery.deploy.writing import DATA_SUFFIX, LARGEST, draft, writable
+from qdq_surgery.deploy.writing import LARGEST, Draft, data_beside, draft, writable
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.render import Rendered
 
@@ -68,8 +68,8 @@ class Export(Rendered):
         }
 
     def __rich__(self) -> RenderableType:
-        data = Path(f"{self.path}{DATA_SUFFIX}")
-        size = sum(file.stat().st_size for file in (self.path, data) if file.exists())
+        files = (self.path, *data_beside(self.path)) if self.path.exists() else ()
+        size = sum(file.stat().st_size for file in files)
         weights = sum(site.role == "weight" for site in self.sites)
         head = Text(
             f"{self.path.name} for {self.target}, opset {self.opset}, {size / 1e6:.1f} MB: {weights} weights in int8, "
@@ -91,14 +91,16 @@ def export_onnx(
     parity: bool = True,
     activations: str | None = None,
     precision: str | None = None,
+    overwrite: bool = False,
 ) -> Export:
     """Write a calibrated model as ONNX with Q/DQ pairs, in the form that one runtime turns into integer kernels.
 
-    Weights are stored as int8. A file that is larger than protobuf allows has its weights beside it, in ``PATH.data``.
+    Weights are stored as int8. A file that is larger than protobuf allows has its weights beside it, in ``PATH.data``
+    (``PATH.NUMBER.data`` if that is taken by the file that it replaces, until it does).
 
     Args:
         qmodel: A converted, calibrated model in eval mode, with any head. It stays as it is.
-        path: The file to write; one that exists is replaced when the new one is complete and checked.
+        path: The file to write, which ends in ``.onnx``.
         example_inputs: Keyword arguments of the model's forward to trace and to check with, such as what a tokenizer
             gives; they decide which inputs the file has. Left out, they are made from the config.
         target: ``onnxruntime``, ``openvino`` or ``tensorrt``; see :data:`qdq_surgery.deploy.targets.TARGETS`.
@@ -109,6 +111,8 @@ def export_onnx(
             out: for ONNX Runtime that of this machine's CPU, so give it if the file is for another (``int8`` for Arm).
         precision: ``float32``, or for TensorRT ``float16``: what is not INT8 is then half precision in the file, as its
             strongly typed networks want it.
+        overwrite: Whether a file that exists is replaced, with its weights, when the new one is complete and checked.
+            Links, devices and the like are never replaced.
 
     Returns:
         What was written, with the certificate. The outputs of the file are the fields of the model's output class.
@@ -116,7 +120,7 @@ def export_onnx(
     Raises:
         CalibrationError: Quantizers have no range; names them all.
         ExportError: There is no such target, opset, precision; a quantizer's grid has no form in ONNX; the file cannot
-            be written; the model cannot be traced.
+            be written, or is there already; the model cannot be traced.
         ParityError: The file computes something else; names the first site. Nothing is left behind.
         ModelError: The model is not converted, is in train mode, or a package is missing; says which extra has it.
     """
@@ -126,7 +130,7 @@ def export_onnx(
     precision = _one_of("precision", precision, PRECISIONS, chosen.precisions, target)
     for package in ("onnx", "onnx_ir", "onnxscript"):
         require(package, "exporting to ONNX")
-    file = writable(path)
+    file = writable(path, overwrite)
     plan_of(qmodel)
     if qmodel.training:
         raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
@@ -147,17 +151,17 @@ def export_onnx(
         }
     built = build(trace(source, inputs, opset, dynamic), qmodel, grids, chosen, activations, weights)
     findings = lint(built.model)
-    with draft(file) as temporary:
+    with draft(file, overwrite) as temporary:
         _save(built, temporary)
-        certificate = _certified(source, temporary, inputs, chosen) if parity else None
+        certificate = _certified(source, temporary.graph, inputs, chosen) if parity else None
     return Export(file, target, opset, built.sites, findings, certificate)
 
 
-def _save(built: Built, file: Path) -> None:
+def _save(built: Built, file: Draft) -> None:
     import onnx_ir as ir
 
     size = sum(value.const_value.nbytes for value in built.model.graph.initializers.values() if value.const_value)
-    ir.save(built.model, file, external_data=f"{file.name}{DATA_SUFFIX}" if size > LARGEST else None)
+    ir.save(built.model, file.graph, external_data=file.data.name if size > LARGEST else None)
 
 
 def _certified(model: PreTrainedModel, file: Path, inputs: Mapping[str, Any], target: Target) -> Parity:

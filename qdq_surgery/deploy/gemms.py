@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdq_surgery.deploy.extras import require
-from qdq_surgery.deploy.sites import METADATA, Site, load_sites
+from qdq_surgery.deploy.described import own_entries
+from qdq_surgery.deploy.opening import open_proto
+from qdq_surgery.deploy.sites import METADATA, Site, check_sites, load_sites
 from qdq_surgery.errors import ExportError
 
 __all__ = ["KINDS", "MOVES", "FileGemm", "FileGraph", "module_of"]
@@ -79,15 +80,12 @@ class FileGraph:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model: Any = _load(path)
+        self.model: Any = open_proto(path)
         graph = self.model.graph
-        properties = {entry.key: entry.value for entry in self.model.metadata_props}
-        self.metadata = {
-            key.removeprefix(METADATA): value for key, value in properties.items() if key.startswith(METADATA)
-        }
+        self.metadata = own_entries(((entry.key, entry.value) for entry in self.model.metadata_props), str(path))
         if "sites" not in self.metadata:
             raise ExportError(f"{path} was not written by qdq_surgery.export_onnx; it has none of its metadata")
-        self.sites = load_sites(self.metadata["sites"])
+        self.sites = load_sites(self.metadata["sites"], f"{path}, '{METADATA}sites' of its metadata")
         self.nodes = {node.name: node for node in graph.node}
         self.producers = {value: node for node in graph.node for value in node.output}
         self.readers: dict[str, list[Any]] = {}
@@ -98,6 +96,7 @@ class FileGraph:
         self._outputs = {value.name for value in graph.output}
         self._by_value = {site.value: site for site in self.sites}
         self._check()
+        check_sites(self.sites, {name: (node.op_type, node.output) for name, node in self.nodes.items()}, str(path))
         products = [node for node in graph.node if node.op_type in _FACTORS]
         fixed = self._constant_values()
         layers = {_layers(name) for site in self.sites for name in site.quantizers} - {None}
@@ -221,13 +220,3 @@ def _layers(path: str) -> str | None:
     """``encoder.layer`` for ``encoder.layer.0.output.dense``; ``None`` for what is in no numbered module."""
     parts = path.split(".")
     return next((".".join(parts[:at]) for at, part in enumerate(parts) if part.isdecimal()), None)
-
-
-def _load(path: Path) -> Any:
-    onnx = require("onnx", "a receipt")
-    if not path.is_file():
-        raise ExportError(f"there is no file {path}")
-    try:
-        return onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf has its own
-        raise ExportError(f"{path} is no ONNX file: {str(error).splitlines()[0]}") from error

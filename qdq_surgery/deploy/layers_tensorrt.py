@@ -11,7 +11,6 @@ documentation and from listings in its issues (NVIDIA/TensorRT#3737, #4020, #439
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 from qdq_surgery.deploy.executed import Executed, Kernel, Leftover, named
 from qdq_surgery.deploy.gemms import MOVES, FileGemm, FileGraph
 from qdq_surgery.errors import ExportError
+from qdq_surgery.untrusted import quoted, read_json_text, read_regular_file
 
 __all__ = ["run_by_tensorrt"]
 
@@ -34,6 +34,8 @@ _TACTIC = re.compile(r"gemm(?:_[a-z]+)*?_(i8|s8|u8|e4m3|e5m2|bf16|f16|f32|tf32)"
 _INTEGER = ("i8", "s8", "u8")
 #: In the type or tactic of a layer that multiplies matrices; others only read or write a product's values.
 _MULTIPLIES = re.compile(r"gemm|matmul|matrix ?multiply|conv|correlation|mha|fully ?connected|__myl_fc", re.IGNORECASE)
+#: Most bytes of the JSON; BERT-large has about two million.
+_LARGEST = 2**26
 _ATTENTION = re.compile(r"mha", re.IGNORECASE)
 
 
@@ -144,9 +146,14 @@ def _read(layers: str | Path | Mapping[str, Any]) -> list[_Layer]:
         data: Any = layers
     else:
         try:
-            data = json.loads(Path(layers).read_text(encoding="utf-8"))
+            content = read_regular_file(layers, _LARGEST)
         except OSError as error:
             raise ExportError(f"{what} cannot be read: {error.strerror or error}; {_HOW}") from error
+        except ValueError as error:
+            shown = quoted(what) if "\0" in what else what
+            raise ExportError(f"{shown} cannot be read: {error}; {_HOW}") from error
+        try:
+            data = read_json_text(content.decode("utf-8"), where="it")
         except ValueError as error:
             raise ExportError(f"{what} is no JSON: {error}; {_HOW}") from error
     found = data.get("Layers") if isinstance(data, Mapping) else data
@@ -165,12 +172,15 @@ def _read(layers: str | Path | Mapping[str, Any]) -> list[_Layer]:
 
 def _layer(what: str, at: int, layer: Any) -> _Layer:
     if not isinstance(layer, Mapping) or "Name" not in layer or not isinstance(layer.get("Inputs", []), list):
-        raise ExportError(f"{what} has something else than a layer as number {at}: {str(layer)[:100]}; {_HOW}")
+        raise ExportError(f"{what} has something else than a layer as number {at}: {quoted(layer)}; {_HOW}")
+    for key in ("Name", "LayerType", "TacticName", "Metadata"):
+        if not isinstance(layer.get(key, ""), str):
+            raise ExportError(f"{what} has no text as '{key}' of layer number {at}: {quoted(layer[key])}; {_HOW}")
     return _Layer(
-        str(layer["Name"]),
-        str(layer.get("LayerType", "")),
-        str(layer.get("TacticName", "")),
-        tuple(dict.fromkeys(_NODE.findall(str(layer.get("Metadata", ""))))),
+        layer["Name"],
+        layer.get("LayerType", ""),
+        layer.get("TacticName", ""),
+        tuple(dict.fromkeys(_NODE.findall(layer.get("Metadata", "")))),
         tuple(_types(what, layer)),
     )
 
@@ -178,9 +188,11 @@ def _layer(what: str, at: int, layer: Any) -> _Layer:
 def _types(what: str, layer: Mapping[str, Any]) -> Iterator[str]:
     for value in layer.get("Inputs", []):
         told = value.get("Format/Datatype", value.get("Datatype")) if isinstance(value, Mapping) else None
-        if told is None:
-            raise ExportError(f"{what} does not tell the type of an input of layer '{layer['Name']}'; {_HOW}")
-        if (found := _TYPE.search(str(told))) is not None:
+        if not isinstance(told, str):
+            raise ExportError(f"{what} does not tell the type of an input of layer {quoted(layer['Name'])}; {_HOW}")
+        if (found := _TYPE.search(told)) is not None:
             yield found[1]
-        elif not _OTHER.search(str(told)):
-            raise ExportError(f"{what} has the type '{told}' in layer '{layer['Name']}', which is not known here")
+        elif not _OTHER.search(told):
+            raise ExportError(
+                f"{what} has the type {quoted(told)} in layer {quoted(layer['Name'])}, which is not known here"
+            )

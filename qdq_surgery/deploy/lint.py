@@ -5,14 +5,16 @@ It looks at the graph alone. What the runtime did in the end is told by :mod:`qd
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdq_surgery.deploy.described import own_entries, read_config
 from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.findings import VERDICTS, Finding, Findings
-from qdq_surgery.deploy.sites import METADATA, load_sites
+from qdq_surgery.deploy.opening import open_graph
+from qdq_surgery.deploy.sites import METADATA, check_sites, load_sites
+from qdq_surgery.deploy.structure import check_structure
 from qdq_surgery.deploy.targets import get_target
 from qdq_surgery.errors import ExportError
 
@@ -39,17 +41,21 @@ def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model, target: str | N
         ModelError: onnx_ir is not installed.
     """
     model = _load(path_or_model)
-    metadata = {
-        key.removeprefix(METADATA): value for key, value in model.metadata_props.items() if key.startswith(METADATA)
-    }
+    what = str(path_or_model) if isinstance(path_or_model, (str, Path)) else "this model"
+    metadata = own_entries(model.metadata_props.items(), what)
     if target is None and "target" not in metadata:
         raise ExportError(
             "this model does not tell what it was exported for; give target='onnxruntime', 'openvino' or 'tensorrt'"
         )
     name = get_target(metadata["target"] if target is None else target).name
-    sites = load_sites(metadata["sites"]) if "sites" in metadata else []
-    config: dict[str, Any] = json.loads(metadata.get("config", "{}"))
-    found = list(_check(name, model, sites, config))
+    sites = load_sites(metadata.get("sites", "[]"), f"{what}, '{METADATA}sites' of its metadata")
+    nodes = {str(node.name): (node.op_type, [str(value.name) for value in node.outputs]) for node in model.graph}
+    check_sites(sites, nodes, what)
+    config = read_config(metadata.get("config", "{}"), what)
+    try:
+        found = list(_check(name, model, sites, config))
+    except (OSError, ValueError) as error:  # of NumPy and onnx_ir: a constant is not what it says
+        raise ExportError(f"{what} has a constant that cannot be read: {error}") from error
     merged = sorted(_merged(found), key=lambda finding: VERDICTS.index(finding.verdict))
     pairs = sum(node.op_type == "DequantizeLinear" for node in model.graph)
     return Findings(metadata.get("class") or model.graph.name or "the model", name, pairs, tuple(merged))
@@ -60,16 +66,14 @@ def _load(path_or_model: Any) -> ir.Model:
     made: ir.Model
     if isinstance(path_or_model, onnx_ir.Model):
         made = path_or_model
-    elif not isinstance(path_or_model, (str, Path)):
-        made = onnx_ir.from_proto(path_or_model)
-    elif not Path(path_or_model).is_file():
-        raise ExportError(f"there is no file {path_or_model}")
+    elif isinstance(path_or_model, (str, Path)):
+        made = open_graph(path_or_model)
     else:
         try:
-            made = onnx_ir.load(path_or_model)
-        except Exception as error:  # protobuf has its own
-            what = (str(error).splitlines() or ["it cannot be read"])[0]
-            raise ExportError(f"{path_or_model} is no ONNX file: {what}") from error
+            check_structure(path_or_model)
+            made = onnx_ir.from_proto(path_or_model)
+        except ValueError as error:
+            raise ExportError(f"this model is no ONNX graph that can be looked at: {error}") from error
     return made
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qdq_surgery.deploy.extras import require
 from qdq_surgery.deploy.gemms import FileGemm, FileGraph
 from qdq_surgery.errors import ModelError
+from qdq_surgery.untrusted import quoted
 
 __all__ = ["count_multiply_adds"]
 
@@ -21,6 +22,10 @@ _PREFIX = "qdq_surgery.shape/"
 _SHOWN = 200
 #: How many choices a question has, in a model that takes several.
 _CHOICES = 2
+#: ONNX's types that a runtime can be fed with here: floats, integers and bools.
+_TYPES = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)
+#: Most elements of an input.
+_LARGEST = 2**28
 
 Shape = tuple[int, ...]
 
@@ -37,17 +42,26 @@ def count_multiply_adds(graph: FileGraph, shape: tuple[int, int]) -> tuple[dict[
     Raises:
         ModelError: The file cannot be run in that shape.
     """
-    feed = {value.name: _input(value, shape) for value in graph.model.graph.input}
+    feed = {value.name: _input(graph, value, shape) for value in graph.model.graph.input}
+    if not feed:
+        raise ModelError(f"{graph.path} takes no inputs, so that nothing can be counted; export the model again")
     shapes = _run(graph, feed, shape)
     # Of ids the last axis are the tokens, after choices perhaps; of states it is the width.
     sizes = next((each.shape for each in feed.values() if each.dtype.kind != "f"), next(iter(feed.values())).shape[:2])
-    return {gemm.name: _count(graph, gemm, shapes) for gemm in graph.gemms}, (sizes[0], sizes[-1])
+    if not sizes:
+        raise ModelError(f"{graph.path} takes no tokens, so that nothing can be counted; export the model again")
+    return {gemm.name: _counted(graph, gemm, shapes) for gemm in graph.gemms}, (sizes[0], sizes[-1])
 
 
-def _input(value: Any, shape: tuple[int, int]) -> NDArray[Any]:
+def _input(graph: FileGraph, value: Any, shape: tuple[int, int]) -> NDArray[Any]:
     onnx = require("onnx", "a receipt")
     kind = value.type.tensor_type
     sizes = [_size(axis, shape) for axis in kind.shape.dim]
+    if kind.elem_type not in _TYPES or min(sizes, default=1) < 1 or math.prod(sizes) > _LARGEST:
+        raise ModelError(
+            f"{graph.path} takes {quoted(value.name)} as {'x'.join(map(str, sizes))} of type {kind.elem_type}, which "
+            "no file of qdq_surgery does; export the model again"
+        )
     # No padding: a mask of zeros would be another model's run. Everything else may be zero.
     filler = np.ones if "mask" in value.name else np.zeros
     return filler(sizes, dtype=onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
@@ -87,6 +101,16 @@ def _run(graph: FileGraph, feed: Mapping[str, NDArray[Any]], shape: tuple[int, i
             "give shape=(batch, tokens) that the model takes"
         ) from error
     return {value: tuple(map(int, each)) for value, each in zip(values, found, strict=True)}
+
+
+def _counted(graph: FileGraph, gemm: FileGemm, shapes: Mapping[str, Shape]) -> int:
+    try:
+        return _count(graph, gemm, shapes)
+    except (AssertionError, KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{graph.path} has a product {quoted(gemm.name)} whose multiply-adds cannot be counted: its shapes are "
+            f"{[shapes[factor] for factor in gemm.factors if factor in shapes]}; export the model again"
+        ) from error
 
 
 def _count(graph: FileGraph, gemm: FileGemm, shapes: Mapping[str, Shape]) -> int:

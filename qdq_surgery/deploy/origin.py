@@ -16,10 +16,18 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
+from qdq_surgery.deploy.described import own_entries, read_config
 from qdq_surgery.deploy.sites import METADATA
-from qdq_surgery.errors import ModelError
+from qdq_surgery.errors import ExportError, ModelError
+from qdq_surgery.positions import longest_text
+from qdq_surgery.untrusted import quoted
 
 __all__ = ["Origin", "describe", "read_origin"]
+
+#: Where transformers has its output classes; its other modules are not for a file to import.
+_OUTPUTS = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.modeling_\w+)")
+#: A field of the output, and places in tuples.
+_NAME = re.compile(r"[^\W\d]\w*(\.[0-9]{1,4})*")
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def read_origin(path: Path, metadata: Mapping[str, str], outputs: Sequence[str])
     Raises:
         ModelError: It was not written by ``export_onnx``, or is of classes that are not known here.
     """
-    found = {key.removeprefix(METADATA): value for key, value in metadata.items() if key.startswith(METADATA)}
+    found = own_entries(metadata.items(), str(path))
     missing = [key for key in ("class", "config", "outputs") if key not in found]
     if missing:
         raise ModelError(
@@ -97,6 +105,8 @@ def read_origin(path: Path, metadata: Mapping[str, str], outputs: Sequence[str])
             "that qdq_surgery.export_onnx wrote"
         )
     name = found["class"]
+    if not name.isidentifier():
+        raise ModelError(f"{path} is of a class {quoted(name)}, which can be none; export the model again")
     kind = getattr(transformers, name, None)
     origin = Origin(
         name=name,
@@ -112,26 +122,36 @@ def read_origin(path: Path, metadata: Mapping[str, str], outputs: Sequence[str])
 
 def _config(path: Path, text: str) -> Any:
     try:
-        options = json.loads(text)
-        model_type = options["model_type"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{path} holds no config that can be read; export the model again") from error
+        options = read_config(text, str(path))
+    except ExportError as error:
+        raise ModelError(str(error)) from error
+    model_type = options.get("model_type")
+    if model_type is None:
+        raise ModelError(f"{path} holds no config that can be read: it has no 'model_type'; export the model again")
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
-            f"{path} holds a model of type '{model_type}', which transformers {transformers.__version__} lacks; "
+            f"{path} holds a model of type {quoted(model_type)}, which transformers {transformers.__version__} lacks; "
             "install the version that it was exported with, or register its config with AutoConfig.register"
         )
-    return CONFIG_MAPPING[model_type].from_dict(options)
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(options)
+        longest_text(config)
+    except Exception as error:  # whatever a config class makes of values that it does not expect
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path} holds no config that can be read: {reason}; export the model again") from error
+    return config
 
 
 def _output_class(path: Path, qualified: str) -> type[ModelOutput]:
     """A class of transformers, or of a module that is imported already: a file shall not choose what is imported."""
     module, _, name = qualified.rpartition(".")
-    if not module.startswith("transformers.") and module not in sys.modules:
+    if not all(part.isidentifier() for part in qualified.split(".")):
+        raise ModelError(f"{path} returns {quoted(qualified)}, which can be no class; export the model again")
+    if not _OUTPUTS.fullmatch(module) and module not in sys.modules:
         raise ModelError(f"{path} returns a {qualified}; import {module or 'its module'} before loading the file")
     try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        kind = vars(sys.modules.get(module) or importlib.import_module(module))[name]
+    except (ImportError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"{path} returns a {qualified}, which is not found in transformers {transformers.__version__}; install the "
             "version that it was exported with"
@@ -143,9 +163,11 @@ def _output_class(path: Path, qualified: str) -> type[ModelOutput]:
 
 def _check_outputs(path: Path, kind: type[ModelOutput], outputs: Sequence[str]) -> None:
     known = {field.name for field in fields(kind)}
+    # A field is one tensor or a tuple: no name begins another.
+    whole = [name for name in outputs if any(other.startswith(f"{name}.") for other in outputs)]
     for name in outputs:
-        if name.split(".")[0] not in known or not re.fullmatch(r"\w+(\.\d+)*", name):
+        if name.split(".")[0] not in known or not _NAME.fullmatch(name) or name in whole:
             raise ModelError(
-                f"{path} has an output '{name}', which the {kind.__name__} of transformers {transformers.__version__} "
-                "lacks; install the version that it was exported with"
+                f"{path} has an output {quoted(name)}, which the {kind.__name__} of transformers "
+                f"{transformers.__version__} lacks; install the version that it was exported with"
             )

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdq_surgery.deploy.extras import require
+from qdq_surgery.deploy.opening import check_file, open_graph
 from qdq_surgery.deploy.writing import DATA_SUFFIX, LARGEST
 from qdq_surgery.errors import ExportError
+from qdq_surgery.untrusted import quoted
 
 __all__ = ["Runtime", "probe", "runtimes"]
 
@@ -60,8 +62,10 @@ def probe(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str],
         values: Names of values. That they are asked for keeps a runtime from fusing them away.
 
     Raises:
-        ExportError: The runtime cannot run the file, and says why, or an input is missing.
+        ExportError: The file is none that can be opened, the runtime cannot run it, and says why, or an input is
+            missing.
     """
+    check_file(path)
     run = _run_onnxruntime if runtime.name == "onnxruntime" else _run_openvino
     try:
         return run(path, inputs, values, runtime)
@@ -101,8 +105,11 @@ def _with_outputs(path: Path, values: Sequence[str], folder: Path) -> Path:
     """A copy of the file in ``folder`` with ``values`` among its outputs."""
     import onnx_ir as ir
 
-    model = ir.load(path)
+    model = open_graph(path)
     made = {value.name: value for node in model.graph for value in node.outputs}
+    absent = [name for name in values if name not in made]
+    if absent:
+        raise ExportError(f"{path.name} has no value {quoted(absent[0])}, which it says that it has")
     model.graph.outputs.extend(made[name] for name in values)
     size = sum(each.const_value.nbytes for each in model.graph.initializers.values() if each.const_value)
     file = folder / path.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qdq_surgery.deploy.described import read_config
 from qdq_surgery.deploy.executed import Executed, Kernel, Leftover
 from qdq_surgery.deploy.gemms import KINDS, FileGemm, FileGraph
 from qdq_surgery.deploy.layers_tensorrt import run_by_tensorrt
@@ -255,7 +255,9 @@ def receipt(
 
 
 def _longest(graph: FileGraph) -> int | None:
-    return longest_text(SimpleNamespace(**json.loads(graph.metadata.get("config", "{}"))))
+    config = read_config(graph.metadata.get("config", "{}"), str(graph.path))
+    pad = config.get("pad_token_id") or 0
+    return longest_text(SimpleNamespace(**{"model_type": "", **config, "pad_token_id": pad}))
 
 
 def _executed(

@@ -23,9 +23,9 @@ _Self = TypeVar("_Self", bound="OnnxModel")
 #: What an option of the call asks for: fields of the output.
 _ASKED = {"output_attentions": ("attentions", "cross_attentions"), "output_hidden_states": ("hidden_states",)}
 
-#: What to do about a file without them. transformers does not let a converted model's config ask for attentions.
+#: What to do about a file without them.
 _REMEDIES = {
-    "output_attentions": "ask the PyTorch model for them",
+    "output_attentions": "export the model again with output_attentions=True among the example_inputs",
     "output_hidden_states": "set model.config.output_hidden_states = True and export the model again",
 }
 

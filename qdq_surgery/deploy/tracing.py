@@ -65,10 +65,11 @@ def trace(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynami
     with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet(), unchunked(qmodel):
         returned = _called(qmodel, inputs)
         fields = _fields(returned, type(qmodel).__name__)
-        shapes = _shapes(qmodel, inputs) if dynamic else None
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        shapes = {name: _open_axes(name, value, inputs) for name, value in tensors.items()} if dynamic else None
         try:
-            with tagged(names):
-                program = torch.export.export(qmodel, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+            with tagged(names), _bound(qmodel, tensors, inputs):
+                program = torch.export.export(qmodel, (), tensors, dynamic_shapes=shapes, strict=False)
             made = torch.onnx.export(program, (), opset_version=opset, output_names=fields, verbose=False)
         except Exception as error:  # whatever torch.export makes of a model's code
             raise ExportError(f"{type(qmodel).__name__} cannot be traced: {_cause(error)}") from error
@@ -110,30 +111,47 @@ def _flat(name: str, value: Any, model: str) -> Iterator[str]:
         raise ExportError(f"{model} returned '{name}', a {type(value).__name__}; call it with use_cache=False")
 
 
-def _shapes(qmodel: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Which axes stay open, by argument."""
-    parameters = inspect.signature(qmodel.forward).parameters
-    further = [name for name in inputs if name not in parameters]
-    if further:
-        raise ExportError(
-            f"{type(qmodel).__name__} takes '{further[0]}' through **kwargs, where torch.export keeps no shape open; "
-            "leave it out (what it asks for may be set in model.config), or pass dynamic=False"
-        )
-    return {name: _open_axes(name, value) for name, value in inputs.items()}
+@contextmanager
+def _bound(qmodel: PreTrainedModel, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Iterator[None]:
+    """While it holds, the model's forward names exactly the tensors, and is called with the rest as it is.
+
+    torch.export keeps no shape open of what goes through ``**kwargs``, as ``output_attentions`` does in transformers,
+    nor of a tensor beside it.
+    """
+    forward = qmodel.forward
+    rest = {name: value for name, value in inputs.items() if name not in tensors}
+
+    def bound(**given: Tensor) -> Any:
+        return forward(**given, **rest)
+
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in tensors]
+    bound.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    own = "forward" in vars(qmodel)
+    qmodel.forward = bound
+    try:
+        yield
+    finally:
+        if own:
+            qmodel.forward = forward
+        else:
+            del qmodel.forward
 
 
-def _open_axes(name: str, value: Any) -> dict[int, Any] | None:
-    if not isinstance(value, Tensor):
-        return None
+def _open_axes(name: str, value: Tensor, inputs: Mapping[str, Any]) -> dict[int, Any]:
+    """Which axes stay open."""
     # An axis of 1 is one that broadcasts, such as the first of position_ids (1, tokens).
     axes = [axis for axis, size in enumerate(value.shape) if size > 1]
-    if _is_states(name, value):  # the last axis is the width of the model
+    if _has_width(name, value, inputs):
         axes = [axis for axis in axes if axis < value.ndim - 1]
     return dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
 
 
-def _is_states(name: str, value: Tensor) -> bool:
-    return value.is_floating_point() and value.ndim > 2 and "mask" not in name
+def _has_width(name: str, value: Tensor, inputs: Mapping[str, Any]) -> bool:
+    """Whether the last axis holds what belongs to one token: its states, the corners of its box."""
+    if value.is_floating_point() and value.ndim > 2 and "mask" not in name:
+        return True
+    ids = inputs.get("input_ids")
+    return isinstance(ids, Tensor) and value.ndim > 2 and value.shape[:-1] == ids.shape
 
 
 def _name_axes(graph: ir.Graph, inputs: Mapping[str, Any]) -> None:
@@ -146,7 +164,7 @@ def _name_axes(graph: ir.Graph, inputs: Mapping[str, Any]) -> None:
         for axis, size in enumerate(value.shape):
             if not isinstance(size, ir.SymbolicDim) or size.value is None or size.value in names:
                 continue
-            last = axis == len(value.shape) - (2 if _is_states(str(value.name), example) else 1)
+            last = axis == len(value.shape) - (2 if _has_width(str(value.name), example, inputs) else 1)
             name = "batch" if axis == 0 else "sequence" if last else "choices"
             # A mask is looked up row by row, so that torch does not see that it has as many rows as there are texts.
             while name in names.values() and last:

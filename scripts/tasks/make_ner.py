@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from qdq_surgery.deploy.writing import replace_text
 from tasks.words import FIRST_NAMES, MONTHS, PLACES, SURNAMES, part
 
 __all__ = ["FILE_ENDING", "make", "write"]
@@ -150,4 +151,4 @@ def write(path: Path, rng: random.Random, count: int, held_out: bool) -> None:
     for sentence in make(rng, count, held_out):
         lines += [f"{word} X X {tag}" for word, tag in sentence]
         lines.append("")
-    path.write_text("\n".join(lines), encoding="utf-8", newline="\n")
+    replace_text(path, "\n".join(lines))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qdq_surgery.deploy.writing import replace_text
 from tasks.words import FIRST_NAMES, PLACES, SURNAMES, part
 
 __all__ = ["FILE_ENDING", "make", "write"]
@@ -157,4 +158,4 @@ def make(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str,
 def write(path: Path, rng: random.Random, count: int, held_out: bool) -> None:
     """Write ``count`` pairs to ``path``."""
     rows = [("sentence1", "sentence2", "label"), *make(rng, count, held_out)]
-    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    replace_text(path, "".join("\t".join(row) + "\n" for row in rows))

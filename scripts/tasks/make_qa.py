@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdq_surgery.deploy.writing import replace_text
 from tasks.words import FIRST_NAMES, MONTHS, PLACES, SURNAMES, part, pick_distinct
 
 __all__ = ["FILE_ENDING", "make", "write"]
@@ -365,4 +366,4 @@ def make(rng: random.Random, count: int, held_out: bool) -> dict[str, Any]:
 def write(path: Path, rng: random.Random, count: int, held_out: bool) -> None:
     """Write ``count`` questions to ``path``."""
     text = json.dumps(make(rng, count, held_out), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+    replace_text(path, text + "\n")

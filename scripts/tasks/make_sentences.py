@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from qdq_surgery.deploy.writing import replace_text
 from tasks.words import part
 
 __all__ = ["FILE_ENDING", "make", "write"]
@@ -106,4 +107,4 @@ def make(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str]
 def write(path: Path, rng: random.Random, count: int, held_out: bool) -> None:
     """Write ``count`` sentences to ``path``."""
     rows = [("sentence", "label"), *make(rng, count, held_out)]
-    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    replace_text(path, "".join("\t".join(row) + "\n" for row in rows))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.deploy.origin import describe
+from qdq_surgery.deploy.writing import LARGEST, Draft, draft, writable
 
 __all__ = ["export"]
 
@@ -20,13 +21,22 @@ __all__ = ["export"]
 _OPSET = 20
 
 
-def export(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Sequence[str], path: Path, target: str) -> int:
+def export(
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    target: str,
+    *,
+    overwrite: bool = False,
+) -> int:
     """Write ``model`` to ``path``; number of rows and length stay open.
 
     Args:
         batch: Inputs to export with, at least two rows.
         outputs: Names of the model's outputs.
         target: Of a quantized model; a float one is the same for all.
+        overwrite: Whether a file that is there is replaced.
 
     Returns:
         The version of ONNX's operators in the file.
@@ -34,12 +44,13 @@ def export(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Sequence[s
     model = model.cpu().eval()
     batch = {name: value.cpu() for name, value in batch.items()}
     if qs.quantizers(model):
-        return qs.export_onnx(model, path, batch, target=target).opset
-    _export_float(model, batch, outputs, path)
+        return qs.export_onnx(model, path, batch, target=target, overwrite=overwrite).opset
+    with draft(writable(path, overwrite), overwrite) as made:
+        _export_float(model, batch, outputs, made)
     return _OPSET
 
 
-def _export_float(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Sequence[str], path: Path) -> None:
+def _export_float(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Sequence[str], made: Draft) -> None:
     shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
     # The exporter warns about torchvision, which is not there, and about names of dimensions.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
@@ -58,4 +69,7 @@ def _export_float(model: PreTrainedModel, batch: dict[str, Tensor], outputs: Seq
         )
         assert program is not None
         program.model.metadata_props.update(describe(model, f"{returned.__module__}.{returned.__qualname__}"))
-        program.save(path)
+        import onnx_ir  # those who export nothing need none
+
+        size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value)
+        onnx_ir.save(program.model, made.graph, external_data=made.data.name if size > LARGEST else None)

@@ -59,6 +59,7 @@ class Options:
     seed: int
     do_eval: bool
     save_onnx: bool
+    overwrite: bool
     target: str | None
     onnx: Path | None
     runtime: str | None
@@ -140,6 +141,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_onnx(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ONNX")
     group.add_argument("--save_onnx", action="store_true", help="write model.onnx, with Q/DQ pairs if quantized")
+    group.add_argument("--overwrite", action="store_true", help="replace the model.onnx that is there")
     group.add_argument("--target", choices=tuple(TARGETS), help="what to write it for; onnxruntime if left out")
     group.add_argument("--onnx", type=Path, help="a file that --save_onnx wrote: evaluate it, instead of a model")
     group.add_argument("--runtime", choices=RUNTIMES, help="what to run it on; onnxruntime if left out")
@@ -177,6 +179,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         ("calibrator", "do_calib"),
         ("percentile", "do_calib"),
         ("target", "save_onnx"),
+        ("overwrite", "save_onnx"),
     ):
         if getattr(given, option) and not getattr(given, wanted):
             parser.error(f"--{option} says how to --{wanted}, which is not asked for; add it, or leave both out")

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, set_seed
 
 import qdq_surgery as qs
 from qdq_surgery.deploy.runner import OnnxModel
+from qdq_surgery.deploy.writing import replace_text, writable
 from qdq_surgery.folder import is_converted
 from qdq_surgery.positions import longest_text
 from tasks.errors import OptionError
@@ -68,6 +69,8 @@ def run(task: Task[Example], options: Options) -> dict[str, float]:
     set_seed(options.seed)
     if options.onnx is not None:
         return _evaluate_file(task, options.onnx, options, console) if processes.is_main_process else {}
+    if options.save_onnx and options.output_dir.is_dir():
+        writable(options.output_dir / "model.onnx", options.overwrite)  # before any work is done
     train_examples = _read(task, options.train_file, options.do_calib or options.do_train or options.save_onnx)
     held_out = _read(task, options.validation_file, options.do_eval or options.save_onnx)
     head = Head(task.head, label_order(task.labels([*train_examples, *held_out])))
@@ -239,7 +242,7 @@ def _evaluate(
     results = {"task": task.name, "model": kind, "examples": len(part.examples), "seconds": round(seconds, 1), **scores}
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, text in {**files, RESULTS_NAME: json.dumps(results, indent=2) + "\n"}.items():
-        (options.output_dir / name).write_text(text, encoding="utf-8")
+        replace_text(options.output_dir / name, text)
     console.print(_table(f"{task.name}, {kind} model, {_name(options.validation_file)}", results))
     return scores
 
@@ -276,5 +279,6 @@ def _export(
         raise OptionError("--save_onnx needs two examples to export with; give --validation_file or --train_file")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     start, path = time.perf_counter(), options.output_dir / "model.onnx"
-    opset = export(model, collator(some), task.outputs, path, options.target or "onnxruntime")
+    target = options.target or "onnxruntime"
+    opset = export(model, collator(some), task.outputs, path, target, overwrite=options.overwrite)
     console.print(f"ONNX, opset {opset}, in {time.perf_counter() - start:.0f} s: {path}")
