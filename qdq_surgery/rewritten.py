@@ -66,6 +66,7 @@ class Variant:
         autocast: Whether autocast was on, and to what, if a dtype was asked for.
         wanted: Which argument leaves the function takes.
         decides: Whether the graph checks decisions, so that a run may end before its end.
+        switches: Whether the graph switches gradients on or off, which a run that ends early must not leave so.
         source: The generated Python, for whoever debugs it.
     """
 
@@ -76,6 +77,7 @@ class Variant:
     wanted: tuple[int, ...]
     takes_self: bool
     decides: bool
+    switches: bool
     function: Callable[..., Any]
     source: str
 
@@ -90,7 +92,16 @@ class Variant:
 
     def run(self, module: nn.Module, values: list[Any]) -> Any:
         inputs = [values[index] for index in self.wanted]
-        return self.function(module, module, *inputs) if self.takes_self else self.function(module, *inputs)
+        if self.takes_self:
+            inputs = [module, *inputs]
+        if not self.switches:
+            return self.function(module, *inputs)
+        before = torch.is_grad_enabled()
+        try:
+            return self.function(module, *inputs)
+        except BaseException:
+            torch._C._set_grad_enabled(before)
+            raise
 
 
 class _Undo:
@@ -170,6 +181,7 @@ def compile_variant(routine: Routine) -> Variant:
         autocast=_autocast(routine.signature) if routine.reads_dtype else None,
         wanted=tuple(wanted),
         decides=any(node.meta.get("op") == "expect" for node in graph.nodes),
+        switches=any(node.meta.get("op") == "grad_mode" for node in graph.nodes),
         takes_self=any(node.op == "placeholder" and node.target == SELF for node in graph.nodes),
         function=scope["forward"],
         source=code.src,

@@ -20,6 +20,7 @@ __all__ = [
     "expect",
     "flatten_call",
     "join_path",
+    "rebuild_call",
 ]
 
 #: Name of the placeholder for the block itself, where a graph hands it on (to the attention function).
@@ -74,6 +75,16 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[An
     for key, value in kwargs.items():
         visit(value, key)
     return values, paths
+
+
+def rebuild_call(value: Any, leaves: Iterator[Any]) -> Any:
+    """The structure that :func:`flatten_call` opened, with new leaves."""
+    if type(value) in (tuple, list) or isinstance(value, torch.Size):
+        items = [rebuild_call(item, leaves) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if type(value) is dict:
+        return {key: rebuild_call(item, leaves) for key, item in value.items()}
+    return next(leaves)
 
 
 def describe_leaf(value: Any) -> Leaf:
