@@ -14,6 +14,8 @@ from qdq_surgery.errors import AlreadyConvertedError, ModelError, TraceError
 from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resized, without_mask
 from qdq_surgery.matching import match
 from qdq_surgery.plan import Plan
+from qdq_surgery.replay import check_replay
+from qdq_surgery.rewritten import compile_variant
 from qdq_surgery.routine import Routine, join_path
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.survey import Survey, survey
@@ -153,7 +155,14 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
                 if routine.failure is not None or routine.specialised is not None:
                     raise TraceError(f"{key[0]}, in {mode}: {routine.failure or routine.specialised}")
                 found[key].append(routine)
-    return {key: _distinct(routines) for key, routines in found.items()}
+    kept = {key: _distinct(routines) for key, routines in found.items()}
+    for (path, _), routines in kept.items():
+        for routine in routines:
+            try:
+                check_replay(routine, compile_variant(routine).run)
+            except TraceError as error:
+                raise TraceError(f"{path}: {error}") from error
+    return kept
 
 
 def _distinct(routines: list[Routine]) -> list[Routine]:

@@ -31,6 +31,7 @@ from qdq_surgery.errors import TraceError
 from qdq_surgery.facts import CHECKED, DTYPES, FACTS, refusal
 from qdq_surgery.operators import callable_name, function_operator, is_leaf, module_operator
 from qdq_surgery.places import grad_mode_owners, parameter_names, place
+from qdq_surgery.replay import copied, example_of
 from qdq_surgery.routine import PLAIN, SELF, Routine, describe_leaf, expect, flatten_call, join_path, rebuild_call
 from qdq_surgery.stand_in import make_stand_in
 from qdq_surgery.symbols import Real, Size, plain
@@ -117,6 +118,7 @@ class _Recorder:
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values, paths = flatten_call(args, kwargs)
+        before = example_of(self.block, values)
         self.routine.argument_paths = tuple(paths)
         self.routine.signature = tuple(describe_leaf(value) for value in values)
         names = parameter_names(function)
@@ -129,6 +131,7 @@ class _Recorder:
         self.routine.output = self.argument(output)
         self.graph.output(self.routine.output)
         tidy(self.graph)
+        self.routine.example = before, copied(flatten_call((plain(output),), {})[0]), copied(values)
         return plain(output)
 
     def _placeholder(self, value: Any, path: str, names: list[str]) -> Any:

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from qdq_surgery.errors import TraceError
 from qdq_surgery.recorder import record, recording_of
+from qdq_surgery.replay import check_replay
 from qdq_surgery.routine import SELF, DecisionChangedError, Leaf, Routine, describe_leaf, flatten_call
 from qdq_surgery.shadow import shadow
 
@@ -290,6 +291,7 @@ class Rewritten:
         ):
             args, kwargs = _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
+            check_replay(routine, compile_variant(routine).run)
         variant = self.specialised(routine)
         self.variants.add(variant)
         return variant

@@ -116,6 +116,8 @@ class Routine:
         reads_dtype: Whether a dtype was asked for, so that autocast matters.
         failure: Why there is no graph, if there is none.
         specialised: Why the graph may be looked at but not run, if a size of the example is baked into it.
+        example: What it was recorded on, until the graph was tried on it (:mod:`~qdq_surgery.replay`); the outputs'
+            leaves; the arguments' leaves as the forward left them.
     """
 
     path: str
@@ -134,6 +136,7 @@ class Routine:
     children: list[Routine] = field(default_factory=list)
     failure: str | None = None
     specialised: str | None = None
+    example: tuple[Any, list[Any], list[Any]] | None = field(default=None, repr=False)
 
     def walk(self) -> Iterator[Routine]:
         """This routine and all that it calls, outermost first."""

@@ -28,6 +28,7 @@ LAYERS = [
     "shadow",
     "symbols",
     "routine",
+    "replay",
     "tidy",
     "stand_in",
     "recorder",
