@@ -74,11 +74,6 @@ def _check(model: PreTrainedModel) -> None:
         )
     if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
         raise ModelError("the model has adapters; convert it first and add them then, or merge them")
-    if getattr(model.config, "output_attentions", False):
-        raise ModelError(
-            "config.output_attentions is set, which transformers allows with the attention implementation called "
-            "'eager' only; unset it, and pass output_attentions=True to the calls that want them"
-        )
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ModelError(f"the parameter {name} has no data (meta device); load the weights first")

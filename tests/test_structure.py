@@ -64,6 +64,8 @@ LAYERS = [
     "pretrained.hollow",
     "pretrained.lock",
     "pretrained.ranges",
+    "pretrained.conversions",
+    "pretrained.attentions",
     "pretrained.report",
     "pretrained.comparing",
     "pretrained.plugin",
