@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pytorch_quantization import nn as quant_nn
 from torch.fx import Graph
 from transformers import PreTrainedModel
@@ -14,9 +15,9 @@ from qdq_surgery.errors import AlreadyConvertedError, ModelError, TraceError
 from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resized, without_mask
 from qdq_surgery.matching import match
 from qdq_surgery.plan import Plan
-from qdq_surgery.replay import check_replay
+from qdq_surgery.replay import check_replay, copied
 from qdq_surgery.rewritten import compile_variant
-from qdq_surgery.routine import Routine, join_path
+from qdq_surgery.routine import DecisionChangedError, Routine, join_path
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.survey import Survey, survey
 
@@ -100,10 +101,27 @@ def _compare(first: Survey, other: Survey) -> None:
             if twin is not None and twin.failure is None:
                 same = routine.signature == twin.signature
                 difference = (_difference(routine.graph, twin.graph) or "") if same else "another is called otherwise"
+                if same and difference and _tells(routine, twin) and _tells(twin, routine):
+                    continue
             if difference:
                 routine.specialised = (
                     f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
                 )
+
+
+def _tells(routine: Routine, other: Routine) -> bool:
+    """Whether a recorded decision of ``routine`` (on the number of chunks, say) turns the other's example away."""
+    if other.example is None:
+        return False
+    values = copied(other.example[0].values)
+    try:
+        with torch.random.fork_rng(list(other.example[0].random[1])), torch.no_grad():
+            compile_variant(routine).run(routine.owner, values)
+    except DecisionChangedError:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def _difference(graph: Graph, other: Graph) -> str | None:

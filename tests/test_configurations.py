@@ -127,3 +127,61 @@ def test_plan_raises_what_convert_raises() -> None:
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
     assert not qs.quantizers(model)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "albert"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_feed_forward_in_chunks_is_converted(model_type: str, chunk: int) -> None:
+    model = build(model_type, BASE[model_type], chunk_size_feed_forward=chunk)
+    qmodel = qs.convert(model)
+    assert qs.quantizers(qmodel).keys() == qs.quantizers(qs.convert(build(model_type, BASE[model_type]))).keys()
+    for training in (False, True):
+        model.train(training)
+        qmodel.train(training)
+        for shape in ((2, 12), (1, 18), (3, 12)):
+            batch = batch_for(model, shape)
+            with qs.quantization_disabled(qmodel):
+                torch.manual_seed(1)
+                wanted = model(**batch).last_hidden_state
+                torch.manual_seed(1)
+                assert torch.equal(qmodel(**batch).last_hidden_state, wanted)
+
+
+QDQBERT = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+
+
+@pytest.mark.parametrize("head", ["QDQBertModel", "QDQBertForSequenceClassification"])
+def test_a_config_that_was_used_once_may_be_used_to_load(head: str, tmp_path: Path) -> None:
+    kind = getattr(qs, head)
+    config = qs.QDQBertConfig(**QDQBERT)
+    before = copy.deepcopy(config.__dict__)
+    made = kind(config)
+    assert config.__dict__ == before
+    made.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path, config=config)
+    assert qs.quantizers(loaded).keys() == qs.quantizers(made).keys()
+
+
+@pytest.mark.parametrize("head", ["QDQBertModel", "QDQBertForSequenceClassification"])
+def test_qdqbert_is_built_without_data(head: str) -> None:
+    kind = getattr(qs, head)
+    made = kind(qs.QDQBertConfig(**QDQBERT)).eval()
+    with torch.device("meta"):
+        empty = kind(qs.QDQBertConfig(**QDQBERT)).eval()
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert qs.quantizers(empty).keys() == qs.quantizers(made).keys()
+    empty.to_empty(device="cpu")
+    empty.load_state_dict(made.state_dict())
+    for (name, buffer), (_, other) in zip(made.named_buffers(), empty.named_buffers(), strict=True):
+        if name.rpartition(".")[2] in ("position_ids", "token_type_ids"):  # in no state dict
+            other.copy_(buffer)
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(empty(input_ids=ids)[0], made(input_ids=ids)[0])
