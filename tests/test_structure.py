@@ -154,6 +154,7 @@ HOMES = {
         "making",
         "surgery",
         "analysis",
+        "pretrained.conversions",
         "pretrained.config",
         "pretrained.hollow",
         "pretrained.lock",
