@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pytorch_quantization import nn as quant_nn
 from torch.fx import Graph
 from transformers import PreTrainedModel
@@ -15,7 +16,9 @@ from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resize
 from qdq_surgery.inside import is_decoder_only, remedy_for
 from qdq_surgery.matching import match
 from qdq_surgery.plan import Plan
-from qdq_surgery.routine import Routine, join_path
+from qdq_surgery.replay import check_replay, copied
+from qdq_surgery.rewritten import compile_variant
+from qdq_surgery.routine import DecisionChangedError, Routine, join_path
 from qdq_surgery.spec import RuleSet
 from qdq_surgery.survey import Survey, survey
 
@@ -81,11 +84,6 @@ def _check(model: PreTrainedModel) -> None:
         )
     if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
         raise ModelError("the model has adapters; convert it first and add them then, or merge them")
-    if getattr(model.config, "output_attentions", False):
-        raise ModelError(
-            "config.output_attentions is set, which transformers allows with the attention implementation called "
-            "'eager' only; unset it, and pass output_attentions=True to the calls that want them"
-        )
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ModelError(f"the parameter {name} has no data (meta device); load the weights first")
@@ -112,10 +110,30 @@ def _compare(first: Survey, other: Survey) -> None:
             if twin is not None and twin.failure is None:
                 same = routine.signature == twin.signature
                 difference = (_difference(routine.graph, twin.graph) or "") if same else "another is called otherwise"
+                # (Another number of steps, for chunks, is decided by their count. A size that leaves as a plain number
+                # would need a graph for each size.)
+                steps = len(routine.graph.nodes) != len(twin.graph.nodes)
+                if same and steps and _tells(routine, twin) and _tells(twin, routine):
+                    continue
             if difference:
                 routine.specialised = (
                     f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
                 )
+
+
+def _tells(routine: Routine, other: Routine) -> bool:
+    """Whether a recorded decision of ``routine`` (on the number of chunks, say) turns the other's example away."""
+    if other.example is None:
+        return False
+    values = copied(other.example[0].values)
+    try:
+        with torch.random.fork_rng(list(other.example[0].random[1])), torch.no_grad():
+            compile_variant(routine).run(routine.owner, values)
+    except DecisionChangedError:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def _difference(graph: Graph, other: Graph) -> str | None:
@@ -162,7 +180,14 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
                 if routine.failure is not None or routine.specialised is not None:
                     raise TraceError(f"{key[0]}, in {mode}: {routine.failure or routine.specialised}")
                 found[key].append(routine)
-    return {key: _distinct(routines) for key, routines in found.items()}
+    kept = {key: _distinct(routines) for key, routines in found.items()}
+    for (path, _), routines in kept.items():
+        for routine in routines:
+            try:
+                check_replay(routine, compile_variant(routine).run)
+            except TraceError as error:
+                raise TraceError(f"{path}: {error}") from error
+    return kept
 
 
 def _distinct(routines: list[Routine]) -> list[Routine]:

@@ -14,7 +14,7 @@ from qdq_surgery.plan import Plan
 from qdq_surgery.pretrained.plugin import adopt
 from qdq_surgery.rule_file import load_rules
 from qdq_surgery.spec import RuleSet
-from qdq_surgery.surgery import operate
+from qdq_surgery.surgery import Recordings, operate
 from qdq_surgery.transaction import all_or_nothing
 
 __all__ = ["convert", "plan"]
@@ -49,9 +49,7 @@ def convert(
         ModelError: It is no model that can be converted, or the example inputs are wrong.
         TraceError: A block that is to be rewritten cannot be, in training mode or without a mask.
     """
-    rule_set = load_rules(rules)
-    look, made = analyse(model, rule_set, example_inputs)
-    recordings = recordings_of(model, look, made)
+    made, recordings = _recorded(model, load_rules(rules), example_inputs)
     target = model if inplace else copy.deepcopy(model)
     with all_or_nothing(target):
         operate(target, made, recordings)
@@ -66,4 +64,11 @@ def plan(
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What :func:`convert` would do. Edits nothing; same arguments and errors."""
-    return analyse(model, load_rules(rules), example_inputs)[1]
+    return _recorded(model, load_rules(rules), example_inputs)[0]
+
+
+def _recorded(
+    model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None
+) -> tuple[Plan, Recordings]:
+    look, made = analyse(model, rules, example_inputs)
+    return made, recordings_of(model, look, made)

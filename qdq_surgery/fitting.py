@@ -132,12 +132,18 @@ def _fit(pattern: Pattern, value: Value, attempt: Attempt) -> bool:
     if pattern.optional:
         inner = pattern.operands[0]
         looked = _through_layout(value, pattern)
+        if looked.op == "cat":
+            looked = _chunk(looked) or looked
         if any(operator_fits(name, looked.op) for name in pattern.operators):
             slots = _slots(looked)
             if slots and _fit_operand(inner, slots[0], attempt):
                 return True
         return inner.pattern is None or _fit(inner.pattern, value, attempt)
     looked = _through_layout(value, pattern)
+    if looked.op == "cat" and not operator_fits(pattern.operators[0], "cat"):
+        chunk = _chunk(looked)
+        if chunk is not None:
+            return _fit(pattern, chunk, attempt)
     return operator_fits(pattern.operators[0], looked.op) and fit(pattern, looked, attempt)
 
 
@@ -153,6 +159,27 @@ def _through_layout(value: Value, pattern: Pattern) -> Value:
             break
         value = below
     return value
+
+
+def _chunk(value: Value) -> Value | None:
+    """Of a tensor that was computed chunk by chunk and joined again, the first chunk.
+
+    Returns:
+        ``None`` if what is joined was not made at one place in the source, by one operator.
+    """
+    parts = value.node.args[0] if value.node.args else None
+    if not isinstance(parts, (list, tuple)):
+        return None
+    found = [_resolve(value.routine, part) if isinstance(part, Node) else None for part in parts]
+    places = {_place_of_all(each) if each is not None else None for each in found}
+    return found[0] if len(places) == 1 else None
+
+
+def _place_of_all(value: Value) -> Hashable:
+    """One for all calls at a place in the source, however often it is passed."""
+    if value.node.op == "call_module":
+        return value.routine.path, value.node.target
+    return value.routine.path, value.node.meta["origin"][:-1]
 
 
 def _resolve(routine: Routine, node: Node) -> Value | None:

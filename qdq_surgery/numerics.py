@@ -53,9 +53,10 @@ def fake_quant(
 
     Returns:
         Shape and dtype of ``inputs``. The gradient passes where ``|inputs| <= amax`` and is 0 elsewhere
-        (straight-through estimation with clipping); ``amax`` gets none.
+        (straight-through estimation with clipping); ``amax`` gets none. (What ``torch.jit.trace`` makes is for
+        inference: it holds the arithmetic alone, the same with gradients on and off, and can be saved.)
     """
-    if torch.is_grad_enabled() and (inputs.requires_grad or amax.requires_grad):
+    if torch.is_grad_enabled() and (inputs.requires_grad or amax.requires_grad) and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         result: Tensor = _FakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
         return result
     return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import nn
 
 from qdq_surgery.pattern import OPERATORS
 
-__all__ = ["callable_name", "function_operator", "is_leaf", "module_operator", "tensor_method"]
+__all__ = ["callable_name", "function_operator", "is_leaf", "module_operator"]
 
 #: Functions whose own name is not the operator's.
 _ALIASES = {
@@ -127,9 +126,3 @@ def callable_name(function: Callable[..., Any]) -> str:
     if name in ("__get__", "__set__"):
         return str(getattr(getattr(function, "__self__", None), "__name__", name))
     return str(name)
-
-
-def tensor_method(function: Callable[..., Any]) -> str | None:
-    """The name under which ``function`` is a method of every tensor; ``None`` for free functions."""
-    name = getattr(function, "__name__", None)
-    return name if name is not None and getattr(torch.Tensor, name, None) is function else None

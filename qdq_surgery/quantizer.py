@@ -370,7 +370,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                     f"{self._name()} has no range: calibrate the model before exporting it, or disable this quantizer"
                 )
             return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
-        if self._learns and amax.requires_grad and torch.is_grad_enabled():
+        if self._learns and amax.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             # An optimizer knows of no limit. (Through .data: a layer that runs twice has saved the range by then.)
             amax.data.clamp_(min=_SMALLEST)
             return learned_fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)

@@ -17,13 +17,11 @@ Nothing is patched anywhere: the block recorded is a stand-in made for the occas
 
 from __future__ import annotations
 
-import inspect
 import operator
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from keyword import iskeyword
-from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -32,31 +30,20 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.operators import callable_name, function_operator, is_leaf, module_operator, tensor_method
-from qdq_surgery.pattern import LAYOUT
-from qdq_surgery.routine import PLAIN, SELF, Routine, describe_leaf, expect, flatten_call, join_path
+from qdq_surgery.facts import CHECKED, DTYPES, FACTS, refusal
+from qdq_surgery.operators import callable_name, function_operator, is_leaf, module_operator
+from qdq_surgery.places import grad_mode_owners, parameter_names, place
+from qdq_surgery.replay import copied, example_of
+from qdq_surgery.routine import PLAIN, SELF, Routine, describe_leaf, expect, flatten_call, join_path, rebuild_call
 from qdq_surgery.stand_in import make_stand_in
 from qdq_surgery.symbols import Real, Size, plain
+from qdq_surgery.targets import apply_of, function_target, is_in_place, tensor_method
+from qdq_surgery.tidy import is_parameter, tidy
+from qdq_surgery.watch import watching
 
 __all__ = ["record", "recording_of"]
 
-_TORCH_HOME = str(Path(torch.__file__).parent)
-_PACKAGE_HOME = str(Path(__file__).parent)
-
 _SIZE_GETTERS = frozenset({"size", "shape"})
-_FACTS = frozenset(
-    """
-    dim ndim ndimension dtype device is_cuda is_cpu is_meta is_floating_point is_complex is_signed is_contiguous layout
-    requires_grad is_leaf grad_fn is_sparse is_quantized is_nested itemsize element_size names is_inference _version
-    is_mkldnn is_xpu is_mps is_xla stride storage_offset data_ptr get_device has_names __hash__ __repr__ __format__
-    retain_grad requires_grad_ __dir__ __reduce_ex__ untyped_storage is_same_size is_neg is_conj
-    """.split()
-)
-_DATA = frozenset(
-    """
-    __bool__ item tolist __int__ __float__ __index__ numpy __array__ __contains__ equal allclose nonzero
-    """.split()
-)
 
 
 def record(
@@ -125,22 +112,28 @@ class _Recorder:
         self.tensor_paths = {id(t): name for name, t in (*block.named_parameters(), *block.named_buffers())}
         self.sizes: dict[tuple[Node, int], Size] = {}
         self.occurrences: dict[tuple[Any, ...], int] = {}
+        self.leaf: Node | None = None  # the autograd function that is running
+        self.grad_modes: dict[int, Node] = {}  # what torch.no_grad and its like found, by their ids
+        self.forbidden: TraceError | None = None
 
     # -- running -----------------------------------------------------------------------------------------------
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values, paths = flatten_call(args, kwargs)
+        before = example_of(self.block, values)
         self.routine.argument_paths = tuple(paths)
         self.routine.signature = tuple(describe_leaf(value) for value in values)
-        names = _parameter_names(function)
+        names = parameter_names(function)
         leaves = iter([self._placeholder(value, path, names) for value, path in zip(values, paths, strict=True)])
-        args, kwargs = _rebuild(args, leaves), _rebuild(kwargs, leaves)
-        with torch.no_grad(), _Mode(self):
+        args, kwargs = rebuild_call(args, leaves), rebuild_call(kwargs, leaves)
+        with torch.no_grad(), _Mode(self), watching(self):
             output = function(self.stand_in, *args, **kwargs)
+        if self.forbidden is not None:  # the forward caught it
+            raise self.forbidden
         self.routine.output = self.argument(output)
         self.graph.output(self.routine.output)
-        self._drop_unused()
-        self._decide_early()
+        tidy(self.graph)
+        self.routine.example = before, copied(flatten_call((plain(output),), {})[0]), copied(values)
         return plain(output)
 
     def _placeholder(self, value: Any, path: str, names: list[str]) -> Any:
@@ -246,47 +239,104 @@ class _Recorder:
 
     def call_torch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = callable_name(func)
+        if getattr(func, "__name__", None) == "__set__":
+            raise self.failure(f"sets {name} of a tensor, which a graph would lose; change its values in place")
         if name in _SIZE_GETTERS:
             return self._shape(args, kwargs)
-        if name in _FACTS:
-            self.routine.reads_dtype |= name in ("dtype", "is_floating_point", "device", "is_cuda", "is_cpu")
+        if name in FACTS:
+            self.routine.reads_dtype |= name in DTYPES
             return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            return self._set_grad_mode(*args)
         if name == "__len__":
             size = self._size(args[0], 0)
             self.fix_size(size, int.__int__(size))
             return int.__int__(size)
         if name == "numel":
             node = self._node("call_method", "numel", args, kwargs, "numel")
-            return self._symbol(Size(func(args[0])), node)
+            return self._symbol(Size(func(*args, **kwargs)), node)
         if name == "__iter__":
-            return iter(torch.Tensor.unbind(args[0], 0))
-        if name in _DATA:
-            raise TraceError(f"{self.where()}: {self.source()[1]} decides by the values of a tensor ({name})")
-        op = function_operator(name, args, kwargs)
-        if name == "__get__" or type(func).__name__ == "method-wrapper":
-            node = self._node("call_function", getattr, (args[0], name), {}, op, name=name)
-        elif (method := tensor_method(func)) is not None:
-            if method == "__getitem__":
-                node = self._node("call_function", operator.getitem, args, kwargs, op)
-            elif method == "__setitem__":
-                node = self._node("call_function", operator.setitem, args, kwargs, op)
-            else:
-                node = self._node("call_method", method, args, kwargs, op)
-        else:
-            node = self._node("call_function", func, args, kwargs, op)
-        output = func(*plain(args), **plain(kwargs))
-        if type(output) in (tuple, list):
-            # Python may loop over the parts, so their number is a decision.
-            count = self._node("call_function", len, (node,), {}, "size")
-            self._node("call_function", operator.eq, (count, len(output)), {}, "size")
-            self._expect(next(iter(count.users)), True)
-        if name.endswith("_") and not name.endswith("__") and output is args[0]:
-            # In place: from here on the tensor is what this node returns.
-            self._bind(output, node)
+            return iter(self.call_torch(torch.Tensor.unbind, (args[0], 0), {}))
+        if (reason := refusal(name)) is not None:
+            raise self.failure(reason)
+        node = self._operation(func, name, args, kwargs)
+        with self.pause():
+            output = func(*plain(args), **plain(kwargs))
+        if name in CHECKED:
+            self._expect(self._node("call_function", operator.eq, (node, output), {}, "size"), True)
             return output
         if name == "__setitem__":
             return output
+        self._count(node, output)
+        if is_in_place(name) and output is args[0]:
+            # From here on the tensor is what this node returns.
+            self._bind(output, node)
+            return output
         return self._result(node, output)
+
+    def _operation(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        op = "size" if name in CHECKED else function_operator(name, args, kwargs)
+        if name == "__get__" or type(func).__name__ == "method-wrapper":
+            return self._node("call_function", getattr, (args[0], name), {}, op, name=name)
+        method = tensor_method(func)
+        if method is None:
+            return self._node("call_function", function_target(func), args, kwargs, op)
+        if method == "__getitem__":
+            return self._node("call_function", operator.getitem, args, kwargs, op)
+        if method == "__setitem__":
+            return self._node("call_function", operator.setitem, args, kwargs, op)
+        return self._node("call_method", method, args, kwargs, op)
+
+    def _count(self, node: Node, output: Any) -> None:
+        """Python may loop over the parts of an output, so their number is a decision."""
+        if type(output) in (tuple, list):
+            count = self._node("call_function", len, (node,), {}, "size")
+            self._expect(self._node("call_function", operator.eq, (count, len(output)), {}, "size"), True)
+
+    def _set_grad_mode(self, mode: bool) -> None:
+        """``torch.no_grad`` and its like: what they found is put back at their end, whatever it is on that run."""
+        owners, ends = grad_mode_owners()
+        wanted: bool | Node = mode
+        if ends:
+            known = [self.grad_modes[id(owner)] for owner in owners if id(owner) in self.grad_modes]
+            if not known:
+                raise self.failure("leaves a torch.no_grad() or its like that was made outside the forward")
+            wanted = known[-1]
+        else:
+            before = self._node("call_function", torch.is_grad_enabled, (), {}, "grad_mode")
+            self.alive.extend(owners)
+            self.grad_modes.update({id(owner): before for owner in owners if id(owner) not in self.grad_modes})
+        self._node("call_function", torch._C._set_grad_enabled, (wanted,), {}, "grad_mode")
+        torch._C._set_grad_enabled(mode)
+
+    # -- what the watch reports ------------------------------------------------------------------------------
+
+    def enter_function(self, frame: FrameType) -> None:
+        """An autograd function is one node, its own forward and backward together."""
+        local = frame.f_locals
+        args, kwargs = local["args"], local["kwargs"]
+        self.leaf = self._node("call_function", apply_of(local["cls"]), args, kwargs, "autograd_function")
+        self.paused = True
+
+    def leave_function(self, output: Any) -> None:
+        node, self.leaf, self.paused = self.leaf, None, False
+        if node is None or output is None:
+            return
+        self._count(node, output)
+        parts = output if isinstance(output, tuple) else (output,)
+        for index, part in enumerate(parts):
+            if isinstance(part, torch.Tensor):
+                self._bind(part, self._item(node, index) if isinstance(output, tuple) else node)
+
+    def forbid(self, what: str) -> None:
+        self.forbidden = self.failure(what)
+        raise self.forbidden
+
+    def note_autocast(self) -> None:
+        self.routine.reads_dtype = True
+
+    def failure(self, what: str) -> TraceError:
+        return TraceError(f"{self.where()}: {self.source()[1]} {what}")
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
@@ -344,7 +394,7 @@ class _Recorder:
     def _node(self, op: str, target: Any, args: Any, kwargs: Any, operator_name: str, name: str | None = None) -> Node:
         args, kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
         kwargs.pop("_stacklevel", None)
-        if operator_name == "add" and any(_is_parameter(argument) for argument in args):
+        if operator_name == "add" and any(is_parameter(argument) for argument in args):
             operator_name = "bias_add"
         node = self.graph.create_node(op, target, args, kwargs, name=_safe(name) if name else None)
         frames, source = self.source()
@@ -374,7 +424,7 @@ class _Recorder:
             return value
         if isinstance(value, nn.Module) and recording_of(value) is self:
             return self.self_node()
-        raise TraceError(f"{self.where()}: {self.source()[1]} uses a {type(value).__name__}, which a graph cannot hold")
+        raise self.failure(f"uses a {type(value).__name__}, which a graph cannot hold")
 
     def _tensor_node(self, tensor: torch.Tensor) -> Node:
         node = self.nodes.get(id(tensor))
@@ -382,7 +432,10 @@ class _Recorder:
             return node
         path = self.tensor_paths.get(id(tensor))
         if path is None:
-            raise TraceError(f"{self.where()}: {self.source()[1]} uses a tensor from outside the block")
+            raise self.failure(
+                "uses a tensor from outside the block, or one that a scripted function made; hand it over, or "
+                "make it a buffer"
+            )
         first = next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
         with self.graph.inserting_before(first):
             node = self.graph.create_node("get_attr", path, (), {}, name=_safe(path.replace(".", "_")))
@@ -428,38 +481,11 @@ class _Recorder:
                 return tensor.detach()
         return tensor
 
-    def _drop_unused(self) -> None:
-        for node in reversed(list(self.graph.nodes)):
-            if not node.users and node.meta.get("op") in ("size", "item", "numel", "parameter"):
-                self.graph.erase_node(node)
-
-    def _decide_early(self) -> None:
-        """Decisions on the sizes of arguments come first: a graph that does not hold is left before anything ran."""
-        early = {node for node in self.graph.nodes if node.op in ("placeholder", "get_attr")}
-        last = next((node for node in reversed(list(self.graph.nodes)) if node in early), None)
-        for node in list(self.graph.nodes):
-            if node.meta.get("op") in ("size", "expect", "numel") and set(node.all_input_nodes) <= early:
-                early.add(node)
-                if last is not None and node is not last.next:
-                    last.append(node)
-                last = node
-
     # -- where we are ----------------------------------------------------------------------------------------
 
     def source(self) -> tuple[tuple[Any, ...], str]:
         """Identity of the place in the source that is running, from the block's forward inwards; and file:line."""
-        frames: list[tuple[str, str, int]] = []
-        place = ""
-        frame = sys._getframe(1)
-        while frame is not None:
-            code = frame.f_code
-            if code.co_filename == __file__ and code.co_name == "run":
-                break
-            if not code.co_filename.startswith((_TORCH_HOME, _PACKAGE_HOME)):
-                frames.append((Path(code.co_filename).name, code.co_name, frame.f_lasti))
-                place = place or f"{Path(code.co_filename).name}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
-        return tuple(frames), place
+        return place(_Recorder.run.__code__)
 
     def pause(self) -> _Pause:
         """While this holds, torch calls are not written down."""
@@ -476,29 +502,6 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self.recorder.paused = self.before
-
-
-def _is_parameter(argument: object) -> bool:
-    """Whether the argument is a parameter of the block, reshaped or not."""
-    while isinstance(argument, Node) and argument.meta.get("op") in LAYOUT and argument.args:
-        argument = argument.args[0]
-    return isinstance(argument, Node) and argument.meta.get("op") == "parameter"
-
-
-def _parameter_names(function: Callable[..., Any]) -> list[str]:
-    """Names of the positional parameters after the block itself."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds][1:]
-
-
-def _rebuild(value: Any, leaves: Iterator[Any]) -> Any:
-    """The structure that :func:`flatten_call` opened, with new leaves."""
-    if type(value) in (tuple, list) or isinstance(value, torch.Size):
-        items = [_rebuild(item, leaves) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    if type(value) is dict:
-        return {key: _rebuild(item, leaves) for key, item in value.items()}
-    return next(leaves)
 
 
 def _safe(name: str) -> str:

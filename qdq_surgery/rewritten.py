@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from qdq_surgery.errors import TraceError
 from qdq_surgery.randomness import kept_random
 from qdq_surgery.recorder import record, recording_of
+from qdq_surgery.replay import check_replay
 from qdq_surgery.routine import SELF, DecisionChangedError, Leaf, Routine, describe_leaf, flatten_call
 from qdq_surgery.shadow import shadow
 from qdq_surgery.untrusted import quoted
@@ -75,6 +76,7 @@ class Variant:
         autocast: Whether autocast was on, and to what, if a dtype was asked for.
         wanted: Which argument leaves the function takes.
         decides: Whether the graph checks decisions, so that a run may end before its end.
+        switches: Whether the graph switches gradients on or off, which a run that ends early must not leave so.
         source: The generated Python, for whoever debugs it.
     """
 
@@ -85,6 +87,7 @@ class Variant:
     wanted: tuple[int, ...]
     takes_self: bool
     decides: bool
+    switches: bool
     function: Callable[..., Any]
     source: str
 
@@ -99,7 +102,16 @@ class Variant:
 
     def run(self, module: nn.Module, values: list[Any]) -> Any:
         inputs = [values[index] for index in self.wanted]
-        return self.function(module, module, *inputs) if self.takes_self else self.function(module, *inputs)
+        if self.takes_self:
+            inputs = [module, *inputs]
+        if not self.switches:
+            return self.function(module, *inputs)
+        before = torch.is_grad_enabled()
+        try:
+            return self.function(module, *inputs)
+        except BaseException:
+            torch._C._set_grad_enabled(before)
+            raise
 
 
 class _Undo:
@@ -201,6 +213,7 @@ def compile_variant(routine: Routine) -> Variant:
         autocast=_autocast(routine.signature) if routine.reads_dtype else None,
         wanted=tuple(wanted),
         decides=any(node.meta.get("op") == "expect" for node in graph.nodes),
+        switches=any(node.meta.get("op") == "grad_mode" for node in graph.nodes),
         takes_self=any(node.op == "placeholder" and node.target == SELF for node in graph.nodes),
         function=scope["forward"],
         source=code.src,
@@ -318,6 +331,7 @@ class Rewritten:
         ):
             ghost, args, kwargs = shadow(module), _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
+            check_replay(routine, compile_variant(routine).run)
         variant = self.specialised(routine)
         self.variants.add(variant)
         return variant

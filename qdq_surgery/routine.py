@@ -20,6 +20,7 @@ __all__ = [
     "expect",
     "flatten_call",
     "join_path",
+    "rebuild_call",
 ]
 
 #: Name of the placeholder for the block itself, where a graph hands it on (to the attention function).
@@ -76,6 +77,16 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[An
     return values, paths
 
 
+def rebuild_call(value: Any, leaves: Iterator[Any]) -> Any:
+    """The structure that :func:`flatten_call` opened, with new leaves."""
+    if type(value) in (tuple, list) or isinstance(value, torch.Size):
+        items = [rebuild_call(item, leaves) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if type(value) is dict:
+        return {key: rebuild_call(item, leaves) for key, item in value.items()}
+    return next(leaves)
+
+
 def describe_leaf(value: Any) -> Leaf:
     """What of an argument a graph depends on: kind, rank, dtype and device of a tensor; the value of a constant."""
     if isinstance(value, torch.Tensor):
@@ -105,6 +116,8 @@ class Routine:
         reads_dtype: Whether a dtype was asked for, so that autocast matters.
         failure: Why there is no graph, if there is none.
         specialised: Why the graph may be looked at but not run, if a size of the example is baked into it.
+        example: What it was recorded on, until the graph was tried on it (:mod:`~qdq_surgery.replay`); the outputs'
+            leaves; the arguments' leaves as the forward left them.
     """
 
     path: str
@@ -123,6 +136,7 @@ class Routine:
     children: list[Routine] = field(default_factory=list)
     failure: str | None = None
     specialised: str | None = None
+    example: tuple[Any, list[Any], list[Any]] | None = field(default=None, repr=False)
 
     def walk(self) -> Iterator[Routine]:
         """This routine and all that it calls, outermost first."""

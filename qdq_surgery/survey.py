@@ -20,7 +20,8 @@ from qdq_surgery.errors import ModelError, TraceError
 from qdq_surgery.operators import is_leaf
 from qdq_surgery.randomness import kept_random
 from qdq_surgery.recorder import record
-from qdq_surgery.routine import Leaf, Routine, describe_leaf, flatten_call, join_path
+from qdq_surgery.replay import copied
+from qdq_surgery.routine import Leaf, Routine, describe_leaf, flatten_call, join_path, rebuild_call
 from qdq_surgery.shadow import shadow
 
 __all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "structure", "survey"]
@@ -184,8 +185,10 @@ def _record_unit(module: nn.Module, call: Call) -> Routine:
     if is_leaf(module):
         # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
         module = _Alone(module)
+    # (A layer that changes its arguments must not change those that the next recording is to get.)
+    args, kwargs = (rebuild_call(part, iter(copied(flatten_call((part,), {})[0]))) for part in call)
     try:
-        return record(module, type(module).forward, *call)[0]
+        return record(module, type(module).forward, args, kwargs)[0]
     except TraceError as error:
         return Routine("", "forward", module, "forward", failure=str(error))
 

@@ -143,6 +143,28 @@ def test_cached_steps_equal_one_pass_with_quantizers(model_type: str, head: str)
     assert torch.allclose(step, whole, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_type", BY_TYPE)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_gradients_of_every_architecture(model_type: str, training: bool) -> None:
+    head = next(head for head in BY_TYPE[model_type].heads() if kind_of(head) == "token")
+    model = build(model_type, head).train(training)
+    qmodel = qs.convert(model)
+    for shape in SHAPES:
+        batch = batch_for(model, shape, labels=True)
+        found = []
+        for each in (model, qmodel):
+            each.zero_grad()
+            torch.manual_seed(7)
+            with qs.quantization_disabled(qmodel):
+                each(**batch).loss.backward()
+            found.append({name: parameter.grad for name, parameter in each.named_parameters()})
+        assert found[0].keys() == found[1].keys()
+        assert sum(gradient is not None for gradient in found[0].values()) > 10
+        for name, gradient in found[0].items():
+            assert (gradient is None) == (found[1][name] is None), name
+            assert gradient is None or torch.equal(found[1][name], gradient), name
+
+
 def test_a_call_that_was_not_recorded_is_recorded_when_it_comes() -> None:
     model = build("mpnet", "MPNetModel")
     qmodel = qs.convert(model)

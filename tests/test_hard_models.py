@@ -134,15 +134,6 @@ def test_a_compiled_module_is_looked_at_not_run() -> None:
     assert len(qs.quantizers(again)) == 40
 
 
-def test_attentions_in_the_config() -> None:
-    model = build("bert", "BertModel")
-    model.config.output_attentions = True
-    with pytest.raises(
-        qs.ModelError, match=r"config.output_attentions is set.*pass output_attentions=True to the calls"
-    ):
-        qs.convert(model)
-
-
 def test_a_bias_is_no_residual() -> None:
     """DeBERTa (v1) adds biases to its queries and values after the linear: nothing of the residual stream."""
     options = {**TINY, "num_hidden_layers": 2}

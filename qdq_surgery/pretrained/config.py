@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         super().__init__(QUANT_METHOD)
         self.rules = load_rules(rules)
         self.record = record
+        #: Called when a config with this one in it is written, once.
+        self.once_written: Callable[[], None] | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QDQConfig) and self.to_dict() == other.to_dict()
@@ -77,6 +80,9 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
+        written, self.once_written = self.once_written, None
+        if written is not None:
+            written()
         record = {} if self.record is None else self.record.to_data()
         return {"quant_method": QUANT_METHOD, "schema": _SCHEMA, "rules": rules_to_data(self.rules), **record}
 

@@ -7,6 +7,7 @@ then; last come the ranges, from the same files. ``save_pretrained`` asks for th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,10 @@ from qdq_surgery.converted import plan_of, quantizers
 from qdq_surgery.errors import AttentionBypassError, ModelError
 from qdq_surgery.making import device_of
 from qdq_surgery.plan import Plan
+from qdq_surgery.pretrained.attentions import name_as_eager, name_back
 from qdq_surgery.pretrained.comparing import Names, check_fits, check_known, check_ranges, check_sites, take_state
 from qdq_surgery.pretrained.config import QUANT_METHOD, QDQConfig
+from qdq_surgery.pretrained.conversions import keep_ranges_apart
 from qdq_surgery.pretrained.hollow import hollow, real_tensors
 from qdq_surgery.pretrained.lock import lock_of, read_lock
 from qdq_surgery.pretrained.ranges import RANGE_PATTERN, read_ranges
@@ -98,6 +101,9 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_attn_implementation(self, config: Any) -> Any:
         """Notes the attention that was asked for, before the model is built."""
         self._attention = getattr(config, "_attn_implementation_internal", None)
+        if self._attention is None and getattr(config, "_output_attentions", False):
+            # Left open, transformers would take one that gives no attentions, whatever the config says.
+            config._attn_implementation = "eager"
         return config
 
     def _process_model_before_weight_loading(
@@ -193,11 +199,15 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name} has the clip of a descriptor with learn_amax, which no checkpoint brings back; let the "
                     "rule's spec say learn: true instead, which it can"
                 )
+        keep_ranges_apart(model)
         config = QDQConfig(plan_of(model).rules, record_of(model))
         model.config.quantization_config = self.quantization_config = config
         if self._folder is not None:
             write_report(model, self._folder)
-        return weights, lock_of(model)
+        lock = lock_of(model)
+        name_as_eager(model.config)
+        config.once_written = functools.partial(name_back, model.config)
+        return weights, lock
 
     @contextmanager
     def saving(self, folder: Path | None, state_dict: Any) -> Iterator[None]:

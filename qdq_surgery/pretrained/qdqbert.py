@@ -40,11 +40,17 @@ from transformers import (
     PreTrainedModel,
 )
 
+from qdq_surgery.analysis import analyse, recordings_of
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
 from qdq_surgery.pretrained.config import QUANT_METHOD
 from qdq_surgery.pretrained.head_mask import head_factors, masked_heads, times
+from qdq_surgery.pretrained.hollow import hollow, real_tensors
 from qdq_surgery.pretrained.legacy_cache import as_cache
+from qdq_surgery.pretrained.plugin import adopt
+from qdq_surgery.rule_file import load_rules
+from qdq_surgery.spec import RuleSet
+from qdq_surgery.surgery import operate
 
 __all__ = [
     "QDQBertConfig",
@@ -197,7 +203,10 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = QDQBertConfig
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(QDQBertConfig.of(config), *args, **kwargs)
+        given = QDQBertConfig.of(config)
+        # transformers writes its choice of attention into the config that it builds from: into a copy, or the same
+        # config would seem to ask for that choice the next time.
+        super().__init__(given if _LOADING.get() else copy.deepcopy(given), *args, **kwargs)
         body = getattr(self, self.base_model_prefix, None)
         if body is not None:
             body.__class__ = QDQBertModel
@@ -221,8 +230,18 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             )
         given = self.config
         with _no_attentions(given):
-            convert(self, rules or _RULES, inplace=True)
+            if any(parameter.is_meta for parameter in self.parameters()):
+                self._convert_without_data(load_rules(rules or _RULES))
+            else:
+                convert(self, rules or _RULES, inplace=True)
         self.config._output_attentions = given._output_attentions
+
+    def _convert_without_data(self, rules: RuleSet) -> None:
+        with real_tensors():
+            twin = hollow(self)
+            look, plan = analyse(twin, rules, None)
+            operate(self, plan, recordings_of(twin, look, plan))
+        adopt(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -69,4 +70,5 @@ def global_state() -> dict[str, Any]:
         "numpy": str(np.random.get_state()),
         "handlers": [*logging.root.handlers],
         "level": logging.root.level,
+        "profile": sys.getprofile(),
     }
