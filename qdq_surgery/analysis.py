@@ -16,6 +16,7 @@ from qdq_surgery.examples import SHAPES, checked_examples, make_examples, resize
 from qdq_surgery.inside import is_decoder_only, remedy_for
 from qdq_surgery.matching import match
 from qdq_surgery.plan import Plan
+from qdq_surgery.randomness import kept_random
 from qdq_surgery.replay import check_replay, copied
 from qdq_surgery.rewritten import compile_variant
 from qdq_surgery.routine import DecisionChangedError, Routine, join_path
@@ -127,7 +128,7 @@ def _tells(routine: Routine, other: Routine) -> bool:
         return False
     values = copied(other.example[0].values)
     try:
-        with torch.random.fork_rng(list(other.example[0].random[1])), torch.no_grad():
+        with kept_random([torch.device("cuda", index) for index in other.example[0].random[1]]), torch.no_grad():
             compile_variant(routine).run(routine.owner, values)
     except DecisionChangedError:
         return True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from qdq_surgery.errors import TraceError
+from qdq_surgery.randomness import kept_random
 from qdq_surgery.routine import Routine, flatten_call
 
 __all__ = ["Example", "check_replay", "copied", "example_of"]
@@ -74,8 +75,7 @@ def check_replay(routine: Routine, run: Callable[[nn.Module, list[Any]], Any]) -
     if any(isinstance(value, FakeTensor) for value in (*before.values, *wanted)):
         return  # torch.export: there are no values to compare
     values = copied(before.values)
-    devices = list(before.random[1])
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with kept_random([torch.device("cuda", index) for index in before.random[1]]), torch.no_grad():
         before.put_back()
         try:
             found = run(routine.owner, values)
