@@ -28,7 +28,9 @@ from qdq_surgery.examples import checked_examples
 from qdq_surgery.gather import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.histogram import Histogram
 from qdq_surgery.linear import QuantLinear
-from qdq_surgery.padding import Padding, chunk_size, trimmed
+from qdq_surgery.masks import trimmed
+from qdq_surgery.padding import Padding
+from qdq_surgery.probing import chunk_size
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.ranges import relative_error
@@ -241,6 +243,7 @@ def _run(
     counts: list[int],
 ) -> None:
     total = len(batches) if isinstance(batches, Sized) else None
+    chunk, labels = chunk_size(model), not getattr(model.config, "is_encoder_decoder", False)
     for index, batch in enumerate(track(batches, "calibrating", total)):
         if not isinstance(batch, Mapping):
             raise CalibrationError(
@@ -249,7 +252,7 @@ def _run(
             )
         try:
             _check_names(model, batch)
-            inputs = trimmed(checked_examples(model, batch, "it"), chunk_size(model))
+            inputs = trimmed(checked_examples(model, batch, "it"), chunk, labels)
             watch.padding.begin(inputs)
         except (ModelError, CalibrationError) as error:
             raise CalibrationError(f"batch {index}: {error}") from None
@@ -261,6 +264,7 @@ def _run(
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CalibrationError(f"batch {index}: {type(model).__name__} cannot run it: {error}") from error
         _check_finite(watched, watch.called, index)
+        watch.settle(each._calibrator for each in watched.values())
         mask = inputs.get("attention_mask")
         ids = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim >= 2), None)
         size = ids.shape if mask is None and ids is not None else mask.shape if mask is not None else (0, 0)
