@@ -28,7 +28,7 @@ from qdq_surgery.examples import checked_examples
 from qdq_surgery.gather import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.histogram import Histogram
 from qdq_surgery.linear import QuantLinear
-from qdq_surgery.masks import trimmed
+from qdq_surgery.masks import check_decoder, trimmed
 from qdq_surgery.padding import Padding
 from qdq_surgery.probing import chunk_size
 from qdq_surgery.progress import track
@@ -243,7 +243,8 @@ def _run(
     counts: list[int],
 ) -> None:
     total = len(batches) if isinstance(batches, Sized) else None
-    chunk, labels = chunk_size(model), not getattr(model.config, "is_encoder_decoder", False)
+    chunk = chunk_size(model)
+    labels = not getattr(model.config, "is_encoder_decoder", False)  # those of an encoder-decoder are its decoder's
     for index, batch in enumerate(track(batches, "calibrating", total)):
         if not isinstance(batch, Mapping):
             raise CalibrationError(
@@ -253,6 +254,8 @@ def _run(
         try:
             _check_names(model, batch)
             inputs = trimmed(checked_examples(model, batch, "it"), chunk, labels)
+            if not labels:
+                check_decoder(inputs, model.config.get_text_config().pad_token_id)
             watch.padding.begin(inputs)
         except (ModelError, CalibrationError) as error:
             raise CalibrationError(f"batch {index}: {error}") from None

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from qdq_surgery.errors import CalibrationError
 
-__all__ = ["Text", "is_label", "padded", "resized", "rows_of", "texts_of", "trimmed", "with_padding"]
+__all__ = [
+    "Text",
+    "check_decoder",
+    "is_label",
+    "padded",
+    "resized",
+    "rows_of",
+    "texts_of",
+    "trimmed",
+    "with_padding",
+]
 
 #: Words that say what an argument holds, and not which text it belongs to.
 _PLAIN = frozenset(
@@ -116,6 +126,29 @@ def texts_of(batch: Mapping[str, Any]) -> tuple[Text, ...]:
         if mask_of is not None and name != mask_of:
             members[mask_of].append(name)
     return tuple(Text(name, content, tuple(members[name]), places[name]) for name, content in found.items())
+
+
+def check_decoder(batch: Mapping[str, Any], pad: int | None) -> None:
+    """An encoder-decoder's own tokens may be padded with no mask that says so.
+
+    Args:
+        pad: Id of padding.
+
+    Raises:
+        CalibrationError: They are.
+    """
+    if batch.get("decoder_attention_mask") is not None or batch.get("decoder_inputs_embeds") is not None:
+        return
+    name = "labels" if batch.get("decoder_input_ids") is None else "decoder_input_ids"
+    ids = batch.get(name)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+        return
+    ends = ids[:, -1] < 0 if pad is None else (ids[:, -1] < 0) | (ids[:, -1] == pad)
+    if bool(ends.any()):
+        raise CalibrationError(
+            f"{name} ends in padding, and no decoder_attention_mask says so: it would be counted as text; add "
+            "decoder_input_ids and decoder_attention_mask to the batch, 1 for a token, 0 for padding"
+        )
 
 
 def _is_mask(name: str) -> bool:
