@@ -43,13 +43,15 @@ class Axis:
     """What an axis of an activation stands for.
 
     Attributes:
-        kind: ``batch``, ``tokens``, ``rows`` (the batch and its tokens in one axis), or ``joined``: tokens of a text
-            beside those of others, or beside places that are no text's.
+        kind: ``batch``, ``tokens``, ``rows`` (the batch and its tokens in one axis), ``joined`` (tokens of a text
+            beside those of others, or beside places that are no text's), or ``table``: positions that are the same for
+            all rows, and more of them for a longer text.
         repeat: How many entries belong to one row of the batch, or to one token where the axis is ``rows``: heads.
         text: Which text's tokens.
         parts: Of a joined axis, in order: a text and 0, or -1 and the number of places that are no text's.
         outer: The entries of one row are not side by side: all rows for the first head, then for the second; or, of
             ``rows``, all rows for the first token.
+        side: Of a table's axis, where the table of a shorter text stands in it: ``start``, ``middle`` or ``end``.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class Axis:
     text: int = 0
     parts: tuple[tuple[int, int], ...] = ()
     outer: bool = False
+    side: str = ""
 
 
 #: One entry for each axis of an activation; ``None`` for an axis that is about neither the batch nor tokens.

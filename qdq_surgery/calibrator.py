@@ -6,7 +6,9 @@ they collect does not depend on the order or the grouping of the data; see :mod:
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +106,8 @@ class _Watching:
         if self.turn is None or self.turn.batch != padding.number:
             self.turn = Turn(padding.number)
         place = padding.place(self.quantizer, self.turn, values.shape)
+        if place.slices is not None:
+            return self._sum([(self._summarise(each.of(values), None), each.times) for each in place.slices]), 1
         made = self._shared(self.watch, values, place.invalid)
         if not padding.active and padding.rows > 1:
             self.turn.seen.append((tuple(values.shape), made))
@@ -121,6 +125,9 @@ class _Watching:
         return made
 
     def _kind(self) -> Any:
+        raise NotImplementedError
+
+    def _sum(self, found: list[tuple[Any, int]]) -> Any:
         raise NotImplementedError
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Any:
@@ -151,6 +158,9 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
 
     def _kind(self) -> Any:
         return ("max", tuple(self._axis) if isinstance(self._axis, list) else self._axis)
+
+    def _sum(self, found: list[tuple[Tensor, int]]) -> Tensor:
+        return torch.stack([amax for amax, _ in found]).amax(0)
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Tensor:
         if self._axis is None:
@@ -228,6 +238,9 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
 
     def _kind(self) -> Any:
         return ("histogram", self._bins)
+
+    def _sum(self, found: list[tuple[Histogram, int]]) -> Histogram:
+        return functools.reduce(operator.add, [each.repeated(times) for each, times in found])
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Histogram:
         return Histogram.of(values, invalid, self._bins)

@@ -254,8 +254,7 @@ def _run(
         try:
             _check_names(model, batch)
             inputs = trimmed(checked_examples(model, batch, "it"), chunk, labels)
-            if not labels:
-                check_decoder(inputs, model.config.get_text_config().pad_token_id)
+            check_decoder(model.config, inputs)
             watch.padding.begin(inputs)
         except (ModelError, CalibrationError) as error:
             raise CalibrationError(f"batch {index}: {error}") from None

@@ -102,12 +102,8 @@ class Histogram:
         return Histogram(counts, exponent, torch.maximum(self.amax, other.amax))
 
     def repeated(self, times: int) -> Histogram:
-        """The histogram of the same data, so many times; of nothing, if that is 0."""
-        if times == 1:
-            return self
-        if times == 0:
-            return Histogram(self.counts * 0, torch.full_like(self.exponent, _LOWEST), torch.zeros_like(self.amax))
-        return Histogram(self.counts * times, self.exponent, self.amax)
+        """The histogram of the same data so many times, at least once."""
+        return self if times == 1 else Histogram(self.counts * times, self.exponent, self.amax)
 
     def _on(self, exponent: Tensor) -> Tensor:
         """The counts on the grid of ``exponent``, which is as coarse as this one or coarser."""

@@ -7,6 +7,7 @@ pair cannot pass for a right one: :mod:`~qdq_surgery.probing` measures what padd
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Text:
         return int(torch.Size(self.shape[1:-1]).numel())
 
 
+@functools.lru_cache(maxsize=1024)
 def _words(name: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+|\d+", str(name).lower()))
 
@@ -128,21 +130,21 @@ def texts_of(batch: Mapping[str, Any]) -> tuple[Text, ...]:
     return tuple(Text(name, content, tuple(members[name]), places[name]) for name, content in found.items())
 
 
-def check_decoder(batch: Mapping[str, Any], pad: int | None) -> None:
+def check_decoder(config: Any, batch: Mapping[str, Any]) -> None:
     """An encoder-decoder's own tokens may be padded with no mask that says so.
-
-    Args:
-        pad: Id of padding.
 
     Raises:
         CalibrationError: They are.
     """
+    if not getattr(config, "is_encoder_decoder", False):
+        return
     if batch.get("decoder_attention_mask") is not None or batch.get("decoder_inputs_embeds") is not None:
         return
     name = "labels" if batch.get("decoder_input_ids") is None else "decoder_input_ids"
     ids = batch.get(name)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
         return
+    pad = getattr(config, "pad_token_id", None)
     ends = ids[:, -1] < 0 if pad is None else (ids[:, -1] < 0) | (ids[:, -1] == pad)
     if bool(ends.any()):
         raise CalibrationError(

@@ -21,6 +21,7 @@ from qdq_surgery.axes import Axes, Axis, Size, masks_of
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.masks import Text, is_label, padded, rows_of, texts_of
 from qdq_surgery.probing import Call, Found, probe
+from qdq_surgery.tables import Slice, slices
 
 __all__ = ["Padding", "Place", "Turn"]
 
@@ -33,10 +34,12 @@ class Place:
         invalid: What does not: boolean, broadcasts to it; ``None`` if all counts.
         times: How often the rest counts: a table that is the same for all rows is in the batch once for each of them,
             as it would be if each row ran alone.
+        slices: In place of both, of a table that grows with the text: the parts that the rows would have.
     """
 
     invalid: Tensor | None = None
     times: int = 1
+    slices: tuple[Slice, ...] | None = None
 
 
 _WHOLE = Place()
@@ -149,12 +152,30 @@ class Padding:
                 "padding (group texts by length), or disable this quantizer"
             )
         call, shape = calls[turn.call], tuple(shape)
+        if any(axis is not None and axis.kind == "table" for axis in call.axes):
+            return self._table(quantizer, call, turn, shape)
         mask = self._piece(call, turn, shape)
         if mask is not None and (
             mask.ndim != len(shape) or any(m not in (1, s) for m, s in zip(mask.shape, shape, strict=True))
         ):
             raise CalibrationError(f"{quantizer} saw {shape}, where the batch's padding is {tuple(mask.shape)}")
-        return Place(mask, self.rows if call.same_for_all else 1)
+        if not call.same_for_all:
+            return Place(mask)
+        return Place(times=self.rows) if self.rows else self._nothing(len(shape))
+
+    def _table(self, quantizer: str, call: Call, turn: Turn, shape: tuple[int, ...]) -> Place:
+        found = slices(call.axes, self._padded, self._size, shape) if call.along is None else None
+        if found is None:
+            raise CalibrationError(
+                f"{quantizer} saw {shape}, a table of positions that grew with the text when the batch was run in "
+                "another size, and now grows otherwise; calibrate on batches without padding (group texts by length)"
+            )
+        turn.call += 1
+        return Place(slices=tuple(found)) if found else self._nothing(len(shape))
+
+    def _nothing(self, ndim: int) -> Place:
+        device = self._batch[self._texts[0].mask].device
+        return Place(self._made.setdefault(ndim, torch.ones([1] * ndim, dtype=torch.bool, device=device)))
 
     def _piece(self, call: Call, turn: Turn, shape: tuple[int, ...]) -> Tensor | None:
         """The mask of the next piece of ``call``, or of all of it; ``turn`` goes on."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qdq_surgery.axes import Axes, Fit, Size, fit
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.masks import Text, resized, with_padding
+from qdq_surgery.tables import grown
 
 __all__ = ["Call", "Found", "chunk_size", "probe"]
 
@@ -48,7 +49,7 @@ class Call:
     @property
     def same_for_all(self) -> bool:
         """Whether it is the same for all rows, such as a table of positions."""
-        return not any(axis is not None and axis.kind in ("batch", "rows") for axis in self.axes)
+        return not _depends(self.axes)
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,12 @@ class Found:
 class _Recorder:
     """Stands where a calibrator does and keeps what comes."""
 
-    def __init__(self, clock: _Clock, values: bool) -> None:
+    def __init__(self, clock: _Clock) -> None:
         self.seen: list[tuple[int, Tensor]] = []
-        self._clock, self._values = clock, values
+        self._clock = clock
 
     def collect(self, values: Tensor) -> None:
-        values = values.detach()
-        kept = values.clone() if self._values else torch.empty(values.shape, device="meta")
-        self.seen.append((self._clock.next(), kept))
+        self.seen.append((self._clock.next(), values.detach().clone()))
 
 
 class _Clock:
@@ -97,7 +96,7 @@ class _Seen:
 
     first: list[tuple[int, Tensor]]
     changed: list[Tensor] = field(default_factory=list)
-    second: list[tuple[int, ...]] = field(default_factory=list)
+    second: list[Tensor] = field(default_factory=list)
 
 
 def probe(
@@ -190,14 +189,14 @@ def _compare(
 ) -> dict[str, _Seen]:
     """The three runs."""
     plain, longer = (resized(batch, texts, size.batch, size.lengths) for size in sizes)
-    first = _run(qmodel, quantizers, _filled(plain, batch, texts, padded, 0), True)
+    first = _run(qmodel, quantizers, _filled(plain, batch, texts, padded, 0))
     seen = {name: _Seen(calls) for name, calls in first.items()}
-    for name, calls in _run(qmodel, quantizers, _filled(plain, batch, texts, padded, 1), True).items():
+    for name, calls in _run(qmodel, quantizers, _filled(plain, batch, texts, padded, 1)).items():
         if [tuple(a.shape) for _, a in calls] == [tuple(a.shape) for _, a in first[name]]:
             pairs = zip(first[name], calls, strict=True)
             seen[name].changed = [(a != b) & ~(a.isnan() & b.isnan()) for (_, a), (_, b) in pairs]
-    for name, calls in _run(qmodel, quantizers, longer, False).items():
-        seen[name].second = [tuple(each.shape) for _, each in calls]
+    for name, calls in _run(qmodel, quantizers, longer).items():
+        seen[name].second = [each for _, each in calls]
     return seen
 
 
@@ -211,7 +210,7 @@ def _filled(
 
 
 def _run(
-    qmodel: nn.Module, quantizers: Mapping[str, quant_nn.TensorQuantizer], batch: Mapping[str, Any], values: bool
+    qmodel: nn.Module, quantizers: Mapping[str, quant_nn.TensorQuantizer], batch: Mapping[str, Any]
 ) -> dict[str, list[tuple[int, Tensor]]]:
     """What each quantizer sees, with the same random numbers in every run."""
     before = {name: quantizer._calibrator for name, quantizer in quantizers.items()}
@@ -219,7 +218,7 @@ def _run(
     devices = sorted({p.device.index for p in qmodel.parameters() if p.device.type == "cuda"})
     try:
         for quantizer in quantizers.values():
-            quantizer._calibrator = _Recorder(clock, values)
+            quantizer._calibrator = _Recorder(clock)
         with torch.random.fork_rng(devices):
             torch.manual_seed(_SEED)
             qmodel(**batch)
@@ -241,7 +240,10 @@ def _understood(seen: Mapping[str, _Seen], padded: Sequence[Tensor], sizes: tupl
             calls[name] = whole
             continue
         for when, values, changed, second, along in whole:
-            found = fit(values, changed, second, [part.to(values.device) for part in padded], sizes)
+            found = fit(values, changed, second.shape, [part.to(values.device) for part in padded], sizes)
+            if found.axes is not None and not _depends(found.axes) and values.shape != second.shape:
+                axes = grown(values.float(), second.float(), sizes)
+                found = Fit(axes, found.spilled, "it is the same for all rows, and grows with the text in its own way")
             fits.append((when, name, found, along))
         calls[name] = ()
     mixes: str | None = None
@@ -260,10 +262,14 @@ def _understood(seen: Mapping[str, _Seen], padded: Sequence[Tensor], sizes: tupl
 
 
 def _has_tokens(axes: Axes) -> bool:
-    return any(axis is not None and axis.kind != "batch" for axis in axes)
+    return any(axis is not None and axis.kind not in ("batch", "table") for axis in axes)
 
 
-_Whole = tuple[int, Tensor, Tensor, tuple[int, ...], int | None]
+def _depends(axes: Axes) -> bool:
+    return any(axis is not None and axis.kind in ("batch", "rows") for axis in axes)
+
+
+_Whole = tuple[int, Tensor, Tensor, Tensor, int | None]
 
 
 def _whole(seen: _Seen, sizes: tuple[Size, Size]) -> list[_Whole] | str:
@@ -278,27 +284,26 @@ def _whole(seen: _Seen, sizes: tuple[Size, Size]) -> list[_Whole] | str:
             for (when, values), changed, second in zip(seen.first, seen.changed, seen.second, strict=True)
         ]
     first = [tuple(values.shape) for _, values in seen.first]
-    runs = _runs(first, seen.second, sizes)
+    runs = _runs(first, [tuple(values.shape) for values in seen.second], sizes)
     if runs is None:
         return (
             f"it is called {len(first)} times for {sizes[0].lengths[0] if sizes[0].lengths else sizes[0].batch} tokens "
             f"and {len(seen.second)} times for more, which are no chunks of them"
         )
-    along, pieces, length = runs
+    along, pieces, others = runs
     made: list[_Whole] = []
-    for run in pieces:
+    for run, other in zip(pieces, others, strict=True):
         values = torch.cat([seen.first[i][1] for i in run], along)
         changed = torch.cat([seen.changed[i] for i in run], along)
-        second = list(seen.second[0])
-        second[along] = length
-        made.append((seen.first[run[0]][0], values, changed, tuple(second), along))
+        second = torch.cat([seen.second[i] for i in other], along)
+        made.append((seen.first[run[0]][0], values, changed, second, along))
     return made
 
 
 def _runs(
     first: Sequence[tuple[int, ...]], second: Sequence[tuple[int, ...]], sizes: tuple[Size, Size]
-) -> tuple[int, list[list[int]], int] | None:
-    """Calls that are the pieces of one activation: the axis, the calls of the first run, the length in the second."""
+) -> tuple[int, list[list[int]], list[list[int]]] | None:
+    """Calls that are the pieces of one activation: the axis, and the calls of the first run and of the second."""
     if not first or not second or len({len(shape) for shape in (*first, *second)}) != 1:
         return None
     one, other = sizes
@@ -318,7 +323,7 @@ def _runs(
                 for shapes, total in zip((first, second), totals, strict=True)
             ]
             if pieces[0] is not None and pieces[1] is not None:
-                return along, pieces[0], totals[1] // count
+                return along, pieces[0], pieces[1]
     return None
 
 

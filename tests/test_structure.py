@@ -33,6 +33,7 @@ LAYERS = [
     "ranges",
     "masks",
     "axes",
+    "tables",
     "probing",
     "padding",
     "calibrator",
