@@ -203,7 +203,7 @@ def _companion(name: str, value: Any, places: Mapping[str, tuple[int, ...]]) -> 
     """The mask of the text that an argument goes with, such as token types; ``None`` if that cannot be told."""
     if name in places:
         return name
-    if not isinstance(value, Tensor) or is_label(name):
+    if not isinstance(value, Tensor) or is_label(name) or "head" in _words(name):
         return None
     fitting = [mask for mask, shape in places.items() if _like(value, shape)]
     if _words(name) & _CONTENT:

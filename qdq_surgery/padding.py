@@ -127,8 +127,8 @@ class Padding:
             self._warned = True
             warnings.warn(
                 f"{type(self._qmodel).__name__} lets padding into real tokens, in float already (seen first at "
-                f"{found.mixes}): its outputs and its ranges depend on what stands in padding, and on how much; "
-                "calibrate on batches without padding (group texts by length) if it is to run on such",
+                f"{found.mixes}): its ranges depend on what stands in padding, as its outputs do; calibrate on batches "
+                "without padding (group texts by length) if it is to run on such",
                 UserWarning,
                 stacklevel=2,
             )

@@ -30,16 +30,19 @@ def pairs(batch: dict[str, Any]) -> dict[str, tuple[str, ...]]:
         ({"passage_ids": ALIKE, "passage_mask": MASK}, {"passage_mask": ("passage_ids",)}),
         ({"passage_mask": MASK, "passage_ids": ALIKE}, {"passage_mask": ("passage_ids",)}),
         ({"input_ids_2": ALIKE, "attention_mask_2": MASK}, {"attention_mask_2": ("input_ids_2",)}),
-        ({"text_pair": MORE, "mask_b": LESS, "text_pair_ids": MORE}, {"mask_b": ("text_pair_ids",)}),
-        ({"decoder_input_ids": ALIKE, "decoder_attention_mask": MASK}, {"decoder_attention_mask": ("decoder_input_ids",)}),
+        ({"mask_b": LESS, "text_pair_ids": MORE}, {"mask_b": ("text_pair_ids",)}),
+        (
+            {"decoder_input_ids": ALIKE, "decoder_attention_mask": MASK},
+            {"decoder_attention_mask": ("decoder_input_ids",)},
+        ),
         (
             {"encoder_hidden_states": STATES, "encoder_attention_mask": MASK},
             {"encoder_attention_mask": ("encoder_hidden_states",)},
         ),
         # Without masks of their own they go with none.
         ({"encoder_hidden_states": STATES, "passage_ids": ALIKE, "labels": ALIKE}, {}),
-        # Masks of other things.
-        ({"global_attention_mask": MASK, "head_mask": torch.zeros(2, 4), "special_tokens_mask": MASK}, {}),
+        # Masks of other things: heads are no tokens.
+        ({"head_mask": torch.zeros(2, 4), "cross_attn_head_mask": torch.zeros(2, 4)}, {}),
         ({"pixel_values": torch.ones(2, 3, 8, 8), "pixel_mask": torch.ones(2, 8, 8)}, {}),
     ],
     ids=[
@@ -68,6 +71,7 @@ def test_what_goes_with_a_text() -> None:
         "position_ids": torch.arange(4)[None],
         "bbox": torch.ones(2, 4, 4),
         "attention_mask": MASK,
+        "global_attention_mask": MASK,
         "entity_ids": MORE,
         "entity_attention_mask": LESS,
         "entity_position_ids": torch.ones(2, 5, 3),
@@ -75,7 +79,7 @@ def test_what_goes_with_a_text() -> None:
         "labels": IDS,
     }
     assert pairs(batch) == {
-        "attention_mask": ("input_ids", "token_type_ids", "position_ids", "bbox"),
+        "attention_mask": ("input_ids", "token_type_ids", "position_ids", "bbox", "global_attention_mask"),
         "entity_attention_mask": ("entity_ids", "entity_position_ids", "entity_start_positions"),
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -125,7 +124,6 @@ def test_what_stands_in_padding_changes_no_statistic(model_type: str, head: str,
     if beside:
         with pytest.warns(UserWarning, match=rf"{head} lets padding into real tokens"):
             qs.collect(qmodel, [batch])
-        warnings.simplefilter("ignore", UserWarning)
     wanted = qs.collect(qmodel, [batch])
     assert wanted.tokens == int(batch["attention_mask"].sum())
     assert_same(qs.collect(qmodel, [with_garbage(batch, apart=beside)]), wanted)

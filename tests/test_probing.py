@@ -173,7 +173,7 @@ def deberta_v3() -> PreTrainedModel:
 
 
 def deberta() -> PreTrainedModel:
-    options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
     return transformers.DebertaModel(transformers.DebertaConfig(**TINY, **options))
 
 
@@ -377,6 +377,21 @@ def test_more_padding_changes_no_range(name: str, more: bool) -> None:
             value = batch[each]
             wider[each] = torch.cat([value, torch.zeros_like(value[:, :4])], 1)
         assert_close(qs.collect(qmodel, [wider]), wanted)
+
+
+@pytest.mark.parametrize("name", ["deberta-v3", "deberta"])
+def test_padding_on_the_left_counts_as_the_texts_alone(name: str) -> None:
+    # Positions are relative in these: a text is the same wherever it stands.
+    case, qmodel = converted(name, more=name not in CASES)
+    batch = case.batch(1)
+    left = {key: torch.zeros_like(value) for key, value in batch.items()}
+    for row, length in enumerate(LENGTHS["attention_mask"]):
+        for key, value in batch.items():
+            left[key][row, TOKENS - length :] = value[row, :length]
+    wider = {key: torch.nn.functional.pad(value, (3, 0)) for key, value in left.items()}
+    alone = qs.collect(qmodel, [case.alone(batch, row) for row in range(ROWS)])
+    for each in (left, wider):
+        assert_close(qs.collect(qmodel, [each]), alone)
 
 
 def picked(case: Case, values: Tensor, batch: Batch, row: int) -> Tensor:
