@@ -120,7 +120,11 @@ class Statistics(Rendered):
 def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histograms: bool = True) -> Statistics:
     """Run data through a converted model and keep what its activation quantizers see.
 
-    Padding, as ``attention_mask`` tells it, is not counted, and columns that are padding in a whole batch are not run.
+    Padding is not counted, in each text as its own mask tells it (``attention_mask`` for ``input_ids``,
+    ``decoder_attention_mask`` for ``decoder_input_ids``, ``passage_mask`` for ``passage_ids``), and columns that are
+    padding in a whole batch are not run. A model that lets padding into real tokens is warned of: its ranges depend on
+    what stands there, as its outputs do.
+
     Under ``torch.distributed`` every process has to call this, each with batches of its own, and all get the statistics
     of all.
 
@@ -132,7 +136,8 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
 
     Raises:
         CalibrationError: No quantizer is enabled, there are no batches, one cannot be used, an activation has a NaN or
-            an infinite value, or a quantizer saw nothing; names the quantizer and the batch.
+            an infinite value, or a quantizer saw nothing, or it cannot be told what is padding in what one sees; names
+            the quantizer and the batch.
     """
     model = unwrapped(qmodel)
     watched = activation_quantizers(model)

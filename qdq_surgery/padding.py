@@ -18,7 +18,7 @@ from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 
 from qdq_surgery.axes import Axes, Axis, Size, masks_of
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, QdqSurgeryError
 from qdq_surgery.masks import Text, is_label, padded, rows_of, texts_of
 from qdq_surgery.probing import Call, Found, probe
 from qdq_surgery.tables import Slice, slices
@@ -213,7 +213,7 @@ class Padding:
         """
         try:
             calls = self._found().calls[quantizer]
-        except CalibrationError:
+        except QdqSurgeryError:  # not run in another size, or not traced there
             return []
         turn, found = Turn(), []
         for shape in shapes:
