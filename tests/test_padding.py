@@ -497,8 +497,8 @@ TWELVE = Axis("batch", 12)
         # 7 and 2 are sizes of the batches that are compared: here they are a width, and stay.
         (lambda ids: torch.ones(*ids.shape, 7, 2), [(BATCH, TOKENS, None, None)]),
         (lambda _: torch.ones(16, 32), [(None, None)]),
-        (lambda ids: torch.ones(ids.shape[1], 32), [(None, None)]),
-        (lambda ids: torch.ones(2 * ids.shape[1] - 1, 32), [(None, None)]),
+        (lambda ids: torch.ones(ids.shape[1], 32), [(Axis("table", parts=((-1, 0),), side="start"), None)]),
+        (lambda ids: torch.ones(2 * ids.shape[1] - 1, 32), [(Axis("table", 2, parts=((-1, -1),), side="start"), None)]),
         (lambda ids: [torch.ones(*ids.shape, 8), torch.ones(*ids.shape, 16)], [(BATCH, TOKENS, None)] * 2),
         (
             lambda ids: [torch.ones(*ids.shape, 8), torch.ones(ids.shape[0], 8, 8)],
