@@ -6,9 +6,12 @@ they collect does not depend on the order or the grouping of the data; see :mod:
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.histogram import BINS, Histogram, largest
-from qdq_surgery.padding import Padding
+from qdq_surgery.padding import Padding, Turn
 from qdq_surgery.quant_spec import CALIBRATORS
 from qdq_surgery.ranges import (
     START_BIN,
@@ -64,11 +67,20 @@ class Watch:
         padding: Its padding.
         seen: Tensors that were counted already: queries, keys and values start from one.
         called: Names of the quantizers, in the order in which they first saw something.
+        thread: The one whose calls are counted.
     """
 
     padding: Padding
     called: dict[str, None] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
     seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, Any]] = field(default_factory=dict)
+
+    def settle(self, calibrators: Iterable[Any]) -> None:
+        """The batch is over: whatever could not be decided while it ran is decided now."""
+        if not self.padding.active and self.padding.rows > 1:
+            for each in calibrators:
+                if isinstance(each, HistogramCalibrator):
+                    each.settle()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         return self
@@ -80,28 +92,50 @@ class _Watching:
     Attributes:
         watch: Set while :func:`qdq_surgery.collect` runs.
         quantizer: Name of the quantizer that it belongs to.
+        turn: How far it has come in the batch that runs; it is copied with the calibrator, when a block may have to
+            start again.
     """
 
     watch: Watch | None = None
     quantizer: str = ""
+    turn: Turn | None = None
 
-    def _summary(self, values: Tensor) -> Any:
-        """The summary of ``values``, made once for all calibrators that watch the same batch."""
+    def _summary(self, values: Tensor) -> tuple[Any, int]:
+        """The summary of ``values``, made once for all calibrators that watch the same batch; how often it counts."""
         if self.watch is None:
-            return self._summarise(values.detach(), None)
+            return self._summarise(values.detach(), None), 1
+        if self.watch.thread != threading.get_ident():
+            raise CalibrationError(
+                "the model is being calibrated in another thread, which would count this call's data; wait for it, or "
+                "give each thread a copy of the model"
+            )
         self.watch.called[self.quantizer] = None
-        invalid = self.watch.padding.invalid(self.quantizer, values.shape)
+        padding = self.watch.padding
+        if self.turn is None or self.turn.batch != padding.number:
+            self.turn = Turn(padding.number)
+        place = padding.place(self.quantizer, self.turn, values.shape)
+        if place.slices is not None:
+            return self._sum([(self._summarise(each.of(values), None), each.times) for each in place.slices]), 1
+        made = self._shared(self.watch, values, place.invalid)
+        if not padding.active and padding.rows > 1:
+            self.turn.seen.append((tuple(values.shape), made))
+        return made, place.times
+
+    def _shared(self, watch: Watch, values: Tensor, invalid: Tensor | None) -> Any:
         if values.is_inference():  # such a tensor does not tell whether it has been written to since
             return self._summarise(values, invalid)
         key = (id(values), id(invalid), self._kind())
-        known = self.watch.seen.get(key)
+        known = watch.seen.get(key)
         if known is not None and known[0]() is values and known[1] == values._version:
             return known[2]
         made = self._summarise(values.detach(), invalid)
-        self.watch.seen[key] = (weakref.ref(values), values._version, made)
+        watch.seen[key] = (weakref.ref(values), values._version, made)
         return made
 
     def _kind(self) -> Any:
+        raise NotImplementedError
+
+    def _sum(self, found: list[tuple[Any, int]]) -> Any:
         raise NotImplementedError
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Any:
@@ -115,7 +149,7 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
 
     def collect(self, x: Tensor) -> None:
         """Take note of a tensor."""
-        amax = self._summary(x)
+        amax, _ = self._summary(x)
         if self._calib_amax is None:
             self._calib_amax = amax
         elif self._calib_amax.shape != amax.shape:
@@ -132,6 +166,9 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
 
     def _kind(self) -> Any:
         return ("max", tuple(self._axis) if isinstance(self._axis, list) else self._axis)
+
+    def _sum(self, found: list[tuple[Tensor, int]]) -> Tensor:
+        return torch.stack([amax for amax, _ in found]).amax(0)
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Tensor:
         if self._axis is None:
@@ -163,8 +200,20 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
 
     def collect(self, x: Tensor) -> None:
         """Count a tensor."""
-        made = self._summary(x)
+        made, times = self._summary(x)
+        made = made.repeated(times)
         self.histogram = made if self.histogram is None else self.histogram + made
+
+    def settle(self) -> None:
+        """At the end of a batch without padding: what is the same for all rows counts once for each of them."""
+        turn = self.turn
+        if self.watch is None or self.histogram is None or turn is None or len({shape for shape, _ in turn.seen}) < 2:
+            return
+        for (_, made), times in zip(
+            turn.seen, self.watch.padding.repeats(self.quantizer, [shape for shape, _ in turn.seen]), strict=False
+        ):
+            if times > 1:
+                self.histogram = self.histogram + made.repeated(times - 1)
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -197,6 +246,9 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
 
     def _kind(self) -> Any:
         return ("histogram", self._bins)
+
+    def _sum(self, found: list[tuple[Histogram, int]]) -> Histogram:
+        return functools.reduce(operator.add, [each.repeated(times) for each, times in found])
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Histogram:
         return Histogram.of(values, invalid, self._bins)

@@ -29,7 +29,9 @@ from qdq_surgery.examples import checked_examples
 from qdq_surgery.gather import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.histogram import Histogram
 from qdq_surgery.linear import QuantLinear
-from qdq_surgery.padding import Padding, chunk_size, trimmed
+from qdq_surgery.masks import check_decoder, trimmed
+from qdq_surgery.padding import Padding
+from qdq_surgery.probing import chunk_size
 from qdq_surgery.progress import track
 from qdq_surgery.quantizer import TensorQuantizer
 from qdq_surgery.randomness import kept_random
@@ -125,7 +127,11 @@ class Statistics(Rendered):
 def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histograms: bool = True) -> Statistics:
     """Run data through a converted model and keep what its activation quantizers see.
 
-    Padding, as ``attention_mask`` tells it, is not counted, and columns that are padding in a whole batch are not run.
+    Padding is not counted, in each text as its own mask tells it (``attention_mask`` for ``input_ids``,
+    ``decoder_attention_mask`` for ``decoder_input_ids``, ``passage_mask`` for ``passage_ids``), and columns that are
+    padding in a whole batch are not run. A model that lets padding into real tokens is warned of: its ranges depend on
+    what stands there, as its outputs do.
+
     Under ``torch.distributed`` every process has to call this, each with batches of its own, and all get the statistics
     of all. A second collection of a model while one is running is refused.
 
@@ -137,7 +143,8 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
 
     Raises:
         CalibrationError: No quantizer is enabled, there are no batches, one cannot be used, an activation has a NaN or
-            an infinite value, or a quantizer saw nothing; names the quantizer and the batch.
+            an infinite value, or a quantizer saw nothing, or it cannot be told what is padding in what one sees; names
+            the quantizer and the batch.
     """
     model = unwrapped(qmodel)
     watched = activation_quantizers(model)
@@ -269,6 +276,8 @@ def _run(
     counts: list[int],
 ) -> None:
     total = len(batches) if isinstance(batches, Sized) else None
+    chunk = chunk_size(model)
+    labels = not getattr(model.config, "is_encoder_decoder", False)  # those of an encoder-decoder are its decoder's
     for index, batch in enumerate(track(batches, "calibrating", total)):
         if not isinstance(batch, Mapping):
             raise CalibrationError(
@@ -277,7 +286,8 @@ def _run(
             )
         try:
             _check_names(model, batch)
-            inputs = trimmed(checked_examples(model, batch, "it"), chunk_size(model))
+            inputs = trimmed(checked_examples(model, batch, "it"), chunk, labels)
+            check_decoder(model.config, inputs)
             watch.padding.begin(inputs)
         except (ModelError, CalibrationError) as error:
             raise CalibrationError(f"batch {index}: {error}") from None
@@ -289,6 +299,7 @@ def _run(
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CalibrationError(f"batch {index}: {type(model).__name__} cannot run it: {error}") from error
         _check_finite(watched, watch.called, index)
+        watch.settle(each._calibrator for each in watched.values())
         mask = inputs.get("attention_mask")
         ids = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim >= 2), None)
         size = ids.shape if mask is None and ids is not None else mask.shape if mask is not None else (0, 0)

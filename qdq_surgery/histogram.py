@@ -101,6 +101,10 @@ class Histogram:
         counts = self._on(exponent) + other._on(exponent)
         return Histogram(counts, exponent, torch.maximum(self.amax, other.amax))
 
+    def repeated(self, times: int) -> Histogram:
+        """The histogram of the same data so many times, at least once."""
+        return self if times == 1 else Histogram(self.counts * times, self.exponent, self.amax)
+
     def _on(self, exponent: Tensor) -> Tensor:
         """The counts on the grid of ``exponent``, which is as coarse as this one or coarser."""
         if exponent.device.type == "cpu" and bool(exponent == self.exponent):

@@ -1,201 +1,65 @@
 """Which values of an activation belong to padded tokens, so that no statistic counts them.
 
-A quantizer sees a tensor such as (batch * heads, tokens, tokens) and has to know which axes are tokens. That is found
-by running the model on two small batches of different size and comparing the shapes that each quantizer saw: an axis
-that went from 7 to 11 when the length did is tokens, one that went from 60 to 96 when the batch went from 5 to 8 is the
-batch with twelve heads in it, one that stayed is neither.
+A quantizer sees a tensor such as (batch * heads, tokens, tokens), of this text or that one, and what each axis of each
+of its calls stands for was measured (:mod:`~qdq_surgery.probing`), once for each kind of batch. Here that is put
+together with the masks of the batch that runs.
 """
 
 from __future__ import annotations
 
-import sys
+import math
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 
-from qdq_surgery.errors import CalibrationError
-from qdq_surgery.positions import longest_text
+from qdq_surgery.axes import Axes, Axis, Size, masks_of
+from qdq_surgery.errors import CalibrationError, QdqSurgeryError
+from qdq_surgery.masks import Text, is_label, padded, rows_of, texts_of
+from qdq_surgery.probing import Call, Found, probe
+from qdq_surgery.tables import Slice, slices
 
-__all__ = ["Axis", "Padding", "chunk_size", "find_axes", "trimmed"]
-
-_MASK, _MEMORY_MASK, _MEMORY = "attention_mask", "encoder_attention_mask", "encoder_hidden_states"
-
-
-class _Size(NamedTuple):
-    """Rows, tokens, and tokens of the encoder that a decoder attends to."""
-
-    batch: int
-    tokens: int
-    memory: int
-
-
-#: The two sizes that are compared. No size of one kind can be taken for one of another, whatever it is multiplied with;
-#: nor if the lengths are other ones, next to each other, because the model takes no eleven tokens.
-_PROBES = (_Size(5, 7, 13), _Size(8, 11, 16))
+__all__ = ["Padding", "Place", "Turn"]
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What an axis of an activation stands for.
+class Place:
+    """What counts of a tensor.
 
     Attributes:
-        kind: ``batch``, ``tokens``, ``memory`` (the encoder's tokens in cross-attention), or ``rows`` and ``memory
-            rows``: the batch and its tokens in one axis.
-        repeat: How many entries, side by side, belong to one: the heads of a row, for one.
+        invalid: What does not: boolean, broadcasts to it; ``None`` if all counts.
+        times: How often the rest counts: a table that is the same for all rows is in the batch once for each of them,
+            as it would be if each row ran alone.
+        slices: In place of both, of a table that grows with the text: the parts that the rows would have.
     """
 
-    kind: str
-    repeat: int = 1
+    invalid: Tensor | None = None
+    times: int = 1
+    slices: tuple[Slice, ...] | None = None
 
 
-#: One entry for each axis of an activation; ``None`` for an axis that is about neither the batch nor tokens.
-Axes = tuple[Axis | None, ...]
+_WHOLE = Place()
 
 
-class _Shapes:
-    """Stands where a calibrator does and keeps the shapes."""
+@dataclass
+class Turn:
+    """How far a quantizer has come in the batch that runs.
 
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, ...]] = []
-
-    def collect(self, values: Tensor) -> None:
-        self.seen.append(tuple(values.shape))
-
-
-def find_axes(
-    qmodel: nn.Module, quantizers: Mapping[str, quant_nn.TensorQuantizer], batch: Mapping[str, Any]
-) -> dict[str, Axes | str]:
-    """What the axes of each quantizer's input stand for, or in words why that cannot be told.
-
-    Args:
-        qmodel: Ready to be run.
-        quantizers: Those that are calibrated; their calibrators are put back afterwards.
-        batch: What the model is called with, mask included.
+    Attributes:
+        batch: Number of the batch.
+        call: How many calls it has seen; the pieces of one activation are one call.
+        piece: Where in the activation the next piece starts.
+        seen: Shape and statistic of each call, in a batch of which it is not known yet how often they count.
     """
-    before = {name: quantizer._calibrator for name, quantizer in quantizers.items()}
-    sizes = _sizes(qmodel, batch)
-    runs: list[dict[str, list[tuple[int, ...]]]] = []
-    try:
-        for size in sizes:
-            shapes = {name: _Shapes() for name in quantizers}
-            for name, quantizer in quantizers.items():
-                quantizer._calibrator = shapes[name]
-            qmodel(**_resized(batch, size))
-            runs.append({name: each.seen for name, each in shapes.items()})
-    finally:
-        for name, quantizer in quantizers.items():
-            quantizer._calibrator = before[name]
-    choices = batch[_MASK].shape[1:-1].numel() if _MASK in batch else 1
-    sizes = [size._replace(batch=size.batch * choices) for size in sizes]
-    return {name: _axes(runs[0][name], runs[1][name], sizes) for name in quantizers}
 
-
-def _sizes(qmodel: nn.Module, batch: Mapping[str, Any]) -> list[_Size]:
-    """Two sizes that the model takes, in whole chunks of the feed-forward network."""
-    chunk, length = chunk_size(qmodel), batch[_MASK].shape[-1] if _MASK in batch else 1
-    length = max(length, longest_text(getattr(qmodel, "config", None)) or sys.maxsize)
-    if length // chunk >= _PROBES[1].tokens:
-        return [size._replace(tokens=size.tokens * chunk) for size in _PROBES]
-    longest = max(length // chunk, 2)
-    return [size._replace(tokens=tokens * chunk) for size, tokens in zip(_PROBES, (longest - 1, longest), strict=True)]
-
-
-def chunk_size(qmodel: nn.Module) -> int:
-    """Tokens in a chunk of the feed-forward network, which takes only lengths that chunks divide; 1 if it has none."""
-    return getattr(getattr(qmodel, "config", None), "chunk_size_feed_forward", 0) or 1
-
-
-def _resized(batch: Mapping[str, Any], size: _Size) -> dict[str, Any]:
-    """The batch in another size, its entries repeated or left out, nothing masked, without labels."""
-    mask = batch[_MASK] if _MASK in batch else batch[_MEMORY_MASK]
-    made: dict[str, Any] = {}
-    for name, value in batch.items():
-        if "label" in name or name in ("start_positions", "end_positions"):
-            continue
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] in (1, mask.shape[0]):
-            # One row, such as positions, is for all rows.
-            value = value if value.shape[0] < mask.shape[0] else _repeated(value, 0, size.batch)
-            if name.startswith("encoder_"):
-                value = _repeated(value, 1, size.memory) if value.ndim > 1 else value
-            elif value.shape[1 : mask.ndim] == mask.shape[1:]:
-                value = _repeated(value, mask.ndim - 1, size.tokens)
-            if name in (_MASK, _MEMORY_MASK):
-                value = torch.ones_like(value)
-        made[name] = value
-    return made
-
-
-def _repeated(value: Tensor, axis: int, size: int) -> Tensor:
-    return value.index_select(axis, torch.arange(size, device=value.device) % value.shape[axis])
-
-
-def _axes(first: list[tuple[int, ...]], second: list[tuple[int, ...]], sizes: list[_Size]) -> Axes | str:
-    if not first and not second:
-        return ()
-    if len(first) != len(second):
-        return f"it is called {len(first)} times for {sizes[0].tokens} tokens and {len(second)} times for more (chunks)"
-    found = {_compared(one, other, sizes) for one, other in zip(first, second, strict=True)}
-    return found.pop() if len(found) == 1 else "its calls differ in what their axes stand for"
-
-
-def _compared(first: tuple[int, ...], second: tuple[int, ...], sizes: list[_Size]) -> Axes | str:
-    one, other = sizes
-    kinds = {
-        "tokens": (one.tokens, other.tokens),
-        "memory": (one.memory, other.memory),
-        "batch": (one.batch, other.batch),
-        "rows": (one.batch * one.tokens, other.batch * other.tokens),
-        "memory rows": (one.batch * one.memory, other.batch * other.memory),
-    }
-    if len(first) != len(second):
-        return f"it has {len(first)} axes in one call and {len(second)} in another"
-    made: list[Axis | None] = []
-    for a, b in zip(first, second, strict=True):
-        if a == b:
-            made.append(None)
-            continue
-        for kind, (x, y) in kinds.items():
-            repeat = a // x
-            single = kind in ("tokens", "memory")  # several tokens side by side are no axis that is known
-            if a == repeat * x and b == repeat * y and (repeat == 1 or not single):
-                made.append(Axis(kind, repeat))
-                break
-        else:
-            made.append(Axis("unknown"))
-    if not any(axis is not None and axis.kind in ("batch", "rows", "memory rows") for axis in made):
-        return (None,) * len(made)  # a table of positions, the same for every row: no token of it is padding
-    if Axis("unknown") in made:
-        return f"its axes were {first} and then {second}, which follows neither the batch nor the length"
-    return tuple(made)
-
-
-def trimmed(batch: Mapping[str, Any], chunk: int = 1) -> dict[str, Any]:
-    """The batch without the columns at its end that are padding in every row; the length is a multiple of ``chunk``."""
-    mask = batch.get(_MASK)
-    if not isinstance(mask, Tensor) or mask.ndim < 2 or not mask.numel():
-        return dict(batch)
-    used = (mask != 0).reshape(-1, mask.shape[-1]).any(0).nonzero()
-    length = int(used.max()) + 1 if used.numel() else mask.shape[-1]
-    length = min(-(-length // chunk) * chunk, mask.shape[-1])
-    if length == mask.shape[-1]:
-        return dict(batch)
-    axis = mask.ndim - 1
-    return {
-        name: value.narrow(axis, 0, length)
-        if isinstance(value, Tensor) and not name.startswith("encoder_") and _like(value, mask)
-        else value
-        for name, value in batch.items()
-    }
-
-
-def _like(value: Tensor, mask: Tensor) -> bool:
-    """Whether ``value`` has rows (or one for all of them) and tokens as ``mask`` does."""
-    shape = value.shape[: mask.ndim]
-    return len(shape) == mask.ndim and shape[0] in (1, mask.shape[0]) and shape[1:] == mask.shape[1:]
+    batch: int = -1
+    call: int = 0
+    piece: int = 0
+    seen: list[tuple[tuple[int, ...], Any]] = field(default_factory=list)
 
 
 class Padding:
@@ -204,79 +68,160 @@ class Padding:
     Args:
         qmodel: The model that is calibrated.
         quantizers: Its quantizers that collect.
+
+    Attributes:
+        number: Of the batch.
+        active: Whether there is padding in it.
+        rows: Rows of the batch that have a token.
     """
 
     def __init__(self, qmodel: nn.Module, quantizers: Mapping[str, quant_nn.TensorQuantizer]) -> None:
         self._qmodel, self._quantizers = qmodel, quantizers
-        self._axes: dict[str, Axes | str] = {}
-        self._known: dict[frozenset[tuple[str, int]], dict[str, Axes | str]] = {}
-        self._tokens: Tensor | None = None
-        self._memory: Tensor | None = None
-        self._made: dict[Axes, Tensor | None] = {}
+        self._known: dict[Any, Found] = {}
+        self._batch: Mapping[str, Any] = {}
+        self._texts: tuple[Text, ...] = ()
+        self._padded: list[Tensor | None] = []
+        self._size = Size(1, (), ())
+        self._made: dict[Any, Tensor | None] = {}
+        self._current: Found | None = None
+        self._warned = False
+        self.number, self.rows = -1, 1
+        self.active = False
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """``batch`` is what the model is called with next.
 
         Raises:
-            CalibrationError: Its mask is not (batch, tokens), or (batch, choices, tokens).
+            CalibrationError: A mask is not (batch, tokens), or (batch, choices, tokens), or what it masks, or what
+                padding reaches, cannot be told.
         """
-        self._made = {}
-        self._tokens, self._memory = _padded(batch, _MASK), _padded(batch, _MEMORY_MASK)
-        if self._tokens is None and self._memory is None:
-            return
-        # What a batch brings decides what is run: a decoder without encoder states has no cross-attention.
-        kind = frozenset((name, value.ndim) for name, value in batch.items() if isinstance(value, Tensor))
-        if kind not in self._known:
-            self._known[kind] = find_axes(self._qmodel, self._quantizers, batch)
-        self._axes = self._known[kind]
+        self._batch, self._made, self._current = batch, {}, None
+        self.number += 1
+        self._texts = texts_of(batch)
+        self._padded = [padded(batch, text) for text in self._texts]
+        self.rows = rows_of(batch, self._texts)
+        lengths = tuple(text.length for text in self._texts)
+        self._size = Size(self.rows, lengths, tuple(text.choices for text in self._texts))
+        self.active = any(part is not None for part in self._padded)
+        if self.active:
+            found = self._found()
+            self._warn(found)
+            self.rows = self._used_rows()
 
-    def invalid(self, quantizer: str, shape: Iterable[int]) -> Tensor | None:
-        """What does not count in the input of ``quantizer``: boolean, broadcasts to ``shape``; ``None`` if all counts.
+    def _used_rows(self) -> int:
+        if any(part is None for part in self._padded):
+            return self.rows
+        used = [~part.all(1).reshape(self._size.batch, -1).all(1) for part in self._padded if part is not None]
+        return int(torch.stack(used).any(0).sum())
+
+    def _found(self) -> Found:
+        if self._current is None:
+            kind = _kind(self._batch, self._texts, self._size.batch)
+            if kind not in self._known:
+                self._known[kind] = probe(self._qmodel, self._quantizers, self._batch, self._texts, holes=kind[0])
+            self._current = self._known[kind]
+        return self._current
+
+    def _warn(self, found: Found) -> None:
+        if found.mixes is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self._qmodel).__name__} lets padding into real tokens, in float already (seen first at "
+                f"{found.mixes}): its ranges depend on what stands in padding, as its outputs do; calibrate on batches "
+                "without padding (group texts by length) if it is to run on such",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def place(self, quantizer: str, turn: Turn, shape: Iterable[int]) -> Place:
+        """What counts in the input of ``quantizer``, whose next call this is.
 
         Raises:
             CalibrationError: It cannot be told.
         """
-        if self._tokens is None and self._memory is None:
-            return None
-        axes = self._axes[quantizer]
-        if axes == ():
-            axes = "it saw nothing when the batch was run in another size"
-        if isinstance(axes, str):
+        if not self.active:
+            return _WHOLE
+        calls = self._found().calls[quantizer]
+        if calls == ():
+            calls = "it saw nothing when the batch was run in another size"
+        elif turn.call >= len(calls) and not isinstance(calls, str):
+            calls = f"it is called more than {len(calls)} times, which it was when the batch was run in another size"
+        if isinstance(calls, str):
             raise CalibrationError(
-                f"{quantizer}: padding cannot be told from text here, because {axes}; calibrate on batches without "
+                f"{quantizer}: padding cannot be told from text here, because {calls}; calibrate on batches without "
                 "padding (group texts by length), or disable this quantizer"
             )
-        if axes not in self._made:
-            self._made[axes] = self._mask(axes)
-        mask = self._made[axes]
-        if mask is not None and any(m not in (1, s) for m, s in zip(mask.shape, shape, strict=True)):
-            raise CalibrationError(f"{quantizer} saw {tuple(shape)}, where the batch's padding is {tuple(mask.shape)}")
-        return mask
+        call, shape = calls[turn.call], tuple(shape)
+        if any(axis is not None and axis.kind == "table" for axis in call.axes):
+            return self._table(quantizer, call, turn, shape)
+        mask = self._piece(call, turn, shape)
+        if mask is not None and (
+            mask.ndim != len(shape) or any(m not in (1, s) for m, s in zip(mask.shape, shape, strict=True))
+        ):
+            raise CalibrationError(f"{quantizer} saw {shape}, where the batch's padding is {tuple(mask.shape)}")
+        if not call.same_for_all:
+            return Place(mask)
+        return Place(times=self.rows) if self.rows else self._nothing(len(shape))
+
+    def _table(self, quantizer: str, call: Call, turn: Turn, shape: tuple[int, ...]) -> Place:
+        found = slices(call.axes, self._padded, self._size, shape) if call.along is None else None
+        if found is None:
+            raise CalibrationError(
+                f"{quantizer} saw {shape}, a table of positions that grew with the text when the batch was run in "
+                "another size, and now grows otherwise; calibrate on batches without padding (group texts by length)"
+            )
+        turn.call += 1
+        return Place(slices=tuple(found)) if found else self._nothing(len(shape))
+
+    def _nothing(self, ndim: int) -> Place:
+        device = self._batch[self._texts[0].mask].device
+        return Place(self._made.setdefault(ndim, torch.ones([1] * ndim, dtype=torch.bool, device=device)))
+
+    def _piece(self, call: Call, turn: Turn, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask of the next piece of ``call``, or of all of it; ``turn`` goes on."""
+        if call.along is None:
+            turn.call += 1
+            return self._mask(call.axes)
+        start, length = turn.piece, shape[call.along]
+        turn.piece += length
+        if turn.piece >= _length(call.axes[call.along], self._size):
+            turn.call, turn.piece = turn.call + 1, 0
+        mask = self._mask(call.axes)
+        if mask is None or mask.shape[call.along] == 1:
+            return mask
+        key = (call.axes, call.along, start, length)
+        if key not in self._made:  # kept, so that its id stays its own
+            self._made[key] = mask[(slice(None),) * call.along + (slice(start, start + length),)]
+        return self._made[key]
 
     def _mask(self, axes: Axes) -> Tensor | None:
-        found = None
-        kinds = {axis.kind for axis in axes if axis is not None}
-        for padded, own, rows in ((self._tokens, "tokens", "rows"), (self._memory, "memory", "memory rows")):
-            if padded is None:
-                continue
-            for place, axis in enumerate(axes):
-                if axis is None or axis.kind not in (own, rows, "batch"):
-                    continue
-                if axis.kind == "batch" and (own != "tokens" or kinds & {"tokens", "memory"}):
-                    continue  # the token axes speak for the row
-                shape = [1] * len(axes)
-                if axis.kind == rows:
-                    part = padded.reshape(-1).repeat_interleave(axis.repeat)
-                elif axis.kind == "batch":
-                    part = padded.all(1).repeat_interleave(axis.repeat)  # rows without a token
-                else:
-                    at, repeat = next((i, a.repeat) for i, a in enumerate(axes) if a is not None and a.kind == "batch")
-                    part = padded.repeat_interleave(repeat, 0)
-                    shape[at] = part.shape[0]
-                    part = part if at < place else part.T
-                shape[place] = padded.shape[1] if axis.kind == own else part.numel()
-                part = part.reshape(shape)
-                found = part if found is None else found | part
+        if axes not in self._made:
+            masks = masks_of(axes, self._padded, self._size)
+            assert masks is not None  # it was not when the axes were found
+            found: Tensor | None = None
+            for mask in masks:
+                found = mask if found is None else found | mask
+            self._made[axes] = found
+        return self._made[axes]
+
+    def repeats(self, quantizer: str, shapes: Iterable[tuple[int, ...]]) -> list[int]:
+        """How often what ``quantizer`` saw, of these shapes, counts, in a batch without padding.
+
+        A table of positions counts once for each row, as in :class:`Place`. Only a quantizer that sees tensors of
+        several shapes has to be asked about: what it always sees alone counts for the same range however often. Nothing
+        is known (an empty list) of a quantizer whose axes cannot be told, in which padding would be refused.
+        """
+        try:
+            calls = self._found().calls[quantizer]
+        except QdqSurgeryError:  # not run in another size, or not traced there
+            return []
+        turn, found = Turn(), []
+        for shape in shapes:
+            if isinstance(calls, str) or turn.call >= len(calls):
+                return []
+            call = calls[turn.call]
+            self._piece(call, turn, shape)
+            found.append(self.rows if call.same_for_all else 1)
         return found
 
     # Calibrators refer to it, and a copy of one belongs to the same batch.
@@ -284,20 +229,25 @@ class Padding:
         return self
 
 
-def _padded(batch: Mapping[str, Any], name: str) -> Tensor | None:
-    """(rows, tokens), true where padded; ``None`` if nothing is."""
-    mask = batch.get(name)
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise CalibrationError(f"{name} is a {type(mask).__name__}, wanted a tensor: 1 for a token, 0 for padding")
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if name == _MEMORY_MASK:
-        tokens = batch.get(_MEMORY)
-    wanted = tuple(mask.shape) if tokens is None else tuple(tokens.shape[: -1 if tokens.is_floating_point() else None])
-    if tuple(mask.shape) != wanted:
-        raise CalibrationError(
-            f"{name} has the shape {tuple(mask.shape)}, wanted {wanted}: 1 for a token, 0 for padding"
-        )
-    padded = (mask == 0).reshape(-1, mask.shape[-1])
-    return padded if bool(padded.any()) else None
+def _length(axis: Axis | None, size: Size) -> float:
+    if axis is None or axis.kind == "batch":
+        return math.inf
+    if axis.kind == "rows":
+        return size.batch * size.choices[axis.text] * size.lengths[axis.text] * axis.repeat
+    return sum(places if text < 0 else size.lengths[text] for text, places in axis.parts or ((axis.text, 0),))
+
+
+def _kind(batch: Mapping[str, Any], texts: tuple[Text, ...], rows: int) -> tuple[Any, ...]:
+    """What a batch brings, which decides what is run: whether padding is not only at the ends of rows comes first."""
+    of = {name: text for text in texts for name in text.names}
+    brought: list[tuple[Any, ...]] = []
+    for name, value in batch.items():
+        if is_label(name):
+            continue
+        if not isinstance(value, Tensor):
+            brought.append((name, repr(value) if isinstance(value, (bool, int, float, str)) else type(value)))
+            continue
+        own = value.shape[len(of[name].shape) :] if name in of else value.shape[int(value.shape[:1] == (rows,)) :]
+        brought.append((name, of[name].mask if name in of else "", tuple(own)))
+    holes = any(bool((batch[text.mask][..., 1:] > batch[text.mask][..., :-1]).any()) for text in texts)
+    return (holes, frozenset(brought))

@@ -249,6 +249,28 @@ def test_a_second_collection_is_refused_and_the_first_goes_on(qmodel: PreTrained
     qs.calibrate(qmodel, [BATCH])  # nothing keeps it from being collected again
 
 
+def test_a_call_of_another_thread_is_not_counted(qmodel: PreTrainedModel) -> None:
+    told: list[str] = []
+
+    def call() -> None:
+        try:
+            logits(qmodel)
+        except qs.CalibrationError as error:
+            told.append(str(error))
+
+    def batches() -> Any:
+        yield BATCH
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        yield BATCH
+
+    once = qs.collect(qmodel, [BATCH, BATCH])
+    assert qs.collect(qmodel, batches()).compare() == once.compare()
+    assert [text for text in told if "is being calibrated in another thread" in text] == told
+    assert len(told) == 1
+
+
 def test_disabling_during_a_collection_loses_nothing(qmodel: PreTrainedModel) -> None:
     def batches() -> Any:
         yield BATCH
