@@ -185,7 +185,7 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     for (path, _), routines in kept.items():
         for routine in routines:
             try:
-                check_replay(routine, compile_variant(routine).run)
+                check_replay(routine, lambda each: compile_variant(each).run)
             except TraceError as error:
                 raise TraceError(f"{path}: {error}") from error
     return kept

@@ -60,12 +60,11 @@ def load_model(
         raise ModelError(f"{folder} has no config.json; give a folder that model.save_pretrained(...) wrote")
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise ModelError(f"{folder} has no weights (*.safetensors); save the model there with save_pretrained")
-    weights = check_files(path)
     before = transformers_logging.get_verbosity()
     try:
         transformers_logging.set_verbosity_error()  # what it would report is checked here
         cls = model_class(path, kind)
-        check_size(cls, path, weights)
+        check_size(cls, path, check_files(path))
         loaded = cls.from_pretrained(path, local_files_only=True, output_loading_info=True)
     except QdqSurgeryError:
         raise

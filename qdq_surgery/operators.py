@@ -76,6 +76,8 @@ _MODULES: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Sigmoid, "sigmoid"),
 )
 
+_KINDS = tuple(kind for kind, _ in _MODULES)
+
 #: Modules of these Python modules are operators in themselves; their insides are never traced.
 _LEAF_HOMES = ("torch.nn.modules.", "transformers.activations", "pytorch_quantization.")
 
@@ -96,7 +98,7 @@ def module_operator(module: nn.Module) -> str:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a call of ``module`` is one operator, rather than a block with a graph of its own."""
-    if isinstance(module, tuple(kind for kind, _ in _MODULES)):
+    if isinstance(module, _KINDS):
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(module).__module__.startswith(_LEAF_HOMES) and not isinstance(module, containers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -30,12 +31,19 @@ def place(stop: CodeType) -> tuple[tuple[tuple[str, str, int], ...], str]:
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not stop:
         code = frame.f_code
-        if not code.co_filename.startswith((TORCH_HOME, OUR_HOME)):
-            frames.append((Path(code.co_filename).name, code.co_name, frame.f_lasti))
+        name = _name_outside(code.co_filename)
+        if name is not None:
+            frames.append((name, code.co_name, frame.f_lasti))
             if code.co_filename != contextlib.__file__:
-                line = line or f"{Path(code.co_filename).name}:{frame.f_lineno}"
+                line = line or f"{name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(frames), line
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_outside(path: str) -> str | None:
+    """The name of a file; ``None`` if it is torch's or this package's."""
+    return None if path.startswith((TORCH_HOME, OUR_HOME)) else Path(path).name
 
 
 def grad_mode_owners() -> tuple[list[Any], bool]:

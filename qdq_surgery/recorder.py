@@ -39,7 +39,7 @@ from qdq_surgery.stand_in import make_stand_in
 from qdq_surgery.symbols import Real, Size, plain
 from qdq_surgery.targets import apply_of, function_target, is_in_place, tensor_method
 from qdq_surgery.tidy import is_parameter, tidy
-from qdq_surgery.watch import watching
+from qdq_surgery.watch import unwatched, watching
 
 __all__ = ["record", "recording_of"]
 
@@ -95,7 +95,8 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         if self.recorder.paused:
             return func(*args, **(kwargs or {}))
-        return self.recorder.call_torch(func, args, kwargs or {})
+        with unwatched():
+            return self.recorder.call_torch(func, args, kwargs or {})
 
 
 class _Recorder:
@@ -492,16 +493,20 @@ class _Recorder:
         return _Pause(self)
 
 
-class _Pause:
+class _Pause(unwatched):
+    __slots__ = ("paused", "recorder")
+
     def __init__(self, recorder: _Recorder) -> None:
         self.recorder = recorder
 
     def __enter__(self) -> None:
-        self.before = self.recorder.paused
+        super().__enter__()
+        self.paused = self.recorder.paused
         self.recorder.paused = True
 
     def __exit__(self, *_: object) -> None:
-        self.recorder.paused = self.before
+        self.recorder.paused = self.paused
+        super().__exit__()
 
 
 def _safe(name: str) -> str:

@@ -331,7 +331,7 @@ class Rewritten:
         ):
             ghost, args, kwargs = shadow(module), _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
-            check_replay(routine, compile_variant(routine).run)
+            check_replay(routine, lambda each: compile_variant(each).run)
         variant = self.specialised(routine)
         self.variants.add(variant)
         return variant

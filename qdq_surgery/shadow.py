@@ -37,9 +37,8 @@ def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     for table in _TABLES:
         attributes[table] = dict(attributes[table])
     for name, value in attributes.items():
-        if name.endswith("_hooks") or "_hooks_" in name:
-            # Hook tables, and sets of hook ids, by nn.Module's own naming.
-            attributes[name] = type(value)() if isinstance(value, (dict, OrderedDict, set)) else value
+        if _is_hooks(name) and isinstance(value, (dict, set)):
+            attributes[name] = type(value)()
     attributes["_compiled_call_impl"] = None  # of module.compile(): it would run the original
     for name in ("forward", "_old_forward"):  # set by accelerate's hooks: bound to the original
         if name in attributes:
@@ -47,6 +46,12 @@ def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     # nn.Module.__setattr__ must not see these: it would register the tables themselves.
     vars(shell).update(attributes)
     return shell
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_hooks(name: str) -> bool:
+    """Whether an attribute holds hooks or sets of their ids, by nn.Module's own naming."""
+    return name.endswith("_hooks") or "_hooks_" in name
 
 
 def _bound_to(shell: nn.Module, module: nn.Module, function: Any) -> Any:
@@ -61,6 +66,11 @@ def _bound_to(shell: nn.Module, module: nn.Module, function: Any) -> Any:
 def shadow(model: nn.Module) -> nn.Module:
     """The shadow of ``model``; modules, buffers and configs that are shared inside it are shared in the shadow too."""
     return _Shadow().visit(model)
+
+
+@functools.lru_cache(maxsize=4096)
+def _holds_state(kind: type) -> bool:
+    return issubclass(kind, _STATE) and not issubclass(kind, nn.Parameter)
 
 
 class _Shadow:
@@ -82,16 +92,22 @@ class _Shadow:
             own["config"] = self.configs.setdefault(id(config), copy.copy(config))
         if isinstance(shell, TensorQuantizer):
             own["_disabled"] = True
+        own["_buffers"] = {name: self._own(buffer) for name, buffer in own["_buffers"].items()}
+        own["_modules"] = {
+            name: None if child is None else self.visit(child) for name, child in own["_modules"].items()
+        }
         for name, value in own.items():
-            if isinstance(value, _STATE):
+            # (Most are empty tables of hooks, made a moment ago.)
+            if name not in _TABLES and not _is_hooks(name):
                 own[name] = self._own(value)
         return shell
 
     def _own(self, value: Any) -> Any:
         """``value`` with tensors, collections and modules of the shadow's own in it."""
-        if isinstance(value, nn.Module):
-            return self.visit(value)
-        return value if isinstance(value, nn.Parameter) or not isinstance(value, _STATE) else self._copy(value)
+        kind: type = type(value)
+        if not _holds_state(kind):
+            return value
+        return self.visit(value) if isinstance(value, nn.Module) else self._copy(value)
 
     def _copy(self, value: Any) -> Any:
         known = self.values.get(id(value))

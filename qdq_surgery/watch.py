@@ -23,7 +23,7 @@ import torch.utils.checkpoint as checkpointing
 from qdq_surgery.places import OUR_HOME, TORCH_HOME
 from qdq_surgery.transaction import put_back_after
 
-__all__ = ["APPLY", "Watched", "watching"]
+__all__ = ["APPLY", "Watched", "unwatched", "watching"]
 
 #: The code of ``torch.autograd.Function.apply``.
 APPLY: CodeType = cast("Any", torch.autograd.Function.apply).__func__.__code__
@@ -119,6 +119,19 @@ def watching(watched: Watched) -> Iterator[None]:
             before.disable()
         sys.setprofile(_hook(watched))
         yield
+
+
+class unwatched:
+    """While this holds, nobody is told: what is called is one operator, and a profile function makes it slow."""
+
+    __slots__ = ("before",)
+
+    def __enter__(self) -> None:
+        self.before = cast("Any", sys.getprofile())
+        sys.setprofile(None)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self.before)
 
 
 def _hook(watched: Watched) -> Callable[[FrameType, str, Any], None]:

@@ -79,19 +79,26 @@ def assert_same(found: PreTrainedModel, wanted: PreTrainedModel) -> None:
         assert torch.equal(results[1][name], value), name
 
 
-@pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD, ids=[head for _, head in EVERY_HEAD])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_every_head(model_type: str, head: str, dtype: torch.dtype, tmp_path: Path) -> None:
+#: Every head with its ranges in float32; in bfloat16, and without ranges, one of each architecture.
+_ONE_EACH = list({model_type: (model_type, head) for model_type, head in EVERY_HEAD}.values())
+CASES = [
+    *((*each, torch.float32, True) for each in EVERY_HEAD),
+    *((*each, torch.bfloat16, True) for each in _ONE_EACH),
+    *((*each, torch.float32, False) for each in _ONE_EACH),
+]
+
+
+@pytest.mark.parametrize(("model_type", "head", "dtype", "calibrated"), CASES, ids=str)
+def test_every_head(model_type: str, head: str, dtype: torch.dtype, calibrated: bool, tmp_path: Path) -> None:
     build(model_type, head).save_pretrained(tmp_path / "float")
     # (Not .to(dtype), which casts tables that transformers keeps in float32.)
-    qmodel = qs.convert(loader(head).from_pretrained(tmp_path / "float", dtype=dtype))
-    for calibrated in (False, True):
-        if calibrated:
-            qs.calibrate(qmodel, [batch_for(qmodel, (2, 8))], "max")
-        qmodel.save_pretrained(tmp_path / str(calibrated))
-        found = loader(head).from_pretrained(tmp_path / str(calibrated))
-        assert not found.training
-        assert_same(found, qmodel)
+    qmodel = qs.convert(loader(head).from_pretrained(tmp_path / "float", dtype=dtype), inplace=True)
+    if calibrated:
+        qs.calibrate(qmodel, [batch_for(qmodel, (2, 8))], "max")
+    qmodel.save_pretrained(tmp_path / "saved")
+    found = loader(head).from_pretrained(tmp_path / "saved")
+    assert not found.training
+    assert_same(found, qmodel)
 
 
 @pytest.mark.parametrize("model_type", BY_TYPE)

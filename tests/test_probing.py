@@ -26,7 +26,8 @@ from qdq_surgery.errors import CalibrationError
 from qdq_surgery.histogram import Histogram
 from qdq_surgery.masks import texts_of
 from qdq_surgery.probing import probe
-from qdq_surgery.spec import CalibratorSpec, QuantSpec, RuleSet
+from qdq_surgery.quant_spec import CalibratorSpec, QuantSpec
+from qdq_surgery.spec import RuleSet
 
 Batch = dict[str, Tensor]
 

@@ -53,6 +53,8 @@ def _naming(path: str) -> Iterator[None]:
     """Whatever a damaged file makes of the libraries that read it is an error that names the file."""
     try:
         yield
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or str(error)[:300]}") from error
     except (DamagedError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{Path(path).name} is damaged: {reason[:300]}; save the model again") from error
@@ -77,7 +79,7 @@ def _in_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         _check_sizes((name, file.get_slice(name).get_shape()) for name in names)
         try:
             found = {name: torch.from_numpy(file.get_tensor(name)) for name in names}
-        except TypeError:  # somebody cast them to bfloat16, which numpy does not know
+        except (TypeError, AttributeError):  # of a kind that numpy does not know, bfloat16 for one
             with safe_open(path, framework="pt") as other:
                 found = {name: other.get_tensor(name) for name in names}
     return {name: _in_float32(name, value) for name, value in found.items()}, metadata

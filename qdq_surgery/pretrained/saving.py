@@ -80,9 +80,9 @@ class SavePretrained:
             ModelError: ``save_directory`` is no folder, or a file in it that would be replaced is no regular file.
         """
         model, own = self._alive(), self._own()
-        given = inspect.signature(own).bind(model, save_directory, *args, **kwargs).arguments
-        given.update(given.pop("kwargs", {}))
-        del given["self"], given["save_directory"]
+        bound = inspect.signature(own).bind(model, save_directory, *args, **kwargs).arguments
+        given = {**dict([*bound.items()][2:]), **bound.get("kwargs", {})}
+        given.pop("kwargs", None)
         if getattr(model, "_hf_peft_config_loaded", False) or given.get("distributed_checkpoint"):
             return own(model, save_directory, **given)  # no files of a whole model
         folder = Path(save_directory)
