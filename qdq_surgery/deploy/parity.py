@@ -269,7 +269,7 @@ class _Forced:
         for site in sites:
             for name in site.quantizers:
                 self._sites.setdefault(name, []).append(site)
-        self._calls = Counter[str]()
+        self._calls = Counter[tuple[str, int]]()
         self._hooks: list[Any] = []
         self.checks: list[SiteCheck] = []
 
@@ -286,14 +286,24 @@ class _Forced:
             hook.remove()
 
     def _replace(self, name: str, quantizer: TensorQuantizer, inputs: Tensor, output: Tensor) -> Tensor:
-        places = self._sites[name]
-        # A layer that runs several times has a place for each run, but one for a weight.
-        site = places[min(self._calls[name], len(places) - 1)]
-        self._calls[name] += 1
+        site = self._site(name, output)
         value = self._values[site.value].astype(np.float32) / np.float32(site.factor)
         theirs = torch.from_numpy(value.T.copy() if site.transposed else value).reshape(output.shape)
         self.checks.append(self._compare(name, quantizer, inputs.float().cpu(), output.float().cpu(), theirs, site))
         return theirs.to(output)
+
+    def _site(self, name: str, output: Tensor) -> Site:
+        """The place of this call: a layer that runs several times has one for each run, but one for a weight.
+
+        What it is given need not come in the order of the file's graph: a linear of DeBERTa's projects tokens, and then
+        a table of positions.
+        """
+        places = self._sites[name]
+        size = output.numel()
+        fitting = [site for site in places if self._values[site.value].size == size] or places
+        call = self._calls[name, size]
+        self._calls[name, size] += 1
+        return fitting[min(call, len(fitting) - 1)]
 
     def _compare(
         self, name: str, quantizer: TensorQuantizer, inputs: Tensor, ours: Tensor, theirs: Tensor, site: Site

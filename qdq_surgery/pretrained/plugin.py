@@ -34,7 +34,7 @@ from qdq_surgery.pretrained.lock import lock_of, read_lock
 from qdq_surgery.pretrained.ranges import RANGE_PATTERN, read_ranges
 from qdq_surgery.pretrained.record import record_of
 from qdq_surgery.pretrained.report import restore_calibration, write_report
-from qdq_surgery.pretrained.saving import SAVE_ATTRIBUTE, SavePretrained
+from qdq_surgery.pretrained.saving import SAVE_ATTRIBUTE, SavePretrained, without_aliases
 from qdq_surgery.surgery import PLAN_ATTRIBUTE, Implant, implant, prepare, restore
 from qdq_surgery.transaction import all_or_nothing, put_back_after
 
@@ -189,7 +189,8 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ModelError: The quantizers are no longer those that the model's rules make, or it is part of a model.
         """
-        weights = self._state_dict  # transformers would forget that it was given one
+        # transformers would forget that it was given one.
+        weights = without_aliases(model, self._state_dict)
         if getattr(model, "_hf_peft_config_loaded", False):
             return weights, {}  # only an adapter is saved
         _check_whole(model)

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.errors import ModelError
 from qdq_surgery.transaction import all_or_nothing
 
-__all__ = ["SAVE_ATTRIBUTE", "SavePretrained", "replace_model"]
+__all__ = ["SAVE_ATTRIBUTE", "SavePretrained", "replace_model", "without_aliases"]
 
 #: The attribute of a model that holds its :class:`SavePretrained`.
 SAVE_ATTRIBUTE = "save_pretrained"
@@ -118,6 +118,33 @@ def _twin_of(model: PreTrainedModel) -> PreTrainedModel:
     twin = object.__new__(cls)
     vars(twin).update((name, value) for name, value in vars(model).items() if name != SAVE_ATTRIBUTE)
     return twin
+
+
+def without_aliases(model: PreTrainedModel, weights: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The weights to save without those of modules that hang in a second place: transformers refuses to save them twice.
+
+    Args:
+        weights: A state dict; ``None``: the model's own.
+
+    Returns:
+        ``weights`` itself where no module does.
+    """
+    first: dict[int, str] = {}
+    again = {
+        path: first[id(module)]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if first.setdefault(id(module), path) != path
+    }
+    if not again:
+        return weights
+    every = model.state_dict() if weights is None else weights
+
+    def is_alias(name: str) -> bool:
+        path, _, own = name.rpartition(".")
+        other = every.get(f"{again[path]}.{own}") if path in again else None
+        return other is not None and other.data_ptr() == every[name].data_ptr()
+
+    return {name: value for name, value in every.items() if not is_alias(name)}
 
 
 def replace_model(source: Path, folder: Path) -> None:
