@@ -35,7 +35,7 @@ try:
 except ImportError as error:
     sys.exit(f"rxnmapper cannot be imported: {error}. Install it as the first lines of {__file__} say.")
 
-BATCH, SHARE, SEED = 8, 0.97, 0
+BATCH, SHARE = 8, 0.97
 METHODS = ("max", "99.9", "99.99", "99.999", "entropy", "mse", "best")
 Mappings = list[dict[str, Any]]
 
@@ -50,14 +50,14 @@ def fit_the_tokenizer() -> None:
     SmilesTokenizer.batch_encode_plus = BertTokenizerLegacy.__call__
 
 
-def read_reactions(path: Path, mapper: Any, count: int) -> list[str]:
-    """Reactions of the column ``rxn``, drawn with a fixed seed, without repetitions, short enough for the model."""
+def read_reactions(path: Path, mapper: Any, count: int, seed: int) -> list[str]:
+    """Reactions of the column ``rxn``, drawn at random without repetitions, short enough for the model."""
     with path.open(newline="", encoding="utf-8") as file:
         table = csv.DictReader(file, delimiter="\t")
         if "rxn" not in (table.fieldnames or ()):
             sys.exit(f"{path} has no column rxn; give a table with tabs between its columns, such as schneider50k.tsv.")
         found = sorted({row["rxn"] for row in table})
-    random.Random(SEED).shuffle(found)
+    random.Random(seed).shuffle(found)
     limit = mapper.model.config.max_position_embeddings
     kept = (each for each in found if len(mapper.tokenize_for_model(each)) <= limit)
     drawn = [each for each, _ in zip(kept, range(count), strict=False)]
@@ -104,6 +104,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, help="table with tabs and a column rxn: reaction SMILES without numbers")
     parser.add_argument("--reactions", type=int, default=200, help="how many are counted")
     parser.add_argument("--calibration", type=int, default=200, help="how many others calibration sees")
+    parser.add_argument("--seed", type=int, default=0, help="which reactions are drawn")
     parser.add_argument("--rules", nargs="+", default=["qdqbert", "openvino", "linear-only"], help="names or files")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="a method of calibrate, or a percentile")
     arguments = parser.parse_args()
@@ -112,7 +113,7 @@ def main() -> int:
     fit_the_tokenizer()
     mapper = RXNMapper()
     model = mapper.model
-    drawn = read_reactions(arguments.data, mapper, arguments.reactions + arguments.calibration)
+    drawn = read_reactions(arguments.data, mapper, arguments.reactions + arguments.calibration, arguments.seed)
     counted, others = drawn[: arguments.reactions], drawn[arguments.reactions :]
     expected, batches = map_all(mapper, counted), batches_of(mapper, others)
 
