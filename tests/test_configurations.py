@@ -70,6 +70,21 @@ def test_attentions_in_the_config_are_saved_and_loaded(model_type: str, rules: s
 
 
 @pytest.mark.parametrize("rules", ["qdqbert", "linear-only"])
+def test_an_albert_loaded_and_called_as_rxnmapper_does_gives_its_attentions(rules: str, tmp_path: Path) -> None:
+    trained = build("albert", "AlbertForMaskedLM")
+    trained.config.output_past = True  # its released config is of 2020
+    trained.save_pretrained(tmp_path)
+    asked = {"output_attentions": True, "output_past": False, "output_hidden_states": False}
+    model = transformers.AlbertModel.from_pretrained(tmp_path, **asked)
+    qmodel = calibrated(model, rules)
+    batch = batch_for(model, (3, 7))
+    with torch.no_grad(), qs.quantization_disabled(qmodel):
+        assert_equal(qmodel(**batch)[2], model(**batch)[2])
+    with torch.no_grad():
+        assert not torch.equal(qmodel(**batch)[2][-1], model(**batch)[2][-1])
+
+
+@pytest.mark.parametrize("rules", ["qdqbert", "linear-only"])
 def test_attentions_may_be_asked_for_when_loading(rules: str, tmp_path: Path) -> None:
     qmodel = calibrated(build("bert", "BertModel"), rules)
     batch = batch_for(qmodel, (3, 7))
