@@ -30,6 +30,16 @@ def tagged(names: Mapping[nn.Module, str]) -> Iterator[None]:
         _NAMES.reset(token)
 
 
+def _name(quantizer: nn.Module, names: Mapping[nn.Module, str]) -> str:
+    if quantizer in names:
+        return names[quantizer]
+    # Of a module that hangs in two places, torch.export runs another object at the second: it was made for the first.
+    made_for = getattr(getattr(quantizer, "provenance", None), "quantizer", None)
+    if made_for in names.values():
+        return str(made_for)
+    raise KeyError(quantizer)
+
+
 def tag(quantizer: nn.Module, inputs: Tensor) -> Tensor | None:
     """The node in place of a quantizer, with shape and dtype of ``inputs``; ``None`` unless :func:`tagged`.
 
@@ -42,7 +52,7 @@ def tag(quantizer: nn.Module, inputs: Tensor) -> Tensor | None:
     return torch.onnx.ops.symbolic(
         f"{FAKE_QUANT_DOMAIN}::{FAKE_QUANT}",
         (inputs,),
-        {"quantizer": names[quantizer]},
+        {"quantizer": _name(quantizer, names)},
         dtype=inputs.dtype,
         shape=inputs.shape,
         version=1,

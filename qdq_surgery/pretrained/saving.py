@@ -121,7 +121,7 @@ def _twin_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def without_aliases(model: PreTrainedModel, weights: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The weights to save without those of modules that hang in a second place: transformers refuses to save them twice.
+    """The weights to save without those of modules that hang in a second place, which transformers refuses to save.
 
     Args:
         weights: A state dict; ``None``: the model's own.
