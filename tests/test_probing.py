@@ -287,7 +287,6 @@ MORE = {
             transformers.AlbertConfig(**{**TINY, "num_hidden_layers": 3}, embedding_size=16, chunk_size_feed_forward=4)
         ),
         lambda seed: _cut(seed, 4),
-        rules="linear-only",
     ),
     "deberta": Case(deberta, one_text),
     "one-tower-twice": Case(
