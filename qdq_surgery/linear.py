@@ -31,12 +31,15 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        name = f"{prefix}_weight_quantizer._amax"
-        amax = state_dict.get(name)
-        if self._weight_quantizer is not None and amax is not None and amax.ndim > 0:
-            problem = self._weight_quantizer.misfit(amax.shape, self.weight.shape)
-            if problem is not None:
-                args[-1].append(f"{name}: {problem}")
+        for own, quantizer in self._modules.items():
+            name = f"{prefix}{own}._amax"
+            amax = state_dict.get(name)
+            # (A number fits everywhere: it is one range for all channels.)
+            if isinstance(quantizer, TensorQuantizer) and amax is not None and amax.ndim > 0:
+                weight = self.weight.shape if quantizer is self._weight_quantizer else None
+                problem = quantizer.misfit(amax.shape, weight)
+                if problem is not None:
+                    args[-1].append(f"{name}: {problem}")  # torch's list of errors, which it raises at the end
 
     @staticmethod
     def fits(module: nn.Module) -> bool:

@@ -400,11 +400,6 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         loaded = state_dict.get(prefix + "_amax")
-        # (One range for all channels is whoever's who set it: a number fits everywhere.)
-        problem = None if loaded is None or loaded.ndim == 0 else self.misfit(loaded.shape)
-        if problem is not None:
-            args[-1].append(f"{prefix}_amax: {problem}")  # torch's list of errors, which it raises at the end
-            return
         if loaded is not None:
             known = self.amax
             if known is None or known.shape != loaded.shape:

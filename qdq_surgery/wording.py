@@ -17,7 +17,6 @@ ADVICE = {
     "call qdq_surgery.convert(model) first": "convert it first: qdq-surgery convert MODEL_DIR OUTPUT_DIR",
     "qdq_surgery.calibrate or learn_ranges": _CALIBRATE,
     "disable them for the export": "leave them out by a rule file's exclude",
-    "or pass dynamic=False": "or give --static",
     "or dynamic=False": "or --static",
     "export with parity=False": "export with --no-parity",
 }

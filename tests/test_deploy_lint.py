@@ -569,9 +569,9 @@ def quantized(model_type: str, rules: str) -> PreTrainedModel:
 def test_exported_models_fuse_as_the_linter_says(model_type: str, tmp_path: Path) -> None:
     model, path = quantized(model_type, "qdqbert"), tmp_path / "m.onnx"
     for activations in ("uint8", "int8"):
-        export_onnx(model, path, activations=activations, parity=False)
+        export_onnx(model, path, activations=activations, parity=False, overwrite=True)
         assert fused_by_onnx_runtime(str(path), tmp_path) == foretold(path), activations
-    export_onnx(model, path, target="openvino", parity=False)
+    export_onnx(model, path, target="openvino", parity=False, overwrite=True)
     layers, enabled = layers_of_openvino(path), Counter(foretold(path, "openvino").values())
     assert layers["FullyConnected", True] == enabled[FULL]
     assert layers["MatMul", True] == enabled["INT8 MatMul"]

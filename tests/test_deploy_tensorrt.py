@@ -510,11 +510,12 @@ def test_ranges_of_zero_have_a_scale_above_zero(tmp_path: Path) -> None:
     qs.calibrate(model, [batch_for(model, (3, 12))])
     for precision in PRECISIONS:
         parity = precision == "float16"
-        export_onnx(model, tmp_path / "m.onnx", target="tensorrt", precision=precision, parity=parity)
-        file = File(tmp_path / "m.onnx", precision)
-        smallest = min(float(array(node.inputs[1]).min()) for node in file.of("QuantizeLinear", "DequantizeLinear"))
+        file = tmp_path / f"{precision}.onnx"
+        export_onnx(model, file, target="tensorrt", precision=precision, parity=parity)
+        found = File(file, precision)
+        smallest = min(float(array(node.inputs[1]).min()) for node in found.of("QuantizeLinear", "DequantizeLinear"))
         assert smallest > 0
-        assert not [each for each in lint(file.path).with_verdict("blocks") if "scale" in each.reason]
+        assert not [each for each in lint(found.path).with_verdict("blocks") if "scale" in each.reason]
 
 
 def test_frequencies_of_rotary_positions_keep_their_precision() -> None:

@@ -80,7 +80,7 @@ def test_a_config_that_names_nothing_asks_for_the_class(tmp_path: Path) -> None:
     ("config", "kind", "found"),
     [
         ("{", None, "config.json is no JSON"),
-        ("[]", None, "config.json is no JSON object"),
+        ("[]", None, "config.json is list, wanted a mapping"),
         ('{"model_type": ["bert"]}', None, "no 'model_type'"),
         ('{"model_type": "bart_nova"}', None, "cannot be loaded"),
         (

@@ -202,7 +202,7 @@ def test_quantization_disabled_restores_what_was() -> None:
     names = list(qs.quantizers(qmodel))
     qs.quantizers(qmodel)[names[0]].disable()
     with pytest.raises(RuntimeError, match="inside"), qs.quantization_disabled(qmodel):  # noqa: PT012
-        assert all(quantizer._disabled for quantizer in qs.quantizers(qmodel).values())
+        assert not any(quantizer.enabled for quantizer in qs.quantizers(qmodel).values())
         raise RuntimeError("inside")
     assert [name for name, quantizer in qs.quantizers(qmodel).items() if quantizer._disabled] == names[:1]
     with pytest.raises(qs.ModelError, match="no quantizers"), qs.quantization_disabled(build("bert", "BertModel")):

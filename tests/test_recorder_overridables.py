@@ -124,7 +124,7 @@ def check(name: str, call: Call) -> str:
     try:
         routine = record(shadow(block), Probe.forward, inputs(3, 1), {})[0]
         variant = compile_variant(routine)
-        check_replay(routine, variant.run)
+        check_replay(routine, lambda _: variant.run)
     except TraceError:
         return "refused"
     rewritten = Rewritten("forward", Probe.forward, (), frozenset(), Variants([variant]))

@@ -33,6 +33,9 @@ __all__ = ["SAVE_ATTRIBUTE", "SavePretrained", "replace_model", "without_aliases
 #: The attribute of a model that holds its :class:`SavePretrained`.
 SAVE_ATTRIBUTE = "save_pretrained"
 
+#: How the names of the folders begin that are written before they are moved.
+_DRAFT = ".qdq-surgery-"
+
 _CONFIG = "config.json"
 _INDEX = ".index."
 
@@ -93,7 +96,7 @@ class SavePretrained:
         if given.get("push_to_hub"):
             given.setdefault("repo_id", folder.absolute().name)
         try:
-            with all_or_nothing(model), tempfile.TemporaryDirectory(dir=folder, prefix=".qdq-surgery-") as temporary:
+            with all_or_nothing(model), tempfile.TemporaryDirectory(dir=folder, prefix=_DRAFT) as temporary:
                 main = given.get("is_main_process", True)
                 with model.hf_quantizer.saving(Path(temporary) if main else None, given.get("state_dict")):
                     own(model, temporary, **given)
@@ -176,6 +179,9 @@ def replace_model(source: Path, folder: Path) -> None:
     if _CONFIG in files:
         os.replace(source / _CONFIG, folder / _CONFIG)
         _remove(folder, filter(_OWN.fullmatch, os.listdir(folder)))
+        for left in folder.glob(f"{_DRAFT}*"):  # of a saving that was killed
+            if left != source:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:

@@ -105,7 +105,7 @@ class _Base:
 def _essence(plan: qs.Plan) -> tuple[Any, ...]:
     """Of the sites what decides something: a linear's place in the source, and what is only shown, do not."""
     return tuple(
-        (site.quantizer, None if site.routine == "module" else site.origin, site.position, site.rule, site.spec)
+        (site.quantizer, None if site.routine == "module" else (site.origin, site.position), site.rule, site.spec)
         for site in plan.sites
     )
 
