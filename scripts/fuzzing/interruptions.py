@@ -74,9 +74,12 @@ class _Never(Exception):
 def lines_of(operation: Operation) -> list[Place]:
     """The lines that the operation runs, in the order in which it does."""
     found: list[Place] = []
-    operation.act(operation.start())  # what is done once in a process is done now
-    subject = operation.start()
+    first, subject = operation.start(), operation.start()
+    operation.act(first)  # what is done once in a process is done now
     _traced(lambda: operation.act(subject), operation.homes, lambda frame: found.append(_place(frame)))
+    for each in (first, subject):
+        if isinstance(each, _Saving):
+            each.folder.cleanup()
     return found
 
 
@@ -162,6 +165,13 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 def _check_save(number: int) -> str:
     subject = SAVING.start()
+    try:
+        return _saved_wrong(subject, number)
+    finally:
+        subject.folder.cleanup()
+
+
+def _saved_wrong(subject: _Saving, number: int) -> str:
     new, before = subject.model, state_of(subject.model)
     if not _interrupted(SAVING, subject, number):
         return "the line was not reached"
@@ -249,6 +259,7 @@ def _start_saving() -> _Saving:
 def _after_saving() -> Any:
     subject = _start_saving()
     SAVING.act(subject)
+    subject.folder.cleanup()
     return state_of(subject.model)
 
 
