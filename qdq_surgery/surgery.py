@@ -191,10 +191,17 @@ class _Surgeon:
     def _add(self, owner: nn.Module, name: str, site: Site | None, device: torch.device) -> None:
         if not is_site_name(name):  # it becomes an attribute, and a word in generated source
             raise MatchError(f"{quoted(name)} cannot be the name of a quantizer in a {type(owner).__name__}")
-        if hasattr(owner, name):
+        if _is_taken(owner, name):
             raise MatchError(f"a quantizer is to be '{name}', which this {type(owner).__name__} has already; rename it")
         quantizer = None if site is None else self.maker.make(site, device, owner.training)
         self.implants.append(Implant(owner, name, site, quantizer))
+
+
+def _is_taken(owner: nn.Module, name: str) -> bool:
+    """``hasattr`` for a name that is not: nn.Module takes its time to say so."""
+    own = vars(owner)
+    tables = (own, own["_parameters"], own["_buffers"], own["_modules"])
+    return any(name in table for table in tables) or hasattr(type(owner), name)
 
 
 def _set_class(target: nn.Module, cls: type[nn.Module]) -> None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
@@ -110,11 +111,13 @@ def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor]) -> Non
     Raises:
         ModelError: One is not; names it.
     """
+    # (In numpy, all at once: hardly ever is one zero.)
+    zeros = bool(ranges) and not np.concatenate([value.numpy().reshape(-1) for value in ranges.values()]).all()
     for each in implants:
         amax = None if each.site is None else ranges.get(each.site.quantizer)
         if each.site is None or each.quantizer is None or amax is None:
             continue
-        problem = misfit(each.quantizer, each.name, amax, each.owner)
+        problem = misfit(each.quantizer, each.name, amax, each.owner, zeros=zeros)
         if problem is not None:
             raise ModelError(
                 f"the checkpoint's range of {each.site.quantizer} does not fit: {problem}; its files are not those "

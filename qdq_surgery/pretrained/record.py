@@ -170,11 +170,15 @@ def _zero_range(amax: Tensor, weight: Tensor | None) -> str | None:
     return "it is zero in a channel whose weight is not, which makes that channel zero" if bool(lost.any()) else None
 
 
-def misfit(quantizer: TensorQuantizer, name: str, amax: Tensor, owner: nn.Module) -> str | None:
-    """Why a range cannot be that of ``quantizer``, which ``owner`` has under ``name``; ``None`` if it can."""
+def misfit(quantizer: TensorQuantizer, name: str, amax: Tensor, owner: nn.Module, *, zeros: bool = True) -> str | None:
+    """Why a range cannot be that of ``quantizer``, which ``owner`` has under ``name``; ``None`` if it can.
+
+    Args:
+        zeros: Whether it may be zero somewhere.
+    """
     weight = cast("Tensor", owner.weight) if name == LINEAR_NAMES["weight"] else None
     problem = quantizer.misfit(amax.shape, None if weight is None else weight.shape)
-    if problem is not None or amax.is_meta or amax.all():
+    if problem is not None or not zeros or amax.is_meta or amax.all():
         return problem
     return _zero_range(amax, weight)
 
