@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -59,19 +60,28 @@ def test_copies_are_equal_and_independent(model_type: str, duplicate: Any) -> No
     assert type(twin.get_submodule("")) is type(qmodel)
 
 
-def test_pickles_open_in_another_process(tmp_path: Path) -> None:
+def save_models(path: str) -> None:
+    """Models, each with a batch and what it makes of it."""
     saved = []
     for model_type in KINDS:
         qmodel = calibrated(model_type)
         batch = batch_for(qmodel, (2, 5))
         saved.append((qmodel, batch, states(qmodel, batch)))
-    torch.save(saved, tmp_path / "models.pt")
-    code = (
+    torch.save(saved, path)
+
+
+def test_pickles_open_in_another_process(tmp_path: Path) -> None:
+    """From one new process to another: other libraries in this one may have set how numbers are rounded."""
+    write = "import sys, test_module\ntest_module.save_models(sys.argv[1])"
+    read = (
         "import sys, torch\n"
         "for q, batch, wanted in torch.load(sys.argv[1], weights_only=False):\n"
         "    with torch.no_grad(): assert torch.equal(q(**batch).last_hidden_state, wanted)"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / "models.pt"], check=True, timeout=300)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")])
+    for code in (write, read):
+        command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "models.pt")]
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
 
 
 @pytest.mark.parametrize("model_type", KINDS)

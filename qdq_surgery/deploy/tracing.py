@@ -141,7 +141,8 @@ def _open_axes(name: str, value: Tensor, inputs: Mapping[str, Any]) -> dict[int,
     """Which axes stay open."""
     # An axis of 1 is one that broadcasts, such as the first of position_ids (1, tokens).
     axes = [axis for axis, size in enumerate(value.shape) if size > 1]
-    if value.ndim == 4 and value.is_floating_point() and "mask" not in name:  # an image: its channels and its size are the model's
+    # Of an image the channels and the size are the model's.
+    if value.ndim == 4 and value.is_floating_point() and "mask" not in name:
         axes = [axis for axis in axes if axis == 0]
     if _has_width(name, value, inputs):
         axes = [axis for axis in axes if axis < value.ndim - 1]
