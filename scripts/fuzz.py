@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one kind; 0 if all was right and cheap."""
     arguments = _parser().parse_args(argv)
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity(logging.CRITICAL)  # what is refused in part is said thousands of times
+    for name in ("transformers", "qdq_surgery"):  # what is passed over would be said thousands of times
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     outcome = arguments.run(arguments.count, arguments.seed)
     print(outcome)
     return 0 if outcome.is_right and outcome.is_cheap else 1
