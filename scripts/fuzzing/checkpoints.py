@@ -81,7 +81,8 @@ class _Base:
         files = sorted(folder.glob("*.safetensors"))
         stored = {name: value for file in files for name, value in load_file(file).items()}
         for name, quantizer in qs.quantizers(model).items():
-            wanted = stored.get(name + _RANGE)
+            named = (name, f"{model.base_model_prefix}.{name}")  # transformers loads a bare encoder without its prefix
+            wanted = next((stored[each + _RANGE] for each in named if each + _RANGE in stored), None)
             found = quantizer.amax
             same = torch.equal(found, wanted.float()) if found is not None and wanted is not None else found is wanted
             if not same:
