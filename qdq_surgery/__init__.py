@@ -7,24 +7,18 @@ print(qs.diff(model, qmodel))
 """
 
 # The first of all: the other imports take seconds, in which Ctrl-C may come.
-import qdq_surgery.starting
+import qdq_surgery.safety.interrupt
 
 # isort: split
 # Before what else imports pytorch-quantization.
-import qdq_surgery.upstream  # noqa: F401
+import qdq_surgery.safety.upstream  # noqa: F401
 
 # isort: split
-from qdq_surgery.calibrate import Calibration, calibrate
-from qdq_surgery.collect import Statistics, collect
+from qdq_surgery.calibration.collect import Statistics, collect
+from qdq_surgery.calibration.ranges import Calibration, calibrate
+from qdq_surgery.calibration.training import fix_ranges, learn_ranges, recalibrate_weights
+from qdq_surgery.checkpoint.config import QDQConfig
 from qdq_surgery.convert import convert, plan
-from qdq_surgery.converted import quantization_disabled, quantizers
-from qdq_surgery.deploy.export import Export, export_onnx
-from qdq_surgery.deploy.findings import Finding, Findings
-from qdq_surgery.deploy.lint import lint
-from qdq_surgery.deploy.parity import Parity, certify
-from qdq_surgery.deploy.receipt import Receipt, receipt
-from qdq_surgery.deploy.runner import OnnxModel, load_onnx
-from qdq_surgery.diff import Diff, diff
 from qdq_surgery.errors import (
     AlreadyConvertedError,
     AttentionBypassError,
@@ -39,10 +33,13 @@ from qdq_surgery.errors import (
     RuleFileError,
     TraceError,
 )
-from qdq_surgery.explain import Explanation, explain
-from qdq_surgery.plan import Plan, Refusal, Site
-from qdq_surgery.pretrained.config import QDQConfig
-from qdq_surgery.pretrained.qdqbert import (
+from qdq_surgery.match.plan import Plan, Refusal, Site
+from qdq_surgery.onnx_export import Export, export_onnx
+from qdq_surgery.onnx_graph.findings import Finding, Findings
+from qdq_surgery.prove.lint import lint
+from qdq_surgery.prove.parity import Parity, certify
+from qdq_surgery.prove.receipt import Receipt, receipt
+from qdq_surgery.qdqbert.classes import (
     QDQBertConfig,
     QDQBertForMaskedLM,
     QDQBertForMultipleChoice,
@@ -53,10 +50,13 @@ from qdq_surgery.pretrained.qdqbert import (
     QDQBertLMHeadModel,
     QDQBertModel,
 )
-from qdq_surgery.quantizer import TensorQuantizer
-from qdq_surgery.rule_file import load_rules, shipped_rules
-from qdq_surgery.spec import RuleSet
-from qdq_surgery.training import fix_ranges, learn_ranges, recalibrate_weights
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.report.diff import Diff, diff
+from qdq_surgery.report.explain import Explanation, explain
+from qdq_surgery.rules.spec import RuleSet
+from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
+from qdq_surgery.serve.model import OnnxModel, load_onnx
+from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
 from qdq_surgery.version import __version__
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from qdq_surgery.cli import main
+from qdq_surgery.cli.commands import main
 
 sys.exit(main())

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
-from qdq_surgery.analysis import analyse, recordings_of
-from qdq_surgery.plan import Plan
-from qdq_surgery.pretrained.plugin import adopt
-from qdq_surgery.rule_file import load_rules
-from qdq_surgery.spec import RuleSet
-from qdq_surgery.surgery import Recordings, operate
-from qdq_surgery.transaction import all_or_nothing
+from qdq_surgery.checkpoint.plugin import adopt
+from qdq_surgery.match.analyze import analyse, recordings_of
+from qdq_surgery.match.plan import Plan
+from qdq_surgery.rules.spec import RuleSet
+from qdq_surgery.rules.yaml_file import load_rules
+from qdq_surgery.safety.transaction import all_or_nothing
+from qdq_surgery.surgery.apply import Recordings, operate
 
 __all__ = ["convert", "plan"]
 

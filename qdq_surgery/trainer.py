@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer
 
-from qdq_surgery.collect import unwrapped
-from qdq_surgery.converted import plan_of, quantizers
+from qdq_surgery.calibration.collect import unwrapped
+from qdq_surgery.calibration.training import recalibrate_weights
 from qdq_surgery.errors import CalibrationError, ModelError, OptionError
-from qdq_surgery.training import recalibrate_weights
+from qdq_surgery.surgery.model_state import plan_of, quantizers
 
 __all__ = ["QATTrainer", "distillation_loss"]
 

@@ -27,8 +27,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from qdq_surgery.collect import activation_quantizers
-from qdq_surgery.ranges import entropy_amax, mse_amax, percentile_amax
+from qdq_surgery.calibration.collect import activation_quantizers
+from qdq_surgery.numerics.range_methods import entropy_amax, mse_amax, percentile_amax
 
 ROWS, TOKENS = 8, 128
 

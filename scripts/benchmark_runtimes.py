@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from qdq_surgery.deploy.writing import replace_text
+from qdq_surgery.onnx_file.writer import replace_text
 from runtimes import goals, machine, with_onnxruntime, with_openvino, with_ours, with_reference, with_torch
 from runtimes.figures import Figures, Measured
 from runtimes.subjects import SUBJECTS, Batch, Shape, Subject, make_batch, make_model

@@ -31,9 +31,9 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from qdq_surgery.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
-from qdq_surgery.deploy.writing import replace_text
-from qdq_surgery.folder import load_model
+from qdq_surgery.cli.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
+from qdq_surgery.cli.folder import load_model
+from qdq_surgery.onnx_file.writer import replace_text
 from run_classification import Classification
 from run_ner import NamedEntities
 from run_qa import QuestionAnswering

@@ -27,10 +27,10 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from qdq_surgery.deploy.writing import draft, replace_text
-from qdq_surgery.folder import load_model
-from qdq_surgery.samples import read_samples
-from qdq_surgery.texts import text_batches
+from qdq_surgery.cli.folder import load_model
+from qdq_surgery.onnx_file.writer import draft, replace_text
+from qdq_surgery.texts.batches import text_batches
+from qdq_surgery.texts.samples import read_samples
 
 FLOAT = "float16"
 RULES = ("tensorrt", "tensorrt-both", "tensorrt-none")

@@ -185,3 +185,28 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
         elif isinstance(value, tuple):
             found.update({f"{name}.{i}": item for i, item in enumerate(value) if isinstance(item, Tensor)})
     return found
+
+
+#: The bare encoder of each type.
+BASE = {
+    model_type: min((head for head in architecture.heads() if head.endswith("Model")), key=len)
+    for model_type, architecture in BY_TYPE.items()
+}
+
+#: Per encoder layer: linears, matmuls, residual adds, quantizers. ALBERT shares one layer among all.
+EXPECTED = {
+    "bert": (6, 2, 2, 20),
+    "roberta": (6, 2, 2, 20),
+    "xlm-roberta": (6, 2, 2, 20),
+    "camembert": (6, 2, 2, 20),
+    "electra": (6, 2, 2, 20),
+    "distilbert": (6, 2, 2, 20),
+    "albert": (6, 2, 2, 20),
+    # Four feed-forward networks in a layer, and bottlenecks around it.
+    "mobilebert": (15, 2, 6, 46),
+    "mpnet": (6, 2, 2, 20),
+    # Two of the linears and two of the matmuls are about relative positions.
+    "deberta-v2": (8, 4, 2, 28),
+    "roberta-prelayernorm": (6, 2, 2, 20),
+    "modernbert": (4, 2, 2, 16),
+}

@@ -12,7 +12,11 @@ from reference_cases import THREADS
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """MobileBERT's embeddings hold each token's neighbours: calibrated on padding it says so, wherever it is used."""
+    """One thread for each worker: the models are tiny, and threads would only wait for one another.
+
+    MobileBERT's embeddings hold each token's neighbours: calibrated on padding it says so, wherever it is used.
+    """
+    torch.set_num_threads(1)
     config.addinivalue_line("filterwarnings", r"ignore:MobileBert\w* lets padding into real tokens:UserWarning")
 
 
@@ -22,15 +26,6 @@ def default_descriptors() -> Iterator[None]:
     before = quant_nn.QuantLinear.default_quant_desc_input, quant_nn.QuantLinear.default_quant_desc_weight
     yield
     quant_nn.QuantLinear.default_quant_desc_input, quant_nn.QuantLinear.default_quant_desc_weight = before
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: on a shared machine threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

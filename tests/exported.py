@@ -18,18 +18,17 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from architectures import batch_for, build
+from architectures import BASE, batch_for, build
 from numpy.typing import NDArray
-from test_coverage import BASE
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.deploy.export import Export, export_onnx
-from qdq_surgery.deploy.parity import Check, certify
-from qdq_surgery.deploy.sample import sample_inputs
-from qdq_surgery.deploy.tracing import Traced, trace
-from qdq_surgery.tagging import FAKE_QUANT, FAKE_QUANT_DOMAIN
+from qdq_surgery.export.onnx_trace import Traced, trace
+from qdq_surgery.hf.sample_inputs import sample_inputs
+from qdq_surgery.onnx_export import Export, export_onnx
+from qdq_surgery.prove.parity import Check, certify
+from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
 # torch says what it does at every step of a trace, to pytest, which keeps it: a third of an export's time.
 logging.getLogger("torch.__trace").disabled = True

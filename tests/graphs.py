@@ -78,3 +78,38 @@ class Graph:
         graph = helper.make_graph(self.nodes, "tiny", self.inputs, self.outputs, self.constants)
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=9)
         return onnx.shape_inference.infer_shapes(made, data_prop=True)
+
+
+def attention(
+    g: Graph,
+    zeros: tuple[Any, Any, Any, Any] = (S8, S8, S8, S8),
+    *,
+    head: int = 16,
+    tokens: int | str = "s",
+    scaled: bool = False,
+    between: str = "",
+    output: bool = True,
+) -> None:
+    """Queries times keys, softmax, times values; ``zeros`` are zero points, ``...`` for no pair."""
+
+    def maybe(value: str, name: str, zero: Any) -> str:
+        return value if zero is ... else g.pair(value, name, 1 / 127 if name == "a" else 0.02, zero)
+
+    q, k, v = (g.input(name, ("b", 2, tokens, head)) for name in "qkv")
+    left = maybe(q, "q_pair", zeros[0])
+    scores = g.op("MatMul", left, maybe(g.op("Transpose", k, perm=[0, 1, 3, 2]), "k_pair", zeros[1]), name="scores")
+    if scaled:
+        scores = g.op("Mul", scores, g.const(np.asarray(0.25, g.kind)))
+    scores = g.op("Add", scores, g.input("mask", ("b", 1, tokens, tokens)))
+    if between == "Where":
+        keep = g.op("Greater", g.input("keep", ("b", 1, tokens, tokens)), g.const(np.asarray(0, g.kind)))
+        scores = g.op("Where", keep, scores, g.const(np.asarray(-1e4, g.kind)))
+    elif between == "Reshape":
+        scores = g.op("Reshape", scores, g.const(np.array([0, 0, 0, -1])))
+    probabilities = maybe(g.op("Softmax", scores, axis=-1), "a", zeros[2])
+    context = g.op("MatMul", probabilities, maybe(v, "v_pair", zeros[3]), name="context")
+    context = g.op("Reshape", g.op("Transpose", context, perm=[0, 2, 1, 3]), g.const(np.array([0, 0, 2 * head])))
+    if output:
+        g.end(g.op("MatMul", g.pair(context, "o"), g.weight("wo", (2 * head, 8)), name="projection"))
+    else:
+        g.end(g.op("MatMul", context, g.ones(2 * head, 8), name="projection"))

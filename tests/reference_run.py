@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from repository import SCRIPTS
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 SCRIPT = SCRIPTS / "make_reference.py"
 REQUIREMENTS = SCRIPTS / "requirements-reference.txt"
 #: Beside the torch that it runs on.

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.converted import plan_of
-from qdq_surgery.pretrained import plugin
-from qdq_surgery.pretrained.lock import METADATA
+from qdq_surgery.checkpoint import plugin
+from qdq_surgery.checkpoint.plan_cache import METADATA
+from qdq_surgery.surgery.model_state import plan_of
 
 WEIGHTS = "model.safetensors"
 

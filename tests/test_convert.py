@@ -19,8 +19,8 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertOutput
 
 import qdq_surgery as qs
-from qdq_surgery import surgery
-from qdq_surgery.attention import QDQ_ATTENTION
+from qdq_surgery.surgery import apply as surgery
+from qdq_surgery.trace.attention import QDQ_ATTENTION
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,18 @@ from architectures import build
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
+from training_task import STILL, Batch, Texts, arguments, inputs_of
 from transformers import PreTrainedModel, TrainingArguments
 
 import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError, ModelError, OptionError
 from qdq_surgery.trainer import QATTrainer, distillation_loss
 
-Batch = dict[str, Tensor]
 CLASSIFIER = "BertForSequenceClassification"
 TAGGER = "BertForTokenClassification"
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 # torch says so on a machine without a GPU, of the loader that Trainer makes.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: on a shared machine threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Texts(Dataset[Batch]):
-    """Random ids; the label, or each token's, follows from them."""
-
-    def __init__(self, rows: int = 16, tokens: int = 6, seed: int = 0, tagged: bool = False) -> None:
-        self._ids = torch.randint(3, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-        self._tagged = tagged
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> Batch:
-        ids = self._ids[index]
-        mask = torch.ones_like(ids)
-        mask[len(ids) - index % 3 :] = 0
-        labels = (ids > 30).long()
-        if self._tagged:
-            return {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels[0]}
-
-
-def inputs_of(texts: Texts) -> list[dict[str, Any]]:
-    rows = [texts[index] for index in range(len(texts))]
-    return [{name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}]
 
 
 @functools.cache
@@ -75,22 +38,6 @@ def _model(head: str, rules: Any, **options: Any) -> PreTrainedModel:
 def calibrated(head: str = CLASSIFIER, rules: Any = "qdqbert", **options: Any) -> PreTrainedModel:
     """A copy, as conversion takes longer."""
     return copy.deepcopy(_model(head, rules, **options))
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    given: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "seed": 1,
-    }
-    return TrainingArguments(**{**given, **options})
 
 
 def ranges(qmodel: nn.Module) -> dict[str, Tensor]:

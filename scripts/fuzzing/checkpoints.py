@@ -23,10 +23,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 import qdq_surgery as qs
 from fuzzing.data import mutated
 from fuzzing.outcome import Outcome
-from qdq_surgery.converted import plan_of
+from qdq_surgery.checkpoint.plan_cache import DIGEST, METADATA
+from qdq_surgery.cli.folder import load_model
 from qdq_surgery.errors import QdqSurgeryError
-from qdq_surgery.folder import load_model
-from qdq_surgery.pretrained.lock import DIGEST, METADATA
+from qdq_surgery.surgery.model_state import plan_of
 
 __all__ = ["KINDS", "run"]
 

@@ -17,10 +17,10 @@ from fuzzing.data import mutated
 from fuzzing.outcome import Outcome
 from fuzzing.rule_texts import MUTATIONS, NEUTRAL, generated
 from qdq_surgery.errors import RuleFileError
-from qdq_surgery.pattern import parse_pattern
-from qdq_surgery.rule_data import rules_from_data, rules_to_data
-from qdq_surgery.rule_file import load_rules, shipped_rules
-from qdq_surgery.spec import RuleSet
+from qdq_surgery.rules.json_data import rules_from_data, rules_to_data
+from qdq_surgery.rules.pattern import parse_pattern
+from qdq_surgery.rules.spec import RuleSet
+from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
 
 __all__ = ["run"]
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from qdq_surgery.deploy.writing import replace_text
+from qdq_surgery.onnx_file.writer import replace_text
 from tasks.words import FIRST_NAMES, MONTHS, PLACES, SURNAMES, part
 
 __all__ = ["FILE_ENDING", "make", "write"]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qdq_surgery.deploy.writing import replace_text
+from qdq_surgery.onnx_file.writer import replace_text
 from tasks.words import FIRST_NAMES, PLACES, SURNAMES, part
 
 __all__ = ["FILE_ENDING", "make", "write"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdq_surgery.deploy.writing import replace_text
+from qdq_surgery.onnx_file.writer import replace_text
 from tasks.words import FIRST_NAMES, MONTHS, PLACES, SURNAMES, part, pick_distinct
 
 __all__ = ["FILE_ENDING", "make", "write"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from qdq_surgery.deploy.writing import replace_text
+from qdq_surgery.onnx_file.writer import replace_text
 from tasks.words import part
 
 __all__ = ["FILE_ENDING", "make", "write"]

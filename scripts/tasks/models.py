@@ -15,10 +15,10 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from qdq_surgery.deploy.runner import OnnxModel, load_onnx
+from qdq_surgery.checkpoint.report import REPORT_NAME
+from qdq_surgery.cli.folder import is_converted, load_model, save_model
 from qdq_surgery.errors import ModelError
-from qdq_surgery.folder import is_converted, load_model, save_model
-from qdq_surgery.pretrained.report import REPORT_NAME
+from qdq_surgery.serve.model import OnnxModel, load_onnx
 from tasks.errors import OptionError
 
 __all__ = ["Head", "label_order", "load", "load_file", "load_teacher", "load_tokenizer", "save"]

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.deploy.origin import describe
-from qdq_surgery.deploy.writing import LARGEST, Draft, draft, writable
+from qdq_surgery.onnx_file.origin import describe
+from qdq_surgery.onnx_file.writer import LARGEST, Draft, draft, writable
 
 __all__ = ["export"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdq_surgery.calibrator import METHODS
-from qdq_surgery.deploy.engines import RUNTIMES
-from qdq_surgery.deploy.targets import TARGETS
+from qdq_surgery.export.profile import TARGETS
+from qdq_surgery.quantize.calibrators import METHODS
+from qdq_surgery.serve.engines import RUNTIMES
 
 __all__ = ["Options", "parse"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.deploy.runner import OnnxModel
-from qdq_surgery.progress import track
+from qdq_surgery.serve.model import OnnxModel
+from qdq_surgery.text.progress import track
 from tasks.features import Collator, Feature
 
 __all__ = ["predict"]

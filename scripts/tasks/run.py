@@ -18,10 +18,10 @@ from rich.table import Table
 from transformers import PreTrainedModel, set_seed
 
 import qdq_surgery as qs
-from qdq_surgery.deploy.runner import OnnxModel
-from qdq_surgery.deploy.writing import replace_text, writable
-from qdq_surgery.folder import is_converted
-from qdq_surgery.positions import longest_text
+from qdq_surgery.cli.folder import is_converted
+from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.onnx_file.writer import replace_text, writable
+from qdq_surgery.serve.model import OnnxModel
 from tasks.errors import OptionError
 from tasks.features import Collator, Feature, calibration_batches
 from tasks.models import Head, label_order, load, load_file, load_teacher, load_tokenizer, save

@@ -1,0 +1,361 @@
+"""One pass over data: what every activation quantizer sees, in float, without the padding.
+
+The model is borrowed: its quantizers get calibrators of this pass, and get everything back when the pass ends, however
+it ends. What was seen is returned; nothing is set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qdq_surgery.calibration.distributed import agree, gather_histograms, gather_maxima, gather_sums
+from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.hf.example_inputs import checked_examples
+from qdq_surgery.numerics.histogram import Histogram
+from qdq_surgery.numerics.range_methods import relative_error
+from qdq_surgery.padding.axis_probe import chunk_size
+from qdq_surgery.padding.call_padding import Padding
+from qdq_surgery.padding.token_masks import check_decoder, trimmed
+from qdq_surgery.quantize.calibrators import DEFAULT_PERCENTILE, HistogramCalibrator, MaxCalibrator, Watch, choose
+from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.transaction import put_back_after
+from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.text.progress import track
+from qdq_surgery.text.render import Rendered
+
+__all__ = [
+    "Seen",
+    "Statistics",
+    "activation_quantizers",
+    "collect",
+    "planned_name",
+    "unwrapped",
+    "weight_quantizers",
+]
+
+#: Seed of the dropout that rules may ask for.
+_SEED = 0
+
+#: The quantizers, by identity, that a collection has borrowed; and who looks at them.
+_COLLECTING: set[int] = set()
+_STARTING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one quantizer saw.
+
+    Attributes:
+        histogram: Of all magnitudes; ``None`` if only the largest was kept.
+        amax: The largest magnitude, float32: (), or one for each channel with 1 in every other axis.
+    """
+
+    histogram: Histogram | None
+    amax: Tensor
+    num_bits: int
+    unsigned: bool
+
+
+@dataclass(frozen=True)
+class Statistics(Rendered):
+    """What all activation quantizers saw in one pass, enough for every method.
+
+    Attributes:
+        seen: By qualified name of the quantizer.
+        batches, rows, tokens: How much data it was; padding is no token.
+    """
+
+    seen: Mapping[str, Seen]
+    batches: int
+    rows: int
+    tokens: int
+
+    def compare(self, percentiles: Iterable[float] = (99.9, DEFAULT_PERCENTILE, 99.999)) -> dict[str, dict[str, Any]]:
+        """By quantizer and method: ``amax`` and ``error``, the squared quantization error as a share of the squares.
+
+        Quantizers with one range per channel have ``max`` only, and are left out.
+        """
+        methods = [("max", 100.0), *(("percentile", p) for p in percentiles), ("entropy", 100.0), ("mse", 100.0)]
+        found: dict[str, dict[str, Any]] = {}
+        for name, seen in self.seen.items():
+            if seen.histogram is None or seen.amax.numel() > 1:
+                continue
+            table = seen.histogram.table()
+            for method, percentile in methods:
+                amax, words = choose(seen.histogram, method, percentile, seen.num_bits, seen.unsigned)
+                error = relative_error(*table, amax, seen.num_bits, seen.unsigned)
+                found.setdefault(name, {})[words] = {"amax": amax, "error": error}
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain data."""
+        data = {"batches": self.batches, "rows": self.rows, "tokens": self.tokens}
+        return {"schema": 1, **data, "quantizers": self.compare()}
+
+    def __rich__(self) -> RenderableType:
+        title = Text(
+            f"{self.tokens} tokens in {self.rows} rows; amax by method, * where the quantization error is least"
+        )
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("quantizer", overflow="fold")
+        compared = self.compare()
+        methods = list(next(iter(compared.values()), {}))
+        for method in methods:
+            table.add_column(method, justify="right", no_wrap=True)
+        for name, by_method in compared.items():
+            best = min(by_method, key=lambda method: by_method[method]["error"])
+            table.add_row(name, *(f"{by_method[m]['amax']:.4g}{'*' if m == best else ' '}" for m in methods))
+        return Group(title, table)
+
+
+def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histograms: bool = True) -> Statistics:
+    """Run data through a converted model and keep what its activation quantizers see.
+
+    Padding is not counted, in each text as its own mask tells it (``attention_mask`` for ``input_ids``,
+    ``decoder_attention_mask`` for ``decoder_input_ids``, ``passage_mask`` for ``passage_ids``), and columns that are
+    padding in a whole batch are not run. A model that lets padding into real tokens is warned of: its ranges depend on
+    what stands there, as its outputs do.
+
+    Under ``torch.distributed`` every process has to call this, each with batches of its own, and all get the statistics
+    of all. A second collection of a model while one is running is refused.
+
+    Args:
+        qmodel: A converted model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model. It is left as
+            it was.
+        batches: Keyword arguments of the model's forward, such as a tokenizer gives; tensors may be on any device.
+        histograms: Whether to keep histograms, as all methods but ``max`` need them.
+
+    Raises:
+        CalibrationError: No quantizer is enabled, there are no batches, one cannot be used, an activation has a NaN or
+            an infinite value, or a quantizer saw nothing, or it cannot be told what is padding in what one sees; names
+            the quantizer and the batch.
+    """
+    model = unwrapped(qmodel)
+    watched = activation_quantizers(model)
+    if not watched:
+        raise CalibrationError(
+            "no quantizer that sees activations is enabled; enable() those that are to be calibrated"
+        )
+    counts = [0, 0, 0]
+    error: BaseException | None = None
+    with _collecting(model, watched, histograms) as watch:
+        try:
+            _run(model, batches, watched, watch, counts)
+        except BaseException as raised:
+            error = raised
+        agree(error, list(watched))  # one process that fails must not leave the others waiting
+        seen = _gathered(watched, model.device)
+    counts = gather_sums(counts, model.device)
+    unseen = [name for name in watched if name not in seen]
+    if unseen:
+        raise CalibrationError(
+            f"{len(unseen)} of {len(watched)} quantizers saw no value in {counts[0]} batches (first: {unseen[0]}); "
+            "bring batches that reach them (cross-attention needs encoder_hidden_states), or disable or exclude them"
+        )
+    return Statistics(seen, *counts)
+
+
+def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
+    """The converted model inside DistributedDataParallel, DataParallel, ``torch.compile`` or a PEFT model.
+
+    Raises:
+        ModelError: There is none, or its tensors are offloaded.
+    """
+    model = qmodel
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        elif callable(get_base_model := getattr(model, "get_base_model", None)):
+            inner = get_base_model()
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    plan_of(model)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"{name} is not in memory (meta device), as in a model that accelerate has offloaded, and ranges set "
+                "now would be lost; take the hooks off first: accelerate.hooks.remove_hook_from_submodules(model)"
+            )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, Tensor]]:
+    """The quantizers of linears' weights that are enabled, each with its weight."""
+    return {
+        f"{name}._weight_quantizer": (module._weight_quantizer, module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module._weight_quantizer is not None
+        if module._weight_quantizer.enabled
+    }
+
+
+def planned_name(name: str, quantizer: TensorQuantizer) -> str:
+    """What the plan calls a quantizer: an adapter around its linear changes its path, and not this."""
+    return name if quantizer.provenance is None else quantizer.provenance.quantizer
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """The quantizers that are enabled and see what the model computes."""
+    weights = weight_quantizers(model)
+    return {name: each for name, each in quantizers(model).items() if name not in weights and each.enabled}
+
+
+@contextmanager
+def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], histograms: bool) -> Iterator[Watch]:
+    """The model with fresh calibrators in ``watched``, in float, in eval mode; afterwards it is as it was."""
+    every = list(quantizers(model).values())
+    before = [(each, each._calibrator, each._if_calib, each._if_quant) for each in every]
+    training = [(module, module.training) for module in model.modules()]
+    dropout = plan_of(model).rules.calibration.dropout
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
+    watch = Watch(Padding(model, watched))
+
+    def put_back() -> None:
+        for each, calibrator, calibrating, quantizing in before:
+            each._calibrator, each._if_calib, each._if_quant = calibrator, calibrating, quantizing
+        for module, mode in training:
+            module.training = mode
+
+    with _only_collection(model, every), put_back_after(put_back):
+        for each in every:
+            each._if_calib = each._if_quant = False
+        for name, quantizer in watched.items():
+            calibrator = quantizer.fresh_calibrator(histograms)
+            calibrator.watch, calibrator.quantizer = watch, name
+            quantizer._calibrator, quantizer._if_calib = calibrator, True
+        model.train(dropout)
+        with torch.no_grad(), kept_random(sorted(set(devices), key=str)):
+            if dropout:
+                torch.manual_seed(_SEED)
+            yield watch
+
+
+@contextmanager
+def _only_collection(model: nn.Module, every: Sequence[TensorQuantizer]) -> Iterator[None]:
+    """Two collections at once would each take the other's calibrators for what was there before."""
+    wanted = {id(each) for each in every}
+    owned: set[int] = set()
+    with put_back_after(lambda: _COLLECTING.difference_update(owned)):
+        with _STARTING:
+            other = bool(_COLLECTING & wanted)
+            if not other:
+                owned.update(wanted)
+                _COLLECTING.update(wanted)
+        if other:
+            raise CalibrationError(
+                f"another collection or calibration of this {type(model).__name__} is running; wait for it, or give "
+                "each thread a copy of the model"
+            )
+        yield
+
+
+def _run(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    watched: Mapping[str, TensorQuantizer],
+    watch: Watch,
+    counts: list[int],
+) -> None:
+    total = len(batches) if isinstance(batches, Sized) else None
+    chunk = chunk_size(model)
+    labels = not getattr(model.config, "is_encoder_decoder", False)  # those of an encoder-decoder are its decoder's
+    for index, batch in enumerate(track(batches, "calibrating", total)):
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"batch {index} is a {type(batch).__name__}, wanted a dict of the model's arguments, such as "
+                "tokenizer(texts, padding=True, return_tensors='pt')"
+            )
+        try:
+            _check_names(model, batch)
+            inputs = trimmed(checked_examples(model, batch, "it"), chunk, labels)
+            check_decoder(model.config, inputs)
+            watch.padding.begin(inputs)
+        except (ModelError, CalibrationError) as error:
+            raise CalibrationError(f"batch {index}: {error}") from None
+        watch.seen.clear()
+        try:
+            model(**inputs)
+        except CalibrationError as error:
+            raise CalibrationError(f"batch {index}: {error}") from None
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise CalibrationError(f"batch {index}: {type(model).__name__} cannot run it: {error}") from error
+        _check_finite(watched, watch.called, index)
+        watch.settle(each._calibrator for each in watched.values())
+        mask = inputs.get("attention_mask")
+        ids = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim >= 2), None)
+        size = ids.shape if mask is None and ids is not None else mask.shape if mask is not None else (0, 0)
+        counts[0] += 1
+        counts[1] += int(torch.Size(size[: 1 if mask is None else -1]).numel())
+        counts[2] += int((mask != 0).sum()) if mask is not None else int(torch.Size(size[:2]).numel())
+    watch.seen.clear()
+    if counts[0] == 0:
+        raise CalibrationError("there are no batches; give an iterable of dicts of tensors, and not one used up before")
+
+
+def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Most models take any keyword and ignore it: a misspelt mask would count all padding."""
+    known = inspect.signature(model.forward).parameters
+    for name in batch:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+        if name not in known and near:
+            raise CalibrationError(f"it has '{name}', which {type(model).__name__} does not know; write '{near[0]}'")
+
+
+def _check_finite(watched: Mapping[str, TensorQuantizer], called: Iterable[str], index: int) -> None:
+    """One question to the device for a whole batch. ``called`` is in the order in which data came by."""
+    found = [(name, amax) for name in called if (amax := _amax_of(watched[name]._calibrator)) is not None]
+    if not found:
+        return
+    tops = torch.stack([amax.max() for _, amax in found]).cpu()
+    if bool(tops.isfinite().all()):
+        return
+    name, top = next((name, float(top)) for (name, _), top in zip(found, tops, strict=True) if not top.isfinite())
+    what = "a NaN" if top != top else "an infinite value"
+    raise CalibrationError(f"batch {index} gives {what} at {name}; look for it in that batch or in the weights before")
+
+
+def _amax_of(calibrator: Any) -> Tensor | None:
+    if isinstance(calibrator, HistogramCalibrator):
+        return None if calibrator.histogram is None else calibrator.histogram.amax
+    assert isinstance(calibrator, MaxCalibrator)
+    return calibrator.compute_amax()
+
+
+def _gathered(watched: Mapping[str, TensorQuantizer], device: torch.device) -> dict[str, Seen]:
+    found: dict[str, Histogram | None] = {}
+    maxima: dict[str, Tensor | None] = {}
+    for name, quantizer in watched.items():
+        calibrator = quantizer._calibrator
+        if isinstance(calibrator, HistogramCalibrator):
+            found[name] = calibrator.histogram
+        else:
+            maxima[name] = calibrator.compute_amax()
+    both: dict[str, tuple[Histogram | None, Tensor]] = {
+        name: (histogram, histogram.amax) for name, histogram in gather_histograms(found, device).items()
+    }
+    both.update({name: (None, amax) for name, amax in gather_maxima(maxima, device).items()})
+    seen = {}
+    for name, quantizer in watched.items():
+        histogram, top = both.get(name, (None, None))
+        if top is not None and (histogram is None or histogram.total > 0):
+            seen[name] = Seen(histogram, top, quantizer._num_bits, quantizer._unsigned)
+    return seen

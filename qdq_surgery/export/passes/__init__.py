@@ -1,0 +1,1 @@
+"""The passes over an exported graph, one file each."""

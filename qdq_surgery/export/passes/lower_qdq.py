@@ -1,0 +1,239 @@
+"""The tagged nodes become Q/DQ pairs, and weights become integers.
+
+    x -> FakeQuant           becomes   x -> QuantizeLinear -> DequantizeLinear     (one pair for all that read x alike)
+    W -> FakeQuant -> Transpose -> MatMul   becomes   int8 W^T -> DequantizeLinear(axis=1) -> MatMul
+
+A weight is stored the way round in which MatMul takes it, with nothing between DequantizeLinear and MatMul: a Transpose
+there keeps ONNX Runtime, OpenVINO and others from an integer kernel (microsoft/onnxruntime#9869, quic/aimet#4105).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qdq_surgery.errors import ExportError
+from qdq_surgery.export.qparams import Grid
+from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
+
+__all__ = ["Lowered", "lower", "typed_scale"]
+
+
+@dataclass
+class Lowered:
+    """A pair in the graph and the record of it.
+
+    Attributes:
+        site: The record.
+        dequantize: The DequantizeLinear.
+        quantize: The QuantizeLinear; ``None`` for a weight.
+    """
+
+    site: Site
+    dequantize: ir.Node
+    quantize: ir.Node | None = None
+
+
+def lower(
+    graph: ir.Graph, grids: Mapping[str, Grid], activations: str, weights: Mapping[str, NDArray[np.float32]]
+) -> list[Lowered]:
+    """Replace every ``qdq_surgery::FakeQuant`` of ``graph``, in place.
+
+    Args:
+        grids: By the quantizer's name.
+        activations: ``"int8"``, or ``"uint8"`` with 128 as zero point, which is the same grid.
+        weights: Values of parameters in float32 by name, where the graph holds them in less.
+
+    Returns:
+        The pairs, in the order of the graph.
+    """
+    made = _Lowering(graph, activations, weights)
+    for node in [node for node in graph if (node.domain, node.op_type) == (FAKE_QUANT_DOMAIN, FAKE_QUANT)]:
+        grid = grids[node.attributes["quantizer"].as_string()]
+        (value,) = node.inputs
+        assert value is not None
+        if value.is_initializer():
+            made.weight(node, value, grid)
+        else:
+            made.activation(node, value, grid)
+    graph.opset_imports.pop(FAKE_QUANT_DOMAIN, None)
+    return made.pairs
+
+
+class _Lowering:
+    def __init__(self, graph: ir.Graph, activations: str, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        self.graph, self.unsigned, self.weights = graph, activations == "uint8", weights
+        self.pairs: list[Lowered] = []
+        self._activations: dict[tuple[object, ...], Lowered] = {}
+        self._weights: dict[tuple[str, str], tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._names: dict[str, int] = {}
+
+    def activation(self, node: ir.Node, value: ir.Value, grid: Grid) -> None:
+        if grid.amax is None:
+            raise ExportError(
+                f"{grid.name} quantizes a weight that is computed in the graph, and has no range; give it one with "
+                "qdq_surgery.recalibrate_weights"
+            )
+        # One grid moved by 128 is the same grid: what runs on unsigned integers is quantized to the same values.
+        kind, middle = (np.uint8, 0) if grid.unsigned else (np.uint8, 128) if self.unsigned else (np.int8, 0)
+        scale = grid.scale(grid.amax)
+        key = (id(value), kind, middle, grid.axis, scale.tobytes())
+        known = self._activations.get(key)
+        if known is not None:
+            known.site.quantizers.append(grid.name)
+            self._replace(node, known.dequantize.outputs[0])
+            return
+        name = self._unique(grid.name)
+        parameters = [
+            self._constant(f"{name}/scale", typed_scale(scale, _numpy_type(value))),
+            self._zero_point(np.full(scale.shape, middle, kind)),
+        ]
+        assert value.shape is not None
+        attributes = {} if grid.axis is None else {"axis": grid.axis % len(value.shape)}
+        quantize = ir.node("QuantizeLinear", [value, *parameters], attributes, name=f"{name}/QuantizeLinear")
+        quantize.outputs[0].name, quantize.outputs[0].shape = f"{name}/integers", value.shape
+        quantize.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if kind is np.uint8 else ir.DataType.INT8)
+        dequantize = self._dequantize(name, [quantize.outputs[0], *parameters], attributes, node.outputs[0])
+        self.graph.insert_before(node, [quantize, dequantize])
+        self._replace(node, dequantize.outputs[0])
+        self._record(Lowered(Site([grid.name], grid.role, quantize.name, *_named(dequantize)), dequantize, quantize))
+        self._activations[key] = self.pairs[-1]
+
+    def weight(self, node: ir.Node, value: ir.Value, grid: Grid) -> None:
+        """A constant: its integers are stored."""
+        assert value.name is not None
+        _as_matmul(self.graph, node)
+        readers = [use.node for use in node.outputs[0].uses()]
+        turned = bool(readers) and all(_is_transpose(reader) for reader in readers)
+        name = self._unique(grid.name)
+        parameters = self._stored(value, grid, turned)
+        assert value.shape is not None
+        axis = None if grid.axis is None else grid.axis % len(value.shape)
+        axis = 1 - axis if turned and axis is not None else axis
+        attributes = {} if axis is None else {"axis": axis}
+        dequantize = self._dequantize(name, list(parameters), attributes, (readers[0] if turned else node).outputs[0])
+        self.graph.insert_before(node, dequantize)
+        for old in [reader for reader in readers if turned]:
+            ir.convenience.replace_all_uses_with(old.outputs[0], dequantize.outputs[0])
+            self.graph.remove(old, safe=True)
+        if not turned:
+            ir.convenience.replace_all_uses_with(node.outputs[0], dequantize.outputs[0])
+        self.graph.remove(node, safe=True)
+        site = Site([grid.name], "weight", None, *_named(dequantize), transposed=turned)
+        self._record(Lowered(site, dequantize))
+
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Everyone reads ``value`` instead of what ``node`` gives; an output of the graph keeps its name."""
+        if node.outputs[0].is_graph_output():
+            same = ir.node("Identity", [value])
+            same.outputs[0].shape, same.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+            self.graph.insert_before(node, same)
+            name, value = node.outputs[0].name, same.outputs[0]
+            ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+            self.graph.remove(node, safe=True)
+            value.name = name
+            return
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        self.graph.remove(node, safe=True)
+
+    def _stored(self, value: ir.Value, grid: Grid, turned: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Integers, scale and zero point; one copy of a weight that several layers share."""
+        assert value.name is not None
+        assert value.const_value is not None
+        key = (value.name, grid.name + ("/turned" if turned else ""))
+        if key not in self._weights:
+            values = self.weights.get(value.name)
+            if values is None:
+                values = value.const_value.numpy().astype(np.float32)
+            integers, middle = grid.integers(values), 0
+            if grid.role != "weight" and self.unsigned and not grid.unsigned:
+                # A constant where others have an activation: the kernels want it as they want those.
+                integers, middle = (integers.astype(np.int16) + 128).astype(np.uint8), 128
+            scale = typed_scale(grid.scale(grid.amax_of(values)), _numpy_type(value))
+            self._weights[key] = (
+                self._constant(f"{key[1]}/weight", np.ascontiguousarray(integers.T if turned else integers)),
+                self._constant(f"{key[1]}/scale", scale),
+                self._zero_point(np.full(scale.shape, middle, integers.dtype)),
+            )
+        return self._weights[key]
+
+    def _dequantize(self, name: str, inputs: list[ir.Value], attributes: dict[str, int], like: ir.Value) -> ir.Node:
+        node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}/DequantizeLinear")
+        node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{name}/value", like.shape, like.type
+        return node
+
+    def _zero_point(self, array: NDArray[np.generic]) -> ir.Value:
+        """Explicit, because ONNX Runtime rewrites no pair without one; all that are alike are one constant."""
+        name = f"zero_point/{array.dtype}{''.join(f'/{size}' for size in array.shape)}"
+        name += f"/{int(array.reshape(-1)[0])}" if array.any() else ""
+        known = self.graph.initializers.get(name)
+        return known if known is not None else self._constant(name, array)
+
+    def _constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
+        self.graph.register_initializer(value)
+        return value
+
+    def _unique(self, name: str) -> str:
+        """A layer that runs several times (ALBERT's) leaves the same quantizer at several places."""
+        count = self._names[name] = self._names.get(name, 0) + 1
+        return name if count == 1 else f"{name}@{count}"
+
+    def _record(self, pair: Lowered) -> None:
+        self.pairs.append(pair)
+
+
+def _named(dequantize: ir.Node) -> tuple[str, str]:
+    name, value = dequantize.name, dequantize.outputs[0].name
+    assert name is not None
+    assert value is not None
+    return name, value
+
+
+def _numpy_type(value: ir.Value) -> type[np.floating]:
+    return np.float16 if value.dtype == ir.DataType.FLOAT16 else np.float32
+
+
+def typed_scale(scale: NDArray[np.floating], kind: type[np.floating]) -> NDArray[np.floating]:
+    """``scale`` as ``kind``, > 0 there too: what float32 can hold for a range of 0, half precision rounds to 0."""
+    limits = np.finfo(kind)
+    least = limits.smallest_subnormal if kind is np.float16 else limits.tiny
+    typed: NDArray[np.floating] = np.maximum(scale.astype(kind), least)
+    return typed
+
+
+def _is_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+
+
+def _as_matmul(graph: ir.Graph, weight: ir.Node) -> None:
+    """Gemm(x, W, b, transB=1), a linear on two axes, as MatMul and Add.
+
+    A Gemm whose bias is float becomes no integer kernel in ONNX Runtime (QGemm wants every input dequantized).
+    """
+    for use in list(weight.outputs[0].uses()):
+        node = use.node
+        if node.op_type != "Gemm" or use.idx != 1 or node.attributes.get_int("transA", False):
+            continue
+        if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
+            continue
+        made: list[ir.Node] = []
+        factor = weight.outputs[0]
+        if node.attributes.get_int("transB", False):
+            made.append(ir.node("Transpose", [factor], {"perm": [1, 0]}))
+            factor = made[-1].outputs[0]
+        made.append(ir.node("MatMul", [node.inputs[0], factor], metadata_props=dict(node.metadata_props)))
+        made[-1].outputs[0].type = node.outputs[0].type
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]], metadata_props=dict(node.metadata_props)))
+        graph.insert_before(node, made)
+        made[-1].outputs[0].shape, made[-1].outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        name = node.outputs[0].name
+        ir.convenience.replace_all_uses_with(node.outputs[0], made[-1].outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        made[-1].outputs[0].name = name

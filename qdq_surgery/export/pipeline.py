@@ -1,0 +1,77 @@
+"""The graph for one target, from the traced one: passes in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from qdq_surgery.export.onnx_trace import Traced
+from qdq_surgery.export.passes.fold_score_scale import fold_score_factors
+from qdq_surgery.export.passes.lower_qdq import lower
+from qdq_surgery.export.passes.name_nodes import name_nodes
+from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm
+from qdq_surgery.export.profile import Target
+from qdq_surgery.export.qparams import Grid
+from qdq_surgery.onnx_file.origin import describe
+from qdq_surgery.onnx_file.sites import METADATA, Site, dump_sites
+from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.version import __version__
+
+__all__ = ["Built", "build"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished graph and its pairs."""
+
+    model: ir.Model
+    sites: tuple[Site, ...]
+
+
+def build(
+    traced: Traced,
+    qmodel: PreTrainedModel,
+    grids: Mapping[str, Grid],
+    target: Target,
+    activations: str,
+    weights: Mapping[str, NDArray[np.float32]],
+) -> Built:
+    """Lower ``traced`` for ``target``, in place.
+
+    Args:
+        traced: From :func:`qdq_surgery.export.onnx_trace.trace`.
+        grids: By the quantizer's name.
+        activations: ``"int8"`` or ``"uint8"``.
+        weights: Float32 values of parameters that the traced graph holds in half precision.
+    """
+    model, graph = traced.model, traced.model.graph
+    pairs = lower(graph, grids, activations, weights)
+    fold_score_factors(graph, pairs)
+    if target.plain_bias:
+        plain_bias(graph)
+    if target.plain_skip_norm:
+        plain_skip_norm(graph)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    graph.sort()
+    name_nodes(graph)
+    sites = tuple(pair.site for pair in pairs)
+    model.producer_name, model.producer_version = "qdq_surgery", __version__
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.metadata_props.update(
+        {
+            f"{METADATA}version": __version__,
+            f"{METADATA}target": target.name,
+            f"{METADATA}rules": plan_of(qmodel).rules.name,
+            **describe(qmodel, traced.output_class),
+            f"{METADATA}sites": dump_sites(sites),
+        }
+    )
+    return Built(model, sites)

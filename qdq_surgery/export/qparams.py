@@ -1,0 +1,191 @@
+"""What the file needs to know of each quantizer, and whether the file can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdq_surgery.errors import CalibrationError, ExportError
+from qdq_surgery.export.profile import Target
+from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, quantize
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.surgery.model_state import quantizers
+
+__all__ = ["Grid", "read_grids"]
+
+#: How many names a message holds.
+_SHOWN = 12
+
+#: The scale of a range that is 0, for which PyTorch rounds every value to 0: a step so large that each is nearest
+#: to 0, and that half precision holds, times the scale of another tensor too.
+_NO_RANGE = np.float32(4096.0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer grid of one quantizer.
+
+    Attributes:
+        name: The quantizer's qualified name.
+        role: ``"input"`` or ``"weight"``.
+        amax: float32, of one value or one for each channel; ``None`` for a weight whose range is that of its values.
+        axis: The per-channel axis, from the end where it is negative; ``None`` for one range.
+        unsigned, narrow_range: As in :class:`qdq_surgery.rules.spec.QuantSpec`; always 8 bits.
+        native: Whether the model rounds by the native formula (``use_fb_fake_quant``).
+    """
+
+    name: str
+    role: str
+    amax: NDArray[np.float32] | None
+    axis: int | None
+    unsigned: bool
+    narrow_range: bool
+    native: bool
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer."""
+        return 255 if self.unsigned else 127
+
+    def scale(self, amax: NDArray[np.float32]) -> NDArray[np.float32]:
+        """ONNX's scale for ``amax``, float32, same shape, > 0."""
+        ranges = amax.astype(np.float32)
+        scale = ranges / np.float32(self.qmax)
+        none = scale < np.finfo(np.float32).tiny if self.native else ranges <= np.float32(SMALLEST_AMAX)
+        found: NDArray[np.float32] = np.where(none, _NO_RANGE, scale)
+        return found
+
+    def amax_of(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The range, shape () or (channels,); of the values themselves where none is fixed."""
+        if self.amax is not None:
+            return self.amax
+        if self.axis is None:
+            return np.asarray(np.abs(values).max(), dtype=np.float32)
+        others = tuple(axis for axis in range(values.ndim) if axis != self.axis % values.ndim)
+        found: NDArray[np.float32] = np.abs(values).max(axis=others).astype(np.float32)
+        return found
+
+    def integers(self, values: NDArray[np.float32]) -> NDArray[np.int8] | NDArray[np.uint8]:
+        """Constant ``values`` on the grid, by the formula by which the model itself rounds them."""
+        amax = self.amax_of(values)
+        if self.axis is not None:
+            amax = amax.reshape([-1 if axis == self.axis % values.ndim else 1 for axis in range(values.ndim)])
+        work, ranges = torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(np.asarray(amax))
+        found: Tensor
+        if self.native:
+            scale = ranges / self.qmax
+            usable = scale >= torch.finfo(torch.float32).tiny
+            found = (work * torch.where(usable, 1.0 / scale, 0.0)).round_()
+            found = found.clamp_(0 if self.unsigned else -128, self.qmax)
+        else:
+            found = quantize(work, ranges, 8, self.unsigned, self.narrow_range)
+        kind = torch.uint8 if self.unsigned else torch.int8
+        return found.to(kind).numpy()
+
+
+def read_grids(qmodel: PreTrainedModel, target: Target) -> dict[str, Grid]:
+    """The grids of all quantizers that do something, by name.
+
+    Raises:
+        CalibrationError: Some have no range, or are collecting; names them all.
+        ExportError: Some have a grid that the target's operators lack; names them all.
+    """
+    acting = {name: each for name, each in quantizers(qmodel).items() if each.enabled and each._if_quant}
+    collecting = [name for name, each in quantizers(qmodel).items() if each.enabled and each._if_calib]
+    if collecting:
+        raise CalibrationError(
+            f"{_some(collecting)} in the middle of calibration; load their ranges and call disable_calib() first"
+        )
+    _check_ranges(acting)
+    _refuse(acting, target)
+    return {name: _grid(name, each) for name, each in acting.items()}
+
+
+def _check_ranges(acting: dict[str, TensorQuantizer]) -> None:
+    # A weight is a constant: so is its range.
+    without = [name for name, each in acting.items() if each.amax is None and _role(name, each) != "weight"]
+    if without:
+        names = "\n  ".join(without)
+        count = f"{len(without)} quantizers have" if len(without) > 1 else "a quantizer has"
+        raise CalibrationError(
+            f"{count} no range; calibrate the model (qdq_surgery.calibrate), or disable them:\n  {names}"
+        )
+    broken = [
+        name for name, each in acting.items() if each.amax is not None and not bool(torch.isfinite(each.amax).all())
+    ]
+    if broken:
+        raise CalibrationError(f"{_some(broken)} without a finite range; calibrate the model again")
+
+
+def _refuse(acting: dict[str, TensorQuantizer], target: Target) -> None:
+    def refuse(names: Sequence[str], what: str, fix: str) -> None:
+        if names:
+            raise ExportError(f"{_some(names)} {what}; {fix}")
+
+    refuse(
+        [name for name, each in acting.items() if each._num_bits != 8],
+        "of another width than the 8 bits of QuantizeLinear",
+        "disable them for the export, or convert with num_bits: 8",
+    )
+    refuse(
+        [name for name, each in acting.items() if not each._fake_quant or each._learn_amax or each._if_clip],
+        "in a mode of pytorch-quantization that is no fake quantization to a fixed range",
+        "set the ranges with qdq_surgery.calibrate or learn_ranges instead",
+    )
+    refuse(
+        [name for name, each in acting.items() if each._narrow_range and _role(name, each) != "weight"],
+        "with narrow_range on an activation, which QuantizeLinear does not know (it clips at -128)",
+        "convert with narrow_range: false",
+    )
+    if not target.unsigned:
+        refuse(
+            [name for name, each in acting.items() if each._unsigned],
+            f"with an unsigned grid, and {target.name} has only symmetric ones",
+            "convert with unsigned: false",
+        )
+    refuse(
+        [name for name, each in acting.items() if each.amax is not None and _axes(each.amax) > 1],
+        "with ranges along more than one axis",
+        "one axis can have ranges of its own",
+    )
+
+
+def _grid(name: str, quantizer: TensorQuantizer) -> Grid:
+    amax, axis = quantizer.amax, quantizer._axis
+    if isinstance(axis, (tuple, list)):
+        axis = axis[0] if len(axis) == 1 else None
+    if amax is not None:
+        amax = amax.detach().float().cpu()
+        wide = [at for at, size in enumerate(amax.shape) if size != 1]
+        axis = wide[0] - amax.ndim if wide else None  # as it broadcasts
+        amax = amax.reshape(-1) if wide else amax.reshape(())
+    return Grid(
+        name,
+        _role(name, quantizer),
+        None if amax is None else amax.numpy(),
+        axis,
+        bool(quantizer._unsigned),
+        bool(quantizer._narrow_range),
+        bool(quantizer.use_fb_fake_quant),
+    )
+
+
+def _role(name: str, quantizer: TensorQuantizer) -> str:
+    if quantizer.provenance is not None:
+        return quantizer.provenance.role
+    return "weight" if name.endswith("weight_quantizer") else "input"
+
+
+def _axes(amax: Tensor) -> int:
+    return sum(size != 1 for size in amax.shape)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"{len(names)} quantizers ({shown}) are" if len(names) > 1 else f"the quantizer {shown} is"

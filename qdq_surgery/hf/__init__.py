@@ -1,0 +1,1 @@
+"""What only Hugging Face's configs know: sizes, examples, wrappers."""

@@ -1,0 +1,1 @@
+"""Rules x graphs -> plan. Reads only."""

@@ -1,0 +1,93 @@
+"""What a rule file promises to find, held against what was found. A promise that is broken is an error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from qdq_surgery.errors import MatchError, printable
+from qdq_surgery.rules.spec import Rule, RuleSet
+from qdq_surgery.trace.units import Survey, Unit
+
+__all__ = ["Tally", "check_expectations"]
+
+
+@dataclass
+class Tally:
+    """What was found while matching.
+
+    Attributes:
+        places: By rule, every place that its pattern fits, whether or not an earlier rule took it or it is excluded:
+            so that a user's rule for one layer does not break the count of the rule that it overrides.
+        layers: By rule and path of the encoder layer, how many places.
+        misses: By rule, the place where its pattern came furthest, and how far.
+        excluded: Indices of the exclude entries that excluded something.
+    """
+
+    places: dict[str, set[Hashable]] = field(default_factory=dict)
+    layers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    misses: dict[str, tuple[int, str]] = field(default_factory=dict)
+    excluded: set[int] = field(default_factory=set)
+
+    def fit(self, rule: Rule, unit: Unit, place: Hashable) -> None:
+        """The pattern of ``rule`` fits at ``place`` in ``unit``."""
+        places = self.places.setdefault(rule.name, set())
+        if unit.layer is not None and place not in places:
+            self.layers[rule.name, unit.path] += 1
+        places.add(place)
+
+    def miss(self, rule: Rule, depth: int, reason: str) -> None:
+        """The pattern of ``rule`` failed after ``depth`` steps."""
+        if rule.name not in self.misses or depth > self.misses[rule.name][0]:
+            self.misses[rule.name] = (depth, reason)
+
+
+def check_expectations(
+    rules: RuleSet, tally: Tally, found: Survey, model: str, model_type: str, sites: list[str]
+) -> None:
+    """Hold the promises of ``rules`` against ``tally``.
+
+    Args:
+        model: The model's class, for the message.
+        sites: Names of the quantizers, for the message.
+
+    Raises:
+        MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
+    """
+    layers = [unit for unit in found.units if unit.layer is not None and unit.tree is not None]
+    for unit in layers:
+        if unit.tree is not None and unit.tree.failure is not None:
+            raise MatchError(f"the encoder layer {unit.path} of {model} has no graph: {unit.tree.failure}")
+    for rule in rules.rules:
+        where = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
+        nearest = f"; nearest: {tally.misses[rule.name][1]}" if rule.name in tally.misses else ""
+        total = len(tally.places.get(rule.name, ()))
+        if total == 0 and not rule.optional:
+            raise MatchError(
+                f"{where} matches nothing in {model} (pattern {rule.pattern}; {rule.scope}){nearest}; correct its "
+                "pattern or scope, or mark it optional: true"
+            )
+        if rule.expect.total is not None and not rule.expect.total.holds(total):
+            raise MatchError(
+                f"{where} expects {rule.expect.total} matches in all, found {total} in {model}{nearest}; correct the "
+                "rule, or the count if the architecture is meant to differ"
+            )
+        count = rule.expect.layer_count(model_type)
+        if count is None or total == 0:
+            continue
+        for unit in layers:
+            if rule.scope.layers not in (None, "all") and unit.layer not in (rule.scope.layers or ()):
+                continue
+            if not count.holds(tally.layers[rule.name, unit.path]):
+                raise MatchError(
+                    f"{where} expects {count} matches per layer, found {tally.layers[rule.name, unit.path]} in layer "
+                    f"{unit.layer} of {model}{nearest}; correct the rule, or the count if the architecture is meant to "
+                    "differ"
+                )
+    for index, exclude in enumerate(rules.exclude):
+        if index not in tally.excluded:
+            raise MatchError(
+                f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing "
+                f"({printable(exclude.why)}); sites are called for example {', '.join(sites[:4]) or 'nothing'}"
+            )

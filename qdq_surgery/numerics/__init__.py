@@ -1,0 +1,1 @@
+"""Pure functions over tensors: fake quantization, histograms, ranges. No model, no rule."""

@@ -1,0 +1,214 @@
+"""From a calibrated model to a file for one runtime, in one call."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from qdq_surgery.errors import ExportError, ModelError
+from qdq_surgery.export.half_copy import half_copy
+from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, Target, get_target
+from qdq_surgery.export.qparams import read_grids
+from qdq_surgery.export.shared_copy import twin
+from qdq_surgery.hf.sample_inputs import sample_inputs
+from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_file.writer import LARGEST, Draft, data_beside, draft, writable
+from qdq_surgery.onnx_graph.findings import Findings
+from qdq_surgery.prove.lint import lint
+from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.text.optional_imports import require
+from qdq_surgery.text.render import Rendered
+
+if TYPE_CHECKING:
+    from qdq_surgery.export.pipeline import Built
+    from qdq_surgery.prove.parity import Parity
+
+__all__ = ["Export", "export_onnx"]
+
+
+@dataclass(frozen=True)
+class Export(Rendered):
+    """What was written.
+
+    Attributes:
+        path: The file.
+        target: The name of its target.
+        opset: The version of ONNX's operators in it.
+        sites: Its Q/DQ pairs.
+        findings: What each pair enables or blocks on the target.
+        parity: The certificate; ``None`` if none was asked for.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    sites: tuple[Site, ...]
+    findings: Findings
+    parity: Parity | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; the path as it was given."""
+        return {
+            "path": str(self.path),
+            "target": self.target,
+            "opset": self.opset,
+            "sites": [asdict(site) for site in self.sites],
+            "findings": self.findings.to_json(),
+            "parity": None if self.parity is None else self.parity.to_json(),
+        }
+
+    def __rich__(self) -> RenderableType:
+        files = (self.path, *data_beside(self.path)) if self.path.exists() else ()
+        size = sum(file.stat().st_size for file in files)
+        weights = sum(site.role == "weight" for site in self.sites)
+        head = Text(
+            f"{self.path.name} for {self.target}, opset {self.opset}, {size / 1e6:.1f} MB: {weights} weights in int8, "
+            f"{len(self.sites) - weights} Q/DQ pairs for "
+            f"{sum(len(site.quantizers) for site in self.sites if site.role != 'weight')} quantizers of activations"
+        )
+        checked = () if self.parity is None else (self.parity, Text())
+        return Group(head, Text(), *checked, self.findings)
+
+
+def export_onnx(
+    qmodel: PreTrainedModel,
+    path: str | Path,
+    example_inputs: Mapping[str, Any] | None = None,
+    target: str = "onnxruntime",
+    *,
+    opset: int | None = None,
+    dynamic: bool = True,
+    parity: bool = True,
+    activations: str | None = None,
+    precision: str | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write a calibrated model as ONNX with Q/DQ pairs, in the form that one runtime turns into integer kernels.
+
+    Weights are stored as int8. A file that is larger than protobuf allows has its weights beside it, in ``PATH.data``
+    (``PATH.NUMBER.data`` if that is taken by the file that it replaces, until it does).
+
+    Args:
+        qmodel: A converted, calibrated model in eval mode, with any head. It stays as it is.
+        path: The file to write, which ends in ``.onnx``.
+        example_inputs: Keyword arguments of the model's forward to trace and to check with, such as what a tokenizer
+            gives; they decide which inputs the file has. Left out, they are made from the config.
+        target: ``onnxruntime``, ``openvino`` or ``tensorrt``; see :data:`qdq_surgery.export.profile.TARGETS`.
+        opset: The version of ONNX's operators; the target's own if left out.
+        dynamic: Whether batch and sequence stay open. Otherwise the file takes the example's shapes only.
+        parity: Whether to compare the file with the model, site by site, before it takes its place.
+        activations: ``int8``, or ``uint8`` with 128 as zero point, which is the same grid. The target's own if left
+            out: for ONNX Runtime that of this machine's CPU, so give it if the file is for another (``int8`` for Arm).
+        precision: ``float32``, or for TensorRT ``float16``: what is not INT8 is then half precision in the file, as its
+            strongly typed networks want it.
+        overwrite: Whether a file that exists is replaced, with its weights, when the new one is complete and checked.
+            Links, devices and the like are never replaced.
+
+    Returns:
+        What was written, with the certificate. The outputs of the file are the fields of the model's output class.
+
+    Raises:
+        CalibrationError: Quantizers have no range; names them all.
+        ExportError: There is no such target, opset, precision; a quantizer's grid has no form in ONNX; the file cannot
+            be written, or is there already; the model cannot be traced.
+        ParityError: The file computes something else; names the first site. Nothing is left behind.
+        ModelError: The model is not converted, is in train mode, or a package is missing; says which extra has it.
+    """
+    chosen = get_target(target)
+    opset = _opset(chosen, opset)
+    activations = _one_of("activations", activations, ACTIVATIONS, chosen.activations, target)
+    precision = _one_of("precision", precision, PRECISIONS, chosen.precisions, target)
+    for package in ("onnx", "onnx_ir", "onnxscript"):
+        require(package, "exporting to ONNX")
+    file = writable(path, overwrite)
+    plan_of(qmodel)
+    if qmodel.training:
+        raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
+    _check_dtype(qmodel, precision)
+    grids = read_grids(qmodel, chosen)
+    source, weights = twin(qmodel), {}
+    inputs = sample_inputs(source, example_inputs, dynamic)
+
+    from qdq_surgery.export.onnx_trace import trace
+    from qdq_surgery.export.pipeline import build
+
+    if precision == "float16":
+        weights = _float_weights(source)
+        source = half_copy(source, grids)
+        inputs = {
+            name: value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+    built = build(trace(source, inputs, opset, dynamic), qmodel, grids, chosen, activations, weights)
+    findings = lint(built.model)
+    with draft(file, overwrite) as temporary:
+        _save(built, temporary)
+        certificate = _certified(source, temporary.graph, inputs, chosen) if parity else None
+    return Export(file, target, opset, built.sites, findings, certificate)
+
+
+def _save(built: Built, file: Draft) -> None:
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in built.model.graph.initializers.values() if value.const_value)
+    ir.save(built.model, file.graph, external_data=file.data.name if size > LARGEST else None)
+
+
+def _certified(model: PreTrainedModel, file: Path, inputs: Mapping[str, Any], target: Target) -> Parity:
+    from qdq_surgery.prove.parity import certify
+
+    asked, left_out = ["onnxruntime"], []
+    if target.name == "openvino":
+        if importlib.util.find_spec("openvino") is None:
+            left_out.append("OpenVINO, which is not installed; pip install 'qdq-surgery[openvino]'")
+        else:
+            asked.append("openvino")
+    if target.name == "tensorrt":
+        left_out.append("TensorRT, which needs an engine; scripts/benchmark_tensorrt.sh builds one")
+    certificate = replace(certify(model, file, inputs, asked), left_out=tuple(left_out))
+    certificate.require()
+    return certificate
+
+
+def _check_dtype(qmodel: PreTrainedModel, precision: str) -> None:
+    kinds = {each.dtype for each in qmodel.parameters() if each.is_floating_point()}
+    other = sorted(str(kind).removeprefix("torch.") for kind in kinds - {torch.float32, getattr(torch, precision)})
+    if other:
+        raise ModelError(
+            f"this {type(qmodel).__name__} is in {other[0]}, and the file is to be in {precision}; call .float() first"
+        )
+
+
+def _opset(target: Target, opset: int | None) -> int:
+    first, last = target.opsets
+    if opset is None:
+        return target.opset
+    if not first <= opset <= last:
+        raise ExportError(f"opset {opset} is not supported for {target.name}; choose one of {first} to {last}")
+    return opset
+
+
+def _one_of(what: str, value: str | None, known: tuple[str, ...], allowed: tuple[str, ...], target: str) -> str:
+    if value is None:
+        return allowed[0]
+    if value not in known:
+        raise ExportError(f"there is no {what} '{value}'; choose one of {', '.join(known)}")
+    if value not in allowed:
+        raise ExportError(f"{what} '{value}' is not supported for {target}; choose {' or '.join(allowed)}")
+    return value
+
+
+def _float_weights(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
+    return {
+        name: value.detach().float().cpu().numpy() for name, value in model.named_parameters(remove_duplicate=False)
+    }

@@ -1,0 +1,1 @@
+"""Which values of an activation belong to padded tokens."""

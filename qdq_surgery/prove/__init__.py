@@ -1,0 +1,1 @@
+"""Proofs about an exported file: the linter, the certificate, the receipt."""

@@ -1,0 +1,363 @@
+"""The certificate: the file computes what the PyTorch model computes, site by site.
+
+Fake-quantized values lie on a grid, so a difference in the last bit of a float becomes, at a value half-way between two
+steps, a difference of a whole step, and one step leads to others further on. A comparison of the outputs alone can
+therefore not tell a wrong scale from an unlucky tie. So each site is compared by itself: the runtime's value at every
+site is fetched, PyTorch runs with these values in place of its own quantizers' results, and each quantizer's own result
+is held against the runtime's. What differs then arose between two neighbouring sites.
+
+A site agrees if every element is the same but for elements that lie half-way between two steps, which may be one step
+apart. With optimisations on, values inside are fused away; there the outputs are compared. Ties alone can move them
+by a third of what quantization itself changes (all-MiniLM-L6-v2, ONNX Runtime without optimisations), so they agree if
+they differ by no more than half of that, or are as near to the float model's as PyTorch's quantized ones are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdq_surgery.errors import ExportError, ParityError
+from qdq_surgery.hf.chunking import unchunked
+from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_file.stored import read_sites, stored_weights
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
+from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
+from qdq_surgery.text.optional_imports import require
+from qdq_surgery.text.render import Rendered
+
+__all__ = ["Check", "Parity", "SiteCheck", "certify"]
+
+#: How far from the middle between two steps a value may lie that two float computations round apart, in steps. A
+#: float32 product of 3072 terms is off by about 1e-6 of its range, which is 127 steps wide. In half precision any
+#: value may be.
+_TIE = {torch.float32: 0.02, torch.float16: 1.0}
+#: How far from the grid a runtime's value may lie, in steps: only the multiplication by the scale is between.
+_OFF_GRID = {torch.float32: 2e-3, torch.float16: 0.25}
+#: How far apart two values may always lie: by what half precision rounds the smallest scales, times 128.
+_NOTHING = {torch.float32: 0.0, torch.float16: 2.0**-17}
+#: Largest difference of outputs over their largest magnitude, when all quantizers agree.
+_OUTPUT = {torch.float32: 1e-4, torch.float16: 2e-2}
+#: Optimised: norm of the difference over norm of what quantization changes.
+_SHARE = 0.5
+#: Optimised: distance to the float model's outputs over that of PyTorch's quantized ones.
+_ERROR = 1.1
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """One quantizer's values, the runtime's against PyTorch's own.
+
+    Attributes:
+        quantizer: Its name.
+        elements: How many there were.
+        ties: How many lie half-way between two steps and were rounded the other way.
+        wrong: How many differ otherwise.
+        worst: The largest difference, in steps.
+    """
+
+    quantizer: str
+    elements: int
+    ties: int
+    wrong: int
+    worst: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """A runtime in one mode against PyTorch.
+
+    Attributes:
+        runtime: In words.
+        version: Of the runtime.
+        sites: In the order of the graph; none where optimisations fuse them away.
+        outputs: For each output the largest difference over its largest magnitude. Site by site: with the runtime's
+            values at all sites. Optimised: with PyTorch's own, so that ties count.
+        share: Optimised: the norm of the outputs' difference over the norm of what quantization changes.
+        error: Optimised: the distance to the float model's outputs over that of PyTorch's quantized ones.
+        agrees: The verdict.
+    """
+
+    runtime: str
+    version: str
+    sites: tuple[SiteCheck, ...]
+    outputs: dict[str, float]
+    share: float | None
+    error: float | None
+    agrees: bool
+
+    @property
+    def first(self) -> SiteCheck | None:
+        """The first site that diverges."""
+        return next((site for site in self.sites if site.wrong), None)
+
+    def words(self) -> str:
+        """The verdict in a sentence."""
+        if self.agrees:
+            return "agrees"
+        if self.first is not None:
+            site = self.first
+            return (
+                f"diverges first at {site.quantizer}: {site.wrong} of {site.elements} values differ, by up to "
+                f"{site.worst:.3g} steps"
+            )
+        worst = max(self.outputs, key=lambda name: self.outputs[name])
+        if self.share is not None and self.error is not None:
+            return (
+                f"differs from PyTorch by {self.share:.0%} of what quantization changes, and from the float model by "
+                f"{self.error:.2f} x what PyTorch does"
+            )
+        return f"every site agrees, and the output '{worst}' differs by {self.outputs[worst]:.1e} of its magnitude"
+
+
+@dataclass(frozen=True)
+class Parity(Rendered):
+    """The certificate of one file.
+
+    Attributes:
+        model: Name of the model's class, with its head.
+        checks: One for each runtime and mode.
+        left_out: Runtimes that were not asked, and why.
+    """
+
+    model: str
+    checks: tuple[Check, ...]
+    left_out: tuple[str, ...] = field(default=())
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every check does."""
+        return all(check.agrees for check in self.checks)
+
+    def require(self) -> None:
+        """Nothing, if all agree.
+
+        Raises:
+            ParityError: Names the runtime and the first site that diverges.
+        """
+        failed = [check for check in self.checks if not check.agrees]
+        if failed:
+            # Where a site is known, its name says more than what became of the outputs.
+            check = next((check for check in failed if check.first is not None), failed[0])
+            raise ParityError(
+                f"{self.model} on {check.runtime} is not the PyTorch model: {check.words()}; nothing is wrong with "
+                "your model, the file or the runtime is: report it, or export with parity=False to look at the file"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for column in ("runtime", "sites", "values", "ties", "outputs differ by", "error", "verdict"):
+            table.add_column(column, justify="left" if column in ("runtime", "verdict") else "right", overflow="fold")
+        for check in self.checks:
+            table.add_row(
+                f"{check.runtime} {check.version}",
+                str(len(check.sites)) if check.sites else "fused",
+                f"{sum(site.elements for site in check.sites):,}" if check.sites else "",
+                f"{sum(site.ties for site in check.sites):,}" if check.sites else "",
+                f"{max(check.outputs.values()):.1e}",
+                "" if check.error is None else f"{check.error:.2f} x",
+                check.words(),
+            )
+        legend = Text(
+            "ties: values half-way between two steps, rounded the other way. error: distance to the float model over "
+            "that of PyTorch's quantized one."
+        )
+        notes = [Text(f"not checked: {reason}") for reason in self.left_out]
+        return Group(Text(f"parity of {self.model} with PyTorch", style="bold"), table, legend, *notes)
+
+
+def certify(
+    qmodel: PreTrainedModel, path: str | Path, inputs: Mapping[str, Any], asked: Sequence[str] = ("onnxruntime",)
+) -> Parity:
+    """Compare a file with the model it was exported from.
+
+    Args:
+        qmodel: The model, in eval mode, in the precision of the file.
+        path: The file.
+        inputs: Keyword arguments for both.
+        asked: Names of runtimes.
+
+    Raises:
+        ModelError: A runtime is not installed.
+        ExportError: A runtime cannot run the file, or the file is of another model.
+    """
+    file = Path(path)
+    for name in asked:
+        require(name, "the parity certificate")
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+    sites = read_sites(file)
+    missing = sorted({name for site in sites for name in site.quantizers} - set(quantizers(qmodel)))
+    if missing:
+        raise ExportError(f"{file} is of another model: this {type(qmodel).__name__} has no quantizer {missing[0]}")
+    checks = []
+    for name in asked:
+        for mode in runtimes(name):
+            if mode.optimised:
+                checks.append(_outputs_alone(qmodel, file, inputs, arrays, mode))
+            if not mode.optimised or name != "onnxruntime":
+                checks.append(_site_by_site(qmodel, file, inputs, arrays, sites, mode))
+    return Parity(type(qmodel).__name__, tuple(checks))
+
+
+def _site_by_site(
+    qmodel: PreTrainedModel,
+    file: Path,
+    inputs: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    sites: Sequence[Site],
+    runtime: Runtime,
+) -> Check:
+    values = list(dict.fromkeys(site.value for site in sites if site.role != "weight" or site.quantize is not None))
+    found = {**probe(file, arrays, values, runtime), **stored_weights(file)}
+    forced = _Forced(qmodel, sites, found)
+    with forced:
+        outputs = _differences(_run(qmodel, inputs), found)
+    tolerance = _OUTPUT[_precision(qmodel)]
+    checked = tuple(forced.checks)
+    agrees = not any(site.wrong for site in checked) and all(value <= tolerance for value in outputs.values())
+    words = runtime.words if not runtime.optimised else f"{runtime.words}, site by site"
+    return Check(words, runtime.version, checked, outputs, None, None, agrees)
+
+
+def _outputs_alone(
+    qmodel: PreTrainedModel,
+    file: Path,
+    inputs: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    runtime: Runtime,
+) -> Check:
+    found, wanted = probe(file, arrays, (), runtime), _run(qmodel, inputs)
+    with quantization_disabled(qmodel):
+        floating = _run(qmodel, inputs)
+    apart = _norm({name: found[name] - wanted[name] for name in wanted})
+    change = _norm({name: floating[name] - wanted[name] for name in wanted})
+    outputs = _differences(wanted, found)
+    tolerance = _OUTPUT[_precision(qmodel)]
+    error = _norm({name: found[name] - floating[name] for name in wanted})
+    if all(value <= tolerance for value in outputs.values()):
+        agrees = True
+    else:  # then quantization changes something
+        agrees = apart <= _SHARE * change or error <= _ERROR * change
+    share, nearness = (apart / change, error / change) if change else (0.0, 1.0)
+    return Check(runtime.words, runtime.version, (), outputs, share, nearness, agrees)
+
+
+class _Forced:
+    """While it holds, every quantizer returns what the runtime has in its place, and is held against it."""
+
+    def __init__(self, qmodel: PreTrainedModel, sites: Sequence[Site], values: Mapping[str, NDArray[Any]]) -> None:
+        self._modules, self._values, self._kind = quantizers(qmodel), values, _precision(qmodel)
+        self._sites: dict[str, list[Site]] = {}
+        for site in sites:
+            for name in site.quantizers:
+                self._sites.setdefault(name, []).append(site)
+        self._calls = Counter[tuple[str, int]]()
+        self._hooks: list[Any] = []
+        self.checks: list[SiteCheck] = []
+
+    def __enter__(self) -> _Forced:
+        for name in self._sites:
+            hook = self._modules[name].register_forward_hook(
+                lambda module, inputs, output, name=name: self._replace(name, module, inputs[0], output)
+            )
+            self._hooks.append(hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _replace(self, name: str, quantizer: TensorQuantizer, inputs: Tensor, output: Tensor) -> Tensor:
+        site = self._site(name, output)
+        value = self._values[site.value].astype(np.float32) / np.float32(site.factor)
+        theirs = torch.from_numpy(value.T.copy() if site.transposed else value).reshape(output.shape)
+        self.checks.append(self._compare(name, quantizer, inputs.float().cpu(), output.float().cpu(), theirs, site))
+        return theirs.to(output)
+
+    def _site(self, name: str, output: Tensor) -> Site:
+        """The place of this call: a layer that runs several times has one for each run, but one for a weight.
+
+        What it is given need not come in the order of the file's graph: a linear of DeBERTa's projects tokens, and then
+        a table of positions.
+        """
+        places = self._sites[name]
+        size = output.numel()
+        fitting = [site for site in places if self._values[site.value].size == size] or places
+        call = self._calls[name, size]
+        self._calls[name, size] += 1
+        return fitting[min(call, len(fitting) - 1)]
+
+    def _compare(
+        self, name: str, quantizer: TensorQuantizer, inputs: Tensor, ours: Tensor, theirs: Tensor, site: Site
+    ) -> SiteCheck:
+        scale = _scale(quantizer, inputs)
+        steps = (theirs - ours) / scale
+        whole = steps.round()
+        on_grid = (steps - whole).abs() <= _OFF_GRID[self._kind]
+        place = inputs / scale
+        near_tie = (place - place.floor() - 0.5).abs() <= _TIE[self._kind]
+        same = on_grid & (whole == 0) | ((theirs - ours).abs() <= _NOTHING[self._kind] / min(site.factor, 1.0))
+        tied = on_grid & (whole.abs() == 1) & near_tie
+        wrong = ~(same | tied) | steps.isnan()
+        return SiteCheck(
+            name, inputs.numel(), int(tied.sum()), int(wrong.sum()), float(steps.abs().nan_to_num(torch.inf).max())
+        )
+
+
+def _scale(quantizer: TensorQuantizer, inputs: Tensor) -> Tensor:
+    amax = quantizer._get_amax(inputs).detach().float().cpu()
+    bits = quantizer._num_bits - 1 + int(quantizer._unsigned)
+    scale: Tensor = (amax / (2.0**bits - 1.0)).clamp(min=float(np.finfo(np.float32).tiny))
+    return scale
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), unchunked(model):
+        returned = model(**inputs)
+    made: dict[str, NDArray[Any]] = {}
+
+    def flatten(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            made[name] = value.float().cpu().numpy()
+        elif isinstance(value, (tuple, list)):
+            for at, each in enumerate(value):
+                flatten(f"{name}.{at}", each)
+
+    for name, value in returned.items():
+        flatten(name, value)
+    return made
+
+
+def _differences(wanted: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """For each output, the largest difference over the largest magnitude."""
+    made = {}
+    for name, value in wanted.items():
+        magnitude = max(float(np.abs(value).max(initial=0.0)), float(np.finfo(np.float32).tiny))
+        made[name] = float(np.abs(found[name].astype(np.float32) - value).max(initial=0.0)) / magnitude
+    return made
+
+
+def _norm(values: Mapping[str, NDArray[Any]]) -> float:
+    return float(np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in values.values())))
+
+
+def _precision(model: PreTrainedModel) -> torch.dtype:
+    return model.dtype if model.dtype in _TIE else torch.float32

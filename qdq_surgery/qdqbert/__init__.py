@@ -1,0 +1,1 @@
+"""QDQBERT's classes under their own names."""

@@ -1,0 +1,1 @@
+"""The quantizer modules, and how they are made from specs."""

@@ -1,0 +1,341 @@
+"""Calibrators behind pytorch-quantization's interface: ``collect``, ``compute_amax``, ``reset``.
+
+They are subclasses of its calibrators, so that loops that ask for ``isinstance(..., calib.MaxCalibrator)`` work. What
+they collect does not depend on the order or the grouping of the data; see :mod:`~qdq_surgery.numerics.histogram`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pytorch_quantization import calib
+from pytorch_quantization.calib.calibrator import _Calibrator
+from torch import Tensor
+
+from qdq_surgery.errors import CalibrationError, OptionError
+from qdq_surgery.numerics.histogram import BINS, Histogram, largest
+from qdq_surgery.numerics.range_methods import (
+    START_BIN,
+    channel_mse_amax,
+    entropy_amax,
+    mse_amax,
+    percentile_amax,
+    relative_error,
+)
+from qdq_surgery.padding.call_padding import Padding, Turn
+from qdq_surgery.rules.quant_spec import CALIBRATORS
+
+__all__ = [
+    "DEFAULT_PERCENTILE",
+    "METHODS",
+    "ChannelMseCalibrator",
+    "HistogramCalibrator",
+    "MaxCalibrator",
+    "Watch",
+    "choose",
+]
+
+#: How a range can be chosen. ``best`` is the one of the others whose quantization error is smallest.
+METHODS = tuple(name for name in CALIBRATORS if name != "histogram")
+
+DEFAULT_PERCENTILE = 99.99
+
+#: What ``best`` chooses from.
+CANDIDATES: tuple[tuple[str, float | None], ...] = (
+    ("max", None),
+    ("percentile", 99.9),
+    ("percentile", 99.99),
+    ("percentile", 99.999),
+    ("entropy", None),
+    ("mse", None),
+)
+
+
+@dataclass
+class Watch:
+    """What the calibrators of one model know of the batch that runs.
+
+    Attributes:
+        padding: Its padding.
+        seen: Tensors that were counted already: queries, keys and values start from one.
+        called: Names of the quantizers, in the order in which they first saw something.
+        thread: The one whose calls are counted.
+    """
+
+    padding: Padding
+    called: dict[str, None] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
+    seen: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, Any]] = field(default_factory=dict)
+
+    def settle(self, calibrators: Iterable[Any]) -> None:
+        """The batch is over: whatever could not be decided while it ran is decided now."""
+        if not self.padding.active and self.padding.rows > 1:
+            for each in calibrators:
+                if isinstance(each, HistogramCalibrator):
+                    each.settle()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        return self
+
+
+class _Watching:
+    """A calibrator that may know of padding.
+
+    Attributes:
+        watch: Set while :func:`qdq_surgery.calibration.collect` runs.
+        quantizer: Name of the quantizer that it belongs to.
+        turn: How far it has come in the batch that runs; it is copied with the calibrator, when a block may have to
+            start again.
+    """
+
+    watch: Watch | None = None
+    quantizer: str = ""
+    turn: Turn | None = None
+
+    def _summary(self, values: Tensor) -> tuple[Any, int]:
+        """The summary of ``values``, made once for all calibrators that watch the same batch; how often it counts."""
+        if self.watch is None:
+            return self._summarise(values.detach(), None), 1
+        if self.watch.thread != threading.get_ident():
+            raise CalibrationError(
+                "the model is being calibrated in another thread, which would count this call's data; wait for it, or "
+                "give each thread a copy of the model"
+            )
+        self.watch.called[self.quantizer] = None
+        padding = self.watch.padding
+        if self.turn is None or self.turn.batch != padding.number:
+            self.turn = Turn(padding.number)
+        place = padding.place(self.quantizer, self.turn, values.shape)
+        if place.slices is not None:
+            return self._sum([(self._summarise(each.of(values), None), each.times) for each in place.slices]), 1
+        made = self._shared(self.watch, values, place.invalid)
+        if not padding.active and padding.rows > 1:
+            self.turn.seen.append((tuple(values.shape), made))
+        return made, place.times
+
+    def _shared(self, watch: Watch, values: Tensor, invalid: Tensor | None) -> Any:
+        if values.is_inference():  # such a tensor does not tell whether it has been written to since
+            return self._summarise(values, invalid)
+        key = (id(values), id(invalid), self._kind())
+        known = watch.seen.get(key)
+        if known is not None and known[0]() is values and known[1] == values._version:
+            return known[2]
+        made = self._summarise(values.detach(), invalid)
+        watch.seen[key] = (weakref.ref(values), values._version, made)
+        return made
+
+    def _kind(self) -> Any:
+        raise NotImplementedError
+
+    def _sum(self, found: list[tuple[Any, int]]) -> Any:
+        raise NotImplementedError
+
+    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Any:
+        raise NotImplementedError
+
+
+class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
+    """The largest magnitude, for the whole tensor or for each channel."""
+
+    _calib_amax: Tensor | None
+
+    def collect(self, x: Tensor) -> None:
+        """Take note of a tensor."""
+        amax, _ = self._summary(x)
+        if self._calib_amax is None:
+            self._calib_amax = amax
+        elif self._calib_amax.shape != amax.shape:
+            raise RuntimeError(f"the range had the shape {tuple(self._calib_amax.shape)}, now {tuple(amax.shape)}")
+        else:
+            self._calib_amax = torch.maximum(self._calib_amax, amax)
+        if self._track_amax:
+            self._amaxs.append(amax.cpu().numpy())
+
+    def compute_amax(self) -> Tensor | None:
+        """The range: (), or with 1 in every axis that is not kept; ``None`` before the first tensor."""
+        amax: Tensor | None = self._calib_amax
+        return amax
+
+    def _kind(self) -> Any:
+        return ("max", tuple(self._axis) if isinstance(self._axis, list) else self._axis)
+
+    def _sum(self, found: list[tuple[Tensor, int]]) -> Tensor:
+        return torch.stack([amax for amax, _ in found]).amax(0)
+
+    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Tensor:
+        if self._axis is None:
+            return largest(values, invalid)
+        kept = {axis % values.ndim for axis in (self._axis if isinstance(self._axis, (list, tuple)) else [self._axis])}
+        values = values.abs().float()
+        if invalid is not None:
+            values = values.masked_fill(invalid, 0.0)
+        return values.amax([axis for axis in range(values.ndim) if axis not in kept], keepdim=True)
+
+
+class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore[misc]
+    """Every magnitude in a histogram, from which each method takes its range.
+
+    Args:
+        num_bits, axis, unsigned: As pytorch-quantization has it; ``axis`` is ``None``.
+        num_bins: How many bins at least lie between 0 and the largest magnitude.
+
+    Attributes:
+        histogram: ``None`` before the first tensor.
+    """
+
+    def __init__(self, num_bits: int, axis: None, unsigned: bool, num_bins: int = BINS // 2) -> None:
+        if axis is not None:
+            raise NotImplementedError(f"a histogram is of the whole tensor, but axis is {axis}")
+        _Calibrator.__init__(self, num_bits, axis, unsigned)
+        self._bins = 2 << (num_bins - 1).bit_length()
+        self.histogram: Histogram | None = None
+
+    def collect(self, x: Tensor) -> None:
+        """Count a tensor."""
+        made, times = self._summary(x)
+        made = made.repeated(times)
+        self.histogram = made if self.histogram is None else self.histogram + made
+
+    def settle(self) -> None:
+        """At the end of a batch without padding: what is the same for all rows counts once for each of them."""
+        turn = self.turn
+        if self.watch is None or self.histogram is None or turn is None or len({shape for shape, _ in turn.seen}) < 2:
+            return
+        for (_, made), times in zip(
+            turn.seen, self.watch.padding.repeats(self.quantizer, [shape for shape, _ in turn.seen]), strict=False
+        ):
+            if times > 1:
+                self.histogram = self.histogram + made.repeated(times - 1)
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self.histogram = None
+
+    def compute_amax(
+        self, method: str, *, stride: int = 1, start_bin: int = START_BIN, percentile: float = DEFAULT_PERCENTILE
+    ) -> Tensor | None:
+        """The range, float32, shape (); ``None`` before the first tensor.
+
+        Args:
+            method: One of :data:`METHODS`.
+            stride, start_bin: Candidates of entropy and mse, in bins.
+
+        Raises:
+            CalibrationError: There was a NaN or an infinite value.
+        """
+        if self.histogram is None:
+            return None
+        amax, _ = choose(self.histogram, method, percentile, self._num_bits, self._unsigned, start_bin, stride)
+        return torch.tensor(amax)
+
+    @property
+    def _calib_hist(self) -> Tensor | None:
+        return None if self.histogram is None else self.histogram.table()[0]
+
+    @property
+    def _calib_bin_edges(self) -> Tensor | None:
+        return None if self.histogram is None else self.histogram.table()[1]
+
+    def _kind(self) -> Any:
+        return ("histogram", self._bins)
+
+    def _sum(self, found: list[tuple[Histogram, int]]) -> Histogram:
+        return functools.reduce(operator.add, [each.repeated(times) for each, times in found])
+
+    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Histogram:
+        return Histogram.of(values, invalid, self._bins)
+
+    def __str__(self) -> str:
+        if self.histogram is None:
+            return "HistogramCalibrator(empty)"
+        return f"HistogramCalibrator({self._bins} bins, amax {float(self.histogram.amax):.4g})"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class ChannelMseCalibrator(_Calibrator):  # type: ignore[misc]
+    """The range with the smallest squared error for each channel of a weight."""
+
+    def __init__(self, num_bits: int, axis: int, unsigned: bool, narrow_range: bool) -> None:
+        super().__init__(num_bits, axis, unsigned)
+        self._narrow_range = narrow_range
+        self._weight: Tensor | None = None
+
+    def collect(self, x: Tensor) -> None:
+        """Take the weight, the same each time.
+
+        Raises:
+            CalibrationError: It is another tensor than before, so no weight.
+        """
+        if self._weight is not None and self._weight.data_ptr() != x.data_ptr():
+            raise CalibrationError(
+                "mse with one range per channel is for weights, and this quantizer saw two different tensors; write "
+                "axis: null, or calibrator: max"
+            )
+        self._weight = x.detach()
+
+    def reset(self) -> None:
+        """Forget the weight."""
+        self._weight = None
+
+    def compute_amax(self, *_: Any, **__: Any) -> Tensor | None:
+        """The ranges, with 1 in every axis but the channels'; ``None`` before the first tensor.
+
+        Whatever method a loop for all calibrators asks for, this one's is mse.
+        """
+        if self._weight is None:
+            return None
+        return channel_mse_amax(self._weight, self._axis, self._num_bits, self._unsigned, self._narrow_range)
+
+
+def choose(
+    histogram: Histogram,
+    method: str,
+    percentile: float | None = None,
+    num_bits: int = 8,
+    unsigned: bool = False,
+    start_bin: int = START_BIN,
+    stride: int = 1,
+) -> tuple[float, str]:
+    """The range by one method, and the method in words; of ``best``, the one that it took.
+
+    Args:
+        percentile: In percent, for that method; :data:`DEFAULT_PERCENTILE` if left out.
+
+    Raises:
+        CalibrationError: There was a NaN or an infinite value.
+        OptionError: The method is none of :data:`METHODS`.
+    """
+    if method not in METHODS:
+        raise OptionError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
+    top = float(histogram.amax)
+    if not math.isfinite(top):
+        raise CalibrationError(f"there was {'an infinite value' if math.isinf(top) else 'a NaN'} in the data")
+    if top == 0.0:
+        return 0.0, method
+    counts, edges = histogram.table()
+    names: Sequence[tuple[str, float | None]] = CANDIDATES if method == "best" else [(method, percentile)]
+    found: list[tuple[float, float, str]] = []
+    for name, percent in names:
+        if name == "max":
+            amax = top
+        elif name == "percentile":
+            percent = DEFAULT_PERCENTILE if percent is None else percent
+            amax = percentile_amax(counts, edges, percent)
+        else:
+            compute = entropy_amax if name == "entropy" else mse_amax
+            amax = compute(counts, edges, num_bits, unsigned, start_bin=start_bin, stride=stride)
+        amax = min(amax, top)
+        error = relative_error(counts, edges, amax, num_bits, unsigned) if len(names) > 1 else 0.0
+        found.append((error, amax, f"{percent:g} %" if name == "percentile" else name))
+    _, amax, words = min(found, key=lambda item: item[0])
+    return amax, words

@@ -1,0 +1,42 @@
+"""The linear with quantizers on its input and its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_quantization import nn as quant_nn
+from torch import Tensor
+from torch.nn import functional
+
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+
+__all__ = ["QuantLinear"]
+
+
+class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
+    """What an ``nn.Linear`` becomes, in place: same object, same parameters, same hooks.
+
+    ``_input_quantizer`` and ``_weight_quantizer`` are children under pytorch-quantization's names; one of them may be
+    missing where a rule quantizes only the other operand.
+    """
+
+    _input_quantizer: TensorQuantizer | None
+    _weight_quantizer: TensorQuantizer | None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
+        if self._input_quantizer is not None:
+            input = self._input_quantizer(input)  # noqa: A001
+        weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
+        return functional.linear(input, weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for own, quantizer in self._modules.items():
+            name = f"{prefix}{own}._amax"
+            amax = state_dict.get(name)
+            # (A number fits everywhere: it is one range for all channels.)
+            if isinstance(quantizer, TensorQuantizer) and amax is not None and amax.ndim > 0:
+                weight = self.weight.shape if quantizer is self._weight_quantizer else None
+                problem = quantizer.misfit(amax.shape, weight)
+                if problem is not None:
+                    args[-1].append(f"{name}: {problem}")  # torch's list of errors, which it raises at the end

@@ -1,0 +1,440 @@
+"""The quantizer: pytorch-quantization's ``TensorQuantizer`` without the defects that keep it from a CPU or an exporter.
+
+It is a subclass, so that ``isinstance`` checks and loops written for QDQBERT work. What differs from version 2.1.3:
+a state dict with ranges loads into a fresh model on any device; ``amax`` stays float32 on the model's device when the
+model is cast; float16 and bfloat16 are quantized; nothing is logged; the scale comes from a buffer, so that it can be
+traced; and each quantizer knows the rule that put it there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_quantization import calib, tensor_quant
+from pytorch_quantization import nn as quant_nn
+from torch import Tensor, nn
+
+from qdq_surgery.errors import CalibrationError
+from qdq_surgery.numerics.fake_quant import (
+    exporting_to_onnx,
+    fake_quant,
+    learned_fake_quant,
+    native_fake_quant,
+    onnx_fake_quant,
+)
+from qdq_surgery.quantize.calibrators import ChannelMseCalibrator, HistogramCalibrator, MaxCalibrator
+from qdq_surgery.quantize.export_node import tag
+from qdq_surgery.rules.quant_spec import QuantSpec
+
+__all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
+
+#: A learned range does not fall below this.
+_SMALLEST = 1e-6
+
+#: One thread at a time says who holds a quantizer off.
+_HOLDING = threading.Lock()
+
+#: What every module has of its own: tables of parameters, children and hooks, and their types.
+_TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
+
+
+class Provenance(NamedTuple):
+    """Why a quantizer is where it is.
+
+    Attributes:
+        quantizer: Its qualified name in the model that was converted.
+        role: ``"input"`` or ``"weight"``.
+        rule: Name of the rule.
+        rules: Name of the rule set.
+        why: The rule's own reason.
+        declared: The rule's place, ``file:line``.
+        operand: What is quantized, such as ``matmul(q)``.
+        source: Where the operator stands in the modelling file, ``file:line``.
+        descriptor: The spec in words, such as ``int8 per-tensor max``.
+    """
+
+    quantizer: str
+    role: str
+    rule: str
+    rules: str
+    why: str
+    declared: str
+    operand: str
+    source: str
+    descriptor: str
+
+
+class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
+    """A fake quantizer with a calibrator.
+
+    Args:
+        descriptor: As pytorch-quantization defines it.
+        spec: The spec it was made from; its calibrator's method is what :meth:`load_calib_amax` uses by itself.
+        provenance: Why it is where it is.
+        device: Where ranges that are loaded or computed later go; follows ``.to(device)``.
+    """
+
+    _amax: Tensor
+    _calibrator: Any
+    #: There is nothing here for transformers to initialise when it loads a model.
+    _is_hf_initialized = True
+    #: Who lets everything pass for a while, see :meth:`hold_off`; a copy has none.
+    _holders: tuple[int, ...] = ()
+    #: The descriptor that a rule's ``default`` meant when this was made; ``None`` where a spec says it all.
+    default: tensor_quant.QuantDescriptor | None = None
+
+    def __init__(
+        self,
+        descriptor: tensor_quant.QuantDescriptor,
+        *,
+        spec: QuantSpec | None = None,
+        provenance: Provenance | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(descriptor)
+        self.spec, self.provenance = spec, provenance
+        self._learns = False
+        self._device = torch.device("cpu") if device is None else device
+        if hasattr(self, "_amax"):  # the descriptor's own
+            fixed = self._amax
+            del self._amax
+            self.set_range(fixed)
+        if type(self._calibrator) is calib.MaxCalibrator:
+            self._calibrator = self.fresh_calibrator(histogram=False)
+        elif type(self._calibrator) is calib.HistogramCalibrator:
+            self._calibrator = self.fresh_calibrator(histogram=True)
+
+        if spec is not None and spec.axis is not None and spec.calibrator.name == "mse":
+            self._calibrator = ChannelMseCalibrator(spec.num_bits, spec.axis, spec.unsigned, spec.narrow_range)
+
+    def fresh_calibrator(self, histogram: bool) -> MaxCalibrator | HistogramCalibrator:
+        """An empty calibrator for this quantizer: of histograms, or of maxima (also where each channel has its own)."""
+        if not histogram or self._axis is not None:
+            return MaxCalibrator(self._num_bits, self._axis, self._unsigned)
+        bins = None if self.spec is None else self.spec.calibrator.num_bins
+        return HistogramCalibrator(self._num_bits, None, self._unsigned, *(() if bins is None else (bins,)))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it does anything."""
+        return not self._disabled and not self._holders
+
+    def hold_off(self, holder: int) -> None:
+        """Let everything pass until ``holder``, and whoever else holds it off, lets go. A calibrator still sees it."""
+        with _HOLDING:
+            self._holders = (*(each for each in self._holders if each != holder), holder)
+
+    def let_go(self, holder: int) -> None:
+        """The end of :meth:`hold_off`; also where there was no beginning."""
+        with _HOLDING:
+            self._holders = tuple(each for each in self._holders if each != holder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_holders"}
+
+    def set_range(self, amax: Tensor) -> None:
+        """Set ``amax``, of whatever shape; a range that is learned stays the same parameter if its shape does.
+
+        Raises:
+            ValueError: It is negative somewhere.
+        """
+        amax = amax.detach()
+        if not amax.is_meta and bool((amax < 0).any()):
+            raise ValueError(f"a range cannot be negative, found {float(amax.min())}")
+        # Outside of inference mode, so that the buffer can be saved for a backward pass later.
+        with torch.inference_mode(False):
+            if not hasattr(self, "_amax") or self._amax.shape != amax.shape:
+                self.reset_amax()
+                self.register_buffer("_amax", torch.empty(amax.shape, dtype=torch.float32, device=self._device))
+            self._amax.data.copy_(amax)
+
+    def misfit(self, shape: Sequence[int], weight: Sequence[int] | None = None) -> str | None:
+        """Why a range of this shape cannot be this quantizer's; ``None`` if it can.
+
+        Args:
+            weight: The shape of the weight that it quantizes, if that is known.
+        """
+        found = tuple(shape)
+        if self._axis is None:
+            return (
+                None if found in ((), (1,)) else f"the range has the shape {found}, wanted (), one for the whole tensor"
+            )
+        axes = self._axis if isinstance(self._axis, (tuple, list)) else (self._axis,)
+        rank = len(found) if weight is None else len(weight)
+        if any(not -rank <= axis < rank for axis in axes):
+            return f"the range has the shape {found}, which has no axis {max(axes)}"
+        kept = {axis % rank for axis in axes}
+        sizes = found if weight is None else weight
+        wanted = tuple(size if axis in kept else 1 for axis, size in enumerate(sizes))
+        if found == wanted:
+            return None
+        listed = ", ".join(map(str, axes))
+        return f"the range has the shape {found}, wanted {wanted}, one for each channel of axis {listed}"
+
+    def settle(self, device: torch.device, training: bool, amax: Tensor | None) -> None:
+        """Take the place that a module has in a model that was just loaded.
+
+        Args:
+            device: Where its range belongs, a fixed one or one that is loaded or computed later.
+            training: The module's mode.
+            amax: From a checkpoint: float32, checked already, of whatever shape, and this quantizer's own. ``None``:
+                the range stays.
+        """
+        own = self.__dict__  # nn.Module's way to set an attribute takes longer than all the rest
+        own["training"], own["_device"] = training, device
+        if amax is not None:
+            if self.amax is not None:
+                self.reset_amax()
+            self._buffers["_amax"] = amax if amax.device == device else amax.to(device)
+            self._learn_by_rule()
+        elif self.amax is not None and self._amax.device != device:
+            self.to(device)
+
+    def sibling(self, provenance: Provenance) -> TensorQuantizer:
+        """A new quantizer of the same make, at another place: what the constructor gives, in a tenth of its time.
+
+        Only for one that was never used, and has neither a range nor a clip.
+        """
+        made = TensorQuantizer.__new__(TensorQuantizer)
+        own = made.__dict__
+        own.update(vars(self))
+        for name, kind in _TABLES.items():
+            own[name] = kind()
+        own["provenance"] = provenance
+        if isinstance(self._calibrator, ChannelMseCalibrator):
+            own["_calibrator"] = copy.deepcopy(self._calibrator)
+        elif self._calibrator is not None:
+            own["_calibrator"] = self.fresh_calibrator(isinstance(self._calibrator, HistogramCalibrator))
+        return made
+
+    @property
+    def amax(self) -> Tensor | None:
+        """The range, float32, in the units of the tensor; ``None`` while it is found anew for each tensor."""
+        own: Tensor | None = self._buffers.get("_amax", self._parameters.get("_amax"))
+        return own
+
+    @amax.setter
+    def amax(self, value: Tensor | float | list[float]) -> None:
+        if value is None:
+            raise TypeError("amax cannot be set to None; call reset_amax() to find the range anew for each tensor")
+        amax = torch.as_tensor(value)
+        known = self.amax
+        if known is not None and known.shape != amax.shape:
+            raise TypeError(
+                f"amax has the shape {tuple(known.shape)}, found {tuple(amax.shape)}; call reset_amax() first"
+            )
+        self.set_range(amax)
+
+    def reset_amax(self) -> None:
+        """Forget the range: it is found anew for each tensor, and not learned."""
+        self._learns = False
+        if hasattr(self, "_amax"):
+            del self._amax
+
+    @property
+    def learns(self) -> bool:
+        """Whether the range is a parameter that training moves."""
+        return self._learns
+
+    def learn_amax(self, learn: bool = True) -> None:
+        """Make the range a parameter, or fix it again. Its name in a state dict stays.
+
+        Raises:
+            CalibrationError: There is no range to start from.
+        """
+        amax = self.amax
+        if amax is None:
+            if learn:
+                raise CalibrationError(f"{self._name()} has no range to learn from: calibrate the model first")
+            return
+        if learn == self._learns:
+            return
+        self._learns = learn
+        del self._amax
+        if learn:
+            self._amax = nn.Parameter(amax.detach().clone())
+        else:
+            self.register_buffer("_amax", amax.detach().clone())
+
+    def _learn_by_rule(self) -> None:
+        if self.spec is not None and self.spec.learn and self.amax is not None:
+            self.learn_amax()
+
+    def _name(self) -> str:
+        return "a quantizer" if self.provenance is None else self.provenance.quantizer
+
+    @property
+    def step_size(self) -> Tensor | None:
+        """ONNX's scale: the distance of two neighbours on the grid; ``None`` without a range."""
+        amax = self.amax
+        return None if amax is None else amax / (2.0 ** (self._num_bits - 1 + int(self._unsigned)) - 1.0)
+
+    def enable_calib(self) -> None:
+        if self._calibrator is None:
+            raise ValueError("this quantizer has no calibrator")
+        self._if_calib = True
+
+    def disable_calib(self) -> None:
+        self._if_calib = False
+
+    def enable_quant(self) -> None:
+        self._if_quant = True
+
+    def disable_quant(self) -> None:
+        self._if_quant = False
+
+    def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
+        """Take the range from the calibrator.
+
+        Args:
+            *args, **kwargs: For the calibrator's ``compute_amax``. Left out, the rule's own method is used.
+            strict: Whether to raise, rather than set NaN, when the calibrator has seen nothing.
+
+        Raises:
+            RuntimeError: There is no calibrator, or it has seen nothing.
+        """
+        strict = kwargs.pop("strict", True)
+        calibrator = getattr(self, "_calibrator", None)
+        if calibrator is None:
+            raise RuntimeError("this quantizer has no calibrator")
+        if not args and "method" not in kwargs and isinstance(calibrator, calib.HistogramCalibrator):
+            args, kwargs = self._own_method(kwargs)
+        empty = isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is None
+        amax = None if empty else calibrator.compute_amax(*args, **kwargs)
+        if amax is None:
+            if strict:
+                where = f" ({self.provenance.operand}, rule {self.provenance.rule})" if self.provenance else ""
+                raise RuntimeError(
+                    f"this quantizer's calibrator{where} has seen no tensor: run data through the model between "
+                    "enable_calib() and load_calib_amax(), or pass strict=False"
+                )
+            amax = torch.tensor(math.nan)
+        self.set_range(self.limited(torch.as_tensor(amax)))
+        self._learn_by_rule()
+
+    def limited(self, amax: Tensor) -> Tensor:
+        """``amax``, or the spec's ``max_amax`` where that is less."""
+        return amax if self.spec is None or self.spec.max_amax is None else amax.clamp(max=self.spec.max_amax)
+
+    def _own_method(self, kwargs: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+        calibrator = self.spec.calibrator if self.spec is not None else None
+        if calibrator is None or calibrator.name == "histogram":
+            return (), kwargs
+        if calibrator.percentile is not None:
+            kwargs = {"percentile": calibrator.percentile, **kwargs}
+        return (calibrator.name,), kwargs
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Calibrate on ``inputs``, quantize them, both or neither, as enabled."""
+        if self._disabled:
+            return inputs
+        if self._holders:
+            if self._if_calib:
+                self._calibrate(inputs)
+            return inputs
+        # torch.compile has no export under way, and would break its graph to ask.
+        left = tag(self, inputs) if self._if_quant and not torch.compiler.is_dynamo_compiling() else None
+        if left is not None:
+            return left
+        if self._if_calib:
+            self._calibrate(inputs)
+        if self._if_clip:
+            inputs = self.clip(inputs)
+        return self._quant_forward(inputs) if self._if_quant else inputs
+
+    def _calibrate(self, inputs: Tensor) -> None:
+        if self._calibrator is None:
+            raise RuntimeError("this quantizer has no calibrator")
+        ours = isinstance(self._calibrator, (MaxCalibrator, HistogramCalibrator, ChannelMseCalibrator))
+        # Half precision has no histogram on a CPU; our own take what comes.
+        self._calibrator.collect(inputs if ours else inputs.detach().float())
+
+    def _quant_forward(self, inputs: Tensor) -> Tensor:
+        if self._learn_amax:
+            inputs = self.clip(inputs)
+            amax = torch.max(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
+        else:
+            amax = self._get_amax(inputs)
+        if not self._fake_quant:
+            outputs, self._scale = tensor_quant.tensor_quant(inputs, amax, self._num_bits, self._unsigned)
+            return outputs  # type: ignore[no-any-return]
+        if exporting_to_onnx(inputs):
+            # A weight's range is a constant of the graph even where it was not calibrated, an activation's is not.
+            if self.amax is None and (self.provenance is None or self.provenance.role != "weight"):
+                raise CalibrationError(
+                    f"{self._name()} has no range: calibrate the model before exporting it, or disable this quantizer"
+                )
+            return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
+        if self._learns and amax.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # An optimizer knows of no limit. (Through .data: a layer that runs twice has saved the range by then.)
+            amax.data.clamp_(min=_SMALLEST)
+            return learned_fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+        if self.use_fb_fake_quant:
+            return native_fake_quant(inputs, amax, self._num_bits, self._unsigned)
+        if self._unsigned and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
+            raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
+        return fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
+        # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.
+        amax = self.amax
+        kept = torch.empty(0) if amax is None else amax.data
+        # torch gives a parameter's gradient the parameter's dtype, also for a moment.
+        kept_grad = None if amax is None or amax.grad is None else amax.grad.data
+        super()._apply(fn, recurse)
+        self._device = fn(torch.empty(0, device=self._device)).device
+        if amax is not None and self._amax.dtype != torch.float32:
+            if isinstance(self._amax, nn.Parameter):
+                self._amax.grad = None
+                self._amax.data = kept.to(self._amax.device)
+                if kept_grad is not None:
+                    self._amax.grad = kept_grad.to(self._amax.device)
+            else:
+                self._amax = kept.to(self._amax.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        loaded = state_dict.get(prefix + "_amax")
+        if loaded is not None:
+            known = self.amax
+            if known is None or known.shape != loaded.shape:
+                learned = self.learns
+                self.reset_amax()
+                self.set_range(torch.zeros(loaded.shape))
+                self.learn_amax(learned)
+        # pytorch-quantization's own version logs, and sends the range to a GPU.
+        super(quant_nn.TensorQuantizer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.amax is not None and self._amax.dtype != torch.float32:  # with assign=True it is the checkpoint's
+            if isinstance(self._amax, nn.Parameter):
+                self._amax = nn.Parameter(self._amax.data.float())
+            else:
+                self._amax = self._amax.float()
+        self._learn_by_rule()
+
+
+def make_quantizer(
+    spec: QuantSpec | None, default: tensor_quant.QuantDescriptor, provenance: Provenance, device: torch.device
+) -> TensorQuantizer:
+    """A new quantizer.
+
+    Args:
+        spec: What the rule says; ``None`` where it says ``default``.
+        default: pytorch-quantization's default descriptor for this kind of operand.
+    """
+    if spec is None:
+        made = TensorQuantizer(default, provenance=provenance, device=device)
+        made.default = default
+        return made
+    descriptor = tensor_quant.QuantDescriptor(
+        num_bits=spec.num_bits,
+        axis=None if spec.axis is None else (spec.axis,),
+        unsigned=spec.unsigned,
+        narrow_range=spec.narrow_range,
+        calib_method="histogram" if spec.calibrator.is_histogram and spec.axis is None else "max",
+    )
+    return TensorQuantizer(descriptor, spec=spec, provenance=provenance, device=device)

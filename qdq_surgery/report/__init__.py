@@ -1,0 +1,1 @@
+"""Views of a conversion for people: graph listings, the diff, explanations."""

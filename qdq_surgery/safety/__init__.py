@@ -1,0 +1,1 @@
+"""What keeps a stranger's file data, and a change to a model whole."""

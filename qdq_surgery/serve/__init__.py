@@ -1,0 +1,1 @@
+"""An exported file, run like a Hugging Face model."""

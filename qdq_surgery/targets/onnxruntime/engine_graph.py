@@ -1,0 +1,234 @@
+"""The graph that ONNX Runtime runs: the one it writes when it has optimized a file.
+
+As of 1.31.1: it keeps the name of a product when it makes an integer kernel of it, and adds to it when it merges it
+with what is around: ``fused x``, ``x/MatMulAddFusion``, ``x/MatMulScaleFusion/``. QuantizeLinear nodes that it moves up
+over transposes get names from values (``linear_1_q``), copies of DequantizeLinear a suffix (``/duplicated``), and
+constants that are equal are merged, so that the name of a scale says nothing about the quantizer. A product whose
+weight alone is quantized becomes MatMulNBits, which rounds the other factor by blocks of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qdq_surgery.errors import ModelError
+from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
+from qdq_surgery.onnx_graph.products import MOVES, FileGemm, FileGraph, module_of
+from qdq_surgery.text.optional_imports import require
+
+__all__ = ["run_by_onnxruntime"]
+
+#: Kernels that multiply integers by integers.
+_INTEGER = frozenset(
+    """MatMulIntegerToFloat QLinearMatMul QGemm MatMulInteger DynamicQuantizeMatMul QLinearConv ConvInteger
+    ConvIntegerToFloat QAttention QOrderedMatMul QOrderedAttention""".split()
+)
+#: Kernels with a weight in integers, which round the other factor by themselves or not at all.
+_WEIGHTS = frozenset(("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherMatMulNBits"))
+_FLOAT = frozenset(
+    """MatMul Gemm FusedMatMul FusedGemm FusedMatMulActivation GemmFloat8 TransposeMatMul Conv FusedConv NhwcFusedConv
+    Einsum Attention MultiHeadAttention GroupQueryAttention PackedAttention""".split()
+)
+_GEMMS = _INTEGER | _WEIGHTS | _FLOAT
+#: Which inputs of an integer kernel are the zero points of the two factors: they tell their types.
+_ZERO_POINTS = {"MatMulIntegerToFloat": (4, 5), "QLinearMatMul": (2, 5), "QGemm": (2, 5), "MatMulInteger": (2, 3)}
+_TYPES = {2: "u8", 3: "i8"}  # of onnx.TensorProto
+
+_QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+#: Constants above this many bytes are kept out of the graph that is read.
+_LARGE = 1024
+
+
+def run_by_onnxruntime(graph: FileGraph) -> Executed:
+    """What ONNX Runtime made of the file, on the CPU with all its optimizations.
+
+    Raises:
+        ModelError: It cannot open the file.
+    """
+    runtime = require("onnxruntime", "a receipt of ONNX Runtime")
+    optimized = _Optimized(graph, _optimize(graph.path, runtime))
+    return Executed(
+        str(runtime.__version__),
+        optimized.kernels(),
+        tuple(optimized.leftover()),
+        tuple(optimized.steps()),
+        tuple(optimized.unclaimed()),
+    )
+
+
+def _optimize(path: Path, runtime: Any) -> Any:
+    onnx = require("onnx", "a receipt")
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # errors come as exceptions, too
+    with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
+        file = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(file)
+        entry = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{entry}_file_name", "optimized.data")
+        options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(_LARGE))
+        try:
+            runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base
+            raise ModelError(
+                f"{path} cannot be opened by onnxruntime {runtime.__version__}: {str(error).splitlines()[0]}"
+            ) from error
+        return onnx.load(str(file), load_external_data=False)
+
+
+class _Optimized:
+    def __init__(self, graph: FileGraph, model: Any) -> None:
+        self.graph = graph
+        self.nodes = list(model.graph.node)
+        self.constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        self.producers = {value: node for node in self.nodes for value in node.output}
+        self.readers: dict[str, list[Any]] = {}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.input):
+                self.readers.setdefault(value, []).append(node)
+        self._claimed = self._claim()
+        self._sites = {name: site for site in graph.sites for name in (site.quantize, site.dequantize) if name}
+        # The integers of a pair keep their name wherever its QuantizeLinear goes.
+        self._integers = {
+            value: site
+            for site in graph.sites
+            if site.quantize in graph.nodes
+            for value in graph.nodes[site.quantize].output
+        }
+
+    def kernels(self) -> dict[str, Kernel]:
+        return {gemm.name: self._kernel(gemm) for gemm in self.graph.gemms}
+
+    def unclaimed(self) -> Iterator[str]:
+        """Products that the file does not have."""
+        taken = {id(node) for node in self._claimed.values()}
+        for node in self.nodes:
+            if node.op_type in _GEMMS and id(node) not in taken:
+                yield f"{node.op_type} {node.name}"
+
+    def steps(self) -> Iterator[str]:
+        """Quantizers that are a pass of their own in front of an integer kernel."""
+        for node in self.nodes:
+            if node.op_type == _QUANTIZE and self._feeds(node)[0]:
+                yield self._name(node)
+
+    def leftover(self) -> Iterator[Leftover]:
+        """Q/DQ that no integer kernel needs."""
+        for node in self.nodes:
+            if node.op_type == _DEQUANTIZE:
+                yield self._left(node)
+            elif node.op_type == _QUANTIZE:
+                integer, dequantized = self._feeds(node)
+                if not integer and not dequantized:
+                    yield Leftover(named(self._site(node)), node.name, "its integers reach no integer kernel")
+
+    def _claim(self) -> dict[str, Any]:
+        """The node that runs each product; each node runs one."""
+        claimed: dict[str, Any] = {}
+        for rank in (_same_name, _longer_name, _same_value):
+            taken = {id(node) for node in claimed.values()}
+            found: dict[str, list[Any]] = {
+                gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
+                for gemm in self.graph.gemms
+                if gemm.name not in claimed
+            }
+            wanted = [id(node) for nodes in found.values() for node in nodes]
+            for name, nodes in found.items():
+                # Two that fit are as bad as none.
+                if len(nodes) == 1 and wanted.count(id(nodes[0])) == 1:
+                    claimed[name] = nodes[0]
+        return claimed
+
+    def _kernel(self, gemm: FileGemm) -> Kernel:
+        node = self._claimed.get(gemm.name)
+        if node is None and gemm.constant and not any(self.unclaimed()):
+            return Kernel("constant", "computed when the file is opened")
+        if node is None:
+            return Kernel("unknown", "not found", "no node of the optimized graph can be told to be it")
+        if node.op_type in _INTEGER:
+            return Kernel("int8", self._types(node) + node.op_type)
+        if node.op_type in _WEIGHTS:
+            return Kernel("weights", node.op_type)
+        if node.op_type in _FLOAT:
+            return Kernel("float", node.op_type)
+        return Kernel("hidden", node.op_type, f"inside {node.op_type}, which does not tell how it multiplies")
+
+    def _types(self, node: Any) -> str:
+        """``u8 x i8 in``, as far as it is told."""
+        told = [node.input[at] for at in _ZERO_POINTS.get(node.op_type, ()) if at < len(node.input)]
+        types = [_TYPES.get(self.constants.get(name, 0)) for name in told]
+        return f"{types[0]} x {types[1]} in " if len(types) == 2 and all(types) else ""
+
+    def _left(self, node: Any) -> Leftover:
+        readers = [each for each in self._behind(node) if each.op_type not in MOVES]
+        what = ", ".join(f"{each.op_type} {each.name}" for each in readers) or "an output of the file"
+        module = module_of(readers[0].name) if readers else ""
+        source = node.input[0]
+        if source in self.constants:
+            why = f"a constant, dequantized in every run for {what}"
+        else:
+            quantize = self._source(source)
+            shared = quantize is not None and quantize.op_type == _QUANTIZE and self._feeds(quantize)[0]
+            why = f"dequantized for {what}, which takes floats"
+            why += "; integer kernels read the same integers" if shared else "; quantized for nothing else"
+        return Leftover(named(self._site(node), module), node.name, why)
+
+    def _source(self, value: str) -> Any:
+        """The node in front of the moves that ``value`` went through."""
+        *_, first = self._back(value)
+        return self.producers.get(first)
+
+    def _back(self, value: str) -> Iterator[str]:
+        """``value``, and what it was before the moves that it went through."""
+        yield value
+        node = self.producers.get(value)
+        if node is not None and node.op_type in MOVES:
+            yield from self._back(node.input[0])
+
+    def _feeds(self, quantize: Any) -> tuple[bool, bool]:
+        """Whether its integers reach an integer kernel, and whether a DequantizeLinear."""
+        readers = list(self._behind(quantize))
+        integer = any(each.op_type in _INTEGER or each.op_type.startswith("QLinear") for each in readers)
+        return integer, any(each.op_type == _DEQUANTIZE for each in readers)
+
+    def _behind(self, node: Any) -> Iterator[Any]:
+        """What reads the node's result, behind moves; the moves, too."""
+        for value in node.output:
+            for reader in self.readers.get(value, []):
+                yield reader
+                if reader.op_type in MOVES:
+                    yield from self._behind(reader)
+
+    def _site(self, node: Any) -> Site | None:
+        base = node.name.partition("/duplicated")[0]
+        if base in self._sites:
+            return self._sites[base]
+        # A DequantizeLinear reads them, a QuantizeLinear makes them, both perhaps with moves between.
+        behind = (value for each in self._behind(node) for value in each.output)
+        values = self._back(node.input[0]) if node.op_type == _DEQUANTIZE else (*node.output, *behind)
+        return next((self._integers[value] for value in values if value in self._integers), None)
+
+    def _name(self, node: Any) -> str:
+        site = self._site(node)
+        return node.name if site is None else site.name
+
+
+def _base(node: Any) -> str:
+    return str(node.name).removeprefix("fused ")
+
+
+def _same_name(node: Any, gemm: FileGemm) -> bool:
+    return _base(node) == gemm.name
+
+
+def _longer_name(node: Any, gemm: FileGemm) -> bool:
+    return node.op_type in _GEMMS and _base(node).startswith(f"{gemm.name}/")
+
+
+def _same_value(node: Any, gemm: FileGemm) -> bool:
+    outputs: Sequence[str] = node.output
+    return node.op_type in _GEMMS and any(value in gemm.aliases for value in outputs)

@@ -1,0 +1,1 @@
+"""Words and tables for people, and the optional packages that some of them need."""

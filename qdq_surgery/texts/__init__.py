@@ -1,0 +1,1 @@
+"""Text files as batches of tokens."""

@@ -1,0 +1,1 @@
+"""From a running model to the graphs of its blocks."""

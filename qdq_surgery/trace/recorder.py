@@ -1,0 +1,343 @@
+"""Run one block on example values and write down every operation as a node of a ``torch.fx`` graph.
+
+Real tensors flow through the block's own forward, so Python control flow, C++ code and ``isinstance`` see what they
+always see; a ``TorchFunctionMode`` notes each torch call as it happens. What keeps the graph general:
+
+- *Sizes stay symbolic.* ``x.shape`` gives integers that know their node (:mod:`~qdq_surgery.graph.symbolic_sizes`) and
+  pass that on in arithmetic, so ``x.view(*x.shape[:-1], -1, 64)`` holds for every batch and length.
+- *Decisions are recorded.* A comparison of sizes becomes a node that checks, on each run, that it still turns out the
+  same (:func:`~qdq_surgery.graph.block_graph.expect`). Decisions that cannot be checked are refused with
+  :class:`TraceError`.
+- *Attributes are recorded.* Every plain attribute that the forward read (``training``, a dropout probability) is listed
+  with its value: the graph holds as long as these are the same.
+
+Children are leaves of the graph, called by path. Children that are blocks themselves are recorded on the way, each into
+a routine of its own, so that one pass over an encoder layer gives the tree of its graphs with the links between them.
+Nothing is patched anywhere: the block recorded is a stand-in made for the occasion.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.overrides import TorchFunctionMode
+
+from qdq_surgery.errors import TraceError
+from qdq_surgery.graph.block_graph import (
+    PLAIN,
+    Routine,
+    describe_leaf,
+    flatten_call,
+    join_path,
+    rebuild_call,
+)
+from qdq_surgery.graph.call_targets import apply_of, function_target, is_in_place, tensor_method
+from qdq_surgery.graph.cleanup import tidy
+from qdq_surgery.graph.operators import callable_name, function_operator, is_leaf, module_operator
+from qdq_surgery.graph.replay import copied, example_of
+from qdq_surgery.graph.symbolic_sizes import Real, Size, plain
+from qdq_surgery.trace.autograd_watch import unwatched, watching
+from qdq_surgery.trace.graph_builder import GraphBuilder
+from qdq_surgery.trace.proxy_module import make_stand_in
+from qdq_surgery.trace.source_places import grad_mode_owners, parameter_names
+from qdq_surgery.trace.tensor_facts import CHECKED, DTYPES, FACTS, refusal
+
+__all__ = ["record", "recording_of"]
+
+_SIZE_GETTERS = frozenset({"size", "shape"})
+
+
+def record(
+    block: nn.Module,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    path: str = "",
+    kind: str = "forward",
+    nested: bool = True,
+) -> tuple[Routine, Any]:
+    """Record ``function(block, *args, **kwargs)``.
+
+    Args:
+        block: A shadow, see :mod:`qdq_surgery.graph.shell_copy`.
+        function: The block's forward as its class has it, or the attention function.
+        path: The block's path within the recorded unit.
+        nested: Whether to record the blocks that are called on the way, too. If not, the block is one that is rewritten
+            already and being called: a forward of its own, as accelerate's hooks set one, has let the call through.
+
+    Returns:
+        The routine and what the function returned.
+
+    Raises:
+        TraceError: The function does something that a graph cannot hold, and it is the outermost one.
+    """
+    if nested and kind == "forward" and "forward" in vars(block):
+        raise TraceError(
+            f"this {type(block).__name__} has a forward of its own (accelerate's hooks set one, for example); convert "
+            "the model before it gets one"
+        )
+    recorder = _Recorder(block, path, kind, function, nested)
+    return recorder.routine, recorder.run(function, args, kwargs)
+
+
+def recording_of(module: nn.Module) -> _Recorder | None:
+    """The recorder for which ``module`` stands in, or ``None`` for an ordinary module."""
+    return cast("_Recorder | None", getattr(module, "_qdq_recorder", None))
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.recorder.paused:
+            return func(*args, **(kwargs or {}))
+        with unwatched():
+            return self.recorder.call_torch(func, args, kwargs or {})
+
+
+class _Recorder:
+    """Holds one routine while it is recorded."""
+
+    def __init__(self, block: nn.Module, path: str, kind: str, function: Callable[..., Any], nested: bool) -> None:
+        self.routine = Routine(path, kind, block, getattr(function, "__name__", "forward"))
+        self.block, self.nested = block, nested
+        self.build = GraphBuilder(self.routine, block, type(self).run.__code__)
+        self.build.stand_in = self.stand_in = make_stand_in(block, "", self)
+        self.leaf: Node | None = None  # the autograd function that is running
+        self.grad_modes: dict[int, Node] = {}  # what torch.no_grad and its like found, by their ids
+        self.forbidden: TraceError | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether what runs is not written down."""
+        return self.build.paused
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self.build.paused = value
+
+    def pause(self) -> AbstractContextManager[None]:
+        """While this holds, torch calls are not written down."""
+        return self.build.pause()
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values, paths = flatten_call(args, kwargs)
+        before = example_of(self.block, values)
+        self.routine.argument_paths = tuple(paths)
+        self.routine.signature = tuple(describe_leaf(value) for value in values)
+        names = parameter_names(function)
+        leaves = iter([self._placeholder(value, path, names) for value, path in zip(values, paths, strict=True)])
+        args, kwargs = rebuild_call(args, leaves), rebuild_call(kwargs, leaves)
+        with torch.no_grad(), _Mode(self), watching(self):
+            output = function(self.stand_in, *args, **kwargs)
+        if self.forbidden is not None:  # the forward caught it
+            raise self.forbidden
+        self.routine.output = self.build.argument(output)
+        self.build.graph.output(self.routine.output)
+        tidy(self.build.graph)
+        self.routine.example = before, copied(flatten_call((plain(output),), {})[0]), copied(values)
+        return plain(output)
+
+    def _placeholder(self, value: Any, path: str, names: list[str]) -> Any:
+        head, _, rest = path.partition(".")
+        if head.isdigit():
+            head = names[int(head)] if int(head) < len(names) else f"arg_{head}"
+        name = "_".join(part for part in (head, rest.replace(".", "_")) if part)
+        if isinstance(value, nn.Module):
+            if recording_of(value) is None and value is not self.block:
+                raise TraceError(f"{self.build.where()} is handed a module as argument '{path}'")
+            self.routine.inputs.append(self.build.self_node())
+            return self.stand_in
+        if isinstance(value, torch.Tensor):
+            node = self.build.input(name, path, tuple(value.shape))
+            # A new object for each: the same tensor may be handed over twice under two names.
+            alias = value.detach()
+            self.build.bind(alias, node)
+            self.routine.inputs.append(node)
+            return alias
+        if isinstance(value, float):
+            node = self.build.input(name, path, ())
+            self.routine.inputs.append(node)
+            return self.build.symbol(Real(float(value)), node)
+        if isinstance(value, Size):
+            value = int.__int__(value)
+        if not isinstance(value, PLAIN):
+            remedy = "; call with use_cache=False" if "past" in path or "cache" in path.lower() else ""
+            raise TraceError(
+                f"{self.build.where()} is handed a {type(value).__name__} as argument '{path}', and graphs take "
+                f"tensors and plain values{remedy}"
+            )
+        self.routine.inputs.append(value)
+        return value
+
+    # -- what the stand-ins and the mode report --------------------------------------------------------------
+
+    def note_read(self, path: str, name: str, value: Any) -> None:
+        if not self.paused:
+            self.routine.reads[path, name] = value
+
+    def call_child(self, path: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A child of the block is called: a leaf node, and a routine of its own if it is a block."""
+        node = self.build.node(
+            "call_module",
+            path,
+            args,
+            kwargs,
+            module_operator(child) if is_leaf(child) else "block",
+            name=path.rpartition(".")[2],
+        )
+        node.meta["class"] = type(child)
+        if is_leaf(child) or not self.nested:
+            with self.build.pause():
+                output = child(*plain(args), **plain(kwargs))
+        else:
+            output = self._nested(node, child, type(child).forward, args, kwargs, path=path, kind="forward")
+        return self.build.result(node, output)
+
+    def call_attention(
+        self, target: Callable[..., Any], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The block calls the attention interface: ``args[0]`` is the block itself."""
+        node = self.build.node("call_function", target, args, kwargs, "block", name="attention")
+        if self.nested:
+            output = self._nested(node, self.block, function, args[1:], kwargs, path="", kind="attention")
+        else:
+            with self.build.pause():
+                output = function(self.block, *plain(args[1:]), **plain(kwargs))
+        return self.build.result(node, output)
+
+    def _nested(
+        self,
+        node: Node,
+        block: nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        path: str,
+        kind: str,
+    ) -> Any:
+        whole = join_path(self.routine.path, path)
+        with self.build.pause():
+            args, kwargs = plain(args), plain(kwargs)
+            try:
+                routine, output = record(block, function, args, kwargs, path=whole, kind=kind)
+            except TraceError as error:
+                routine = Routine(whole, kind, block, getattr(function, "__name__", "forward"), failure=str(error))
+                output = function(block, *args, **kwargs)
+        routine.caller, routine.call = self.routine, node
+        node.meta["callee"] = routine
+        self.routine.children.append(routine)
+        return output
+
+    def call_torch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = callable_name(func)
+        if getattr(func, "__name__", None) == "__set__":
+            raise self.build.failure(f"sets {name} of a tensor, which a graph would lose; change its values in place")
+        if name in _SIZE_GETTERS:
+            return self.build.shape_of(args, kwargs)
+        if name in FACTS:
+            self.routine.reads_dtype |= name in DTYPES
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            return self._set_grad_mode(*args)
+        if name == "__len__":
+            size = self.build.size_of(args[0], 0)
+            self.build.fix_size(size, int.__int__(size))
+            return int.__int__(size)
+        if name == "numel":
+            node = self.build.node("call_method", "numel", args, kwargs, "numel")
+            return self.build.symbol(Size(func(*args, **kwargs)), node)
+        if name == "__iter__":
+            return iter(self.call_torch(torch.Tensor.unbind, (args[0], 0), {}))
+        if (reason := refusal(name)) is not None:
+            raise self.build.failure(reason)
+        node = self._operation(func, name, args, kwargs)
+        with self.build.pause():
+            output = func(*plain(args), **plain(kwargs))
+        if name in CHECKED:
+            self.build.expect(self.build.node("call_function", operator.eq, (node, output), {}, "size"), True)
+            return output
+        if name == "__setitem__":
+            return output
+        self._count(node, output)
+        if is_in_place(name) and output is args[0]:
+            # From here on the tensor is what this node returns.
+            self.build.bind(output, node)
+            return output
+        return self.build.result(node, output)
+
+    def _operation(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        op = "size" if name in CHECKED else function_operator(name, args, kwargs)
+        if name == "__get__" or type(func).__name__ == "method-wrapper":
+            return self.build.node("call_function", getattr, (args[0], name), {}, op, name=name)
+        method = tensor_method(func)
+        if method is None:
+            return self.build.node("call_function", function_target(func), args, kwargs, op)
+        if method == "__getitem__":
+            return self.build.node("call_function", operator.getitem, args, kwargs, op)
+        if method == "__setitem__":
+            return self.build.node("call_function", operator.setitem, args, kwargs, op)
+        return self.build.node("call_method", method, args, kwargs, op)
+
+    def _count(self, node: Node, output: Any) -> None:
+        """Python may loop over the parts of an output, so their number is a decision."""
+        if type(output) in (tuple, list):
+            count = self.build.node("call_function", len, (node,), {}, "size")
+            self.build.expect(self.build.node("call_function", operator.eq, (count, len(output)), {}, "size"), True)
+
+    def _set_grad_mode(self, mode: bool) -> None:
+        """``torch.no_grad`` and its like: what they found is put back at their end, whatever it is on that run."""
+        owners, ends = grad_mode_owners()
+        wanted: bool | Node = mode
+        if ends:
+            known = [self.grad_modes[id(owner)] for owner in owners if id(owner) in self.grad_modes]
+            if not known:
+                raise self.build.failure("leaves a torch.no_grad() or its like that was made outside the forward")
+            wanted = known[-1]
+        else:
+            before = self.build.node("call_function", torch.is_grad_enabled, (), {}, "grad_mode")
+            self.build.alive.extend(owners)
+            self.grad_modes.update({id(owner): before for owner in owners if id(owner) not in self.grad_modes})
+        self.build.node("call_function", torch._C._set_grad_enabled, (wanted,), {}, "grad_mode")
+        torch._C._set_grad_enabled(mode)
+
+    # -- what the watch reports ------------------------------------------------------------------------------
+
+    def enter_function(self, frame: FrameType) -> None:
+        """An autograd function is one node, its own forward and backward together."""
+        local = frame.f_locals
+        args, kwargs = local["args"], local["kwargs"]
+        self.leaf = self.build.node("call_function", apply_of(local["cls"]), args, kwargs, "autograd_function")
+        self.paused = True
+
+    def leave_function(self, output: Any) -> None:
+        node, self.leaf, self.paused = self.leaf, None, False
+        if node is None or output is None:
+            return
+        self._count(node, output)
+        parts = output if isinstance(output, tuple) else (output,)
+        for index, part in enumerate(parts):
+            if isinstance(part, torch.Tensor):
+                self.build.bind(part, self.build.item(node, index) if isinstance(output, tuple) else node)
+
+    def forbid(self, what: str) -> None:
+        self.forbidden = self.build.failure(what)
+        raise self.forbidden
+
+    def note_autocast(self) -> None:
+        self.routine.reads_dtype = True

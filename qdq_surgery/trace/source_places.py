@@ -1,0 +1,66 @@
+"""Where in the source a recorded call stands, and what its frames tell."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+__all__ = ["OUR_HOME", "TORCH_HOME", "grad_mode_owners", "parameter_names", "place"]
+
+TORCH_HOME = str(Path(torch.__file__).parent)
+#: The whole package, not this folder of it.
+OUR_HOME = str(Path(__file__).parent.parent)
+
+_GRAD_MODE = str(Path(TORCH_HOME, "autograd", "grad_mode.py"))
+
+
+def place(stop: CodeType) -> tuple[tuple[tuple[str, str, int], ...], str]:
+    """Identity of the place that is running, from the caller of ``stop`` inwards; and file:line of its innermost line.
+
+    Frames of torch and of this package do not count: the place is one in a modelling file.
+    """
+    frames: list[tuple[str, str, int]] = []
+    line = ""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not stop:
+        code = frame.f_code
+        name = _name_outside(code.co_filename)
+        if name is not None:
+            frames.append((name, code.co_name, frame.f_lasti))
+            if code.co_filename != contextlib.__file__:
+                line = line or f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(frames), line
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_outside(path: str) -> str | None:
+    """The name of a file; ``None`` if it is torch's or this package's."""
+    return None if path.startswith((TORCH_HOME, OUR_HOME)) else Path(path).name
+
+
+def grad_mode_owners() -> tuple[list[Any], bool]:
+    """The contexts (``torch.no_grad()`` and its like) that are setting the grad mode now, and whether they end."""
+    owners: list[Any] = []
+    ends = False
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith((TORCH_HOME, OUR_HOME)):
+        if frame.f_code.co_filename == _GRAD_MODE and "self" in frame.f_locals:
+            owners.append(frame.f_locals["self"])
+            ends |= frame.f_code.co_name in ("__exit__", "__call__")
+        frame = frame.f_back
+    return owners, ends
+
+
+def parameter_names(function: Callable[..., Any]) -> list[str]:
+    """Names of the positional parameters after the block itself."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds][1:]

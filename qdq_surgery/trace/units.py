@@ -1,0 +1,240 @@
+"""A model, recorded: which units it has, the tree of routines of each, and which layers are alike.
+
+A *unit* is an encoder layer (an entry of an outermost ``ModuleList``) or another block outside the layers. Layers that
+have the same structure, get the same kind of arguments and read the same attributes are recorded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdq_surgery.errors import ModelError, TraceError
+from qdq_surgery.graph.block_graph import Leaf, Routine, describe_leaf, flatten_call, join_path, rebuild_call
+from qdq_surgery.graph.operators import is_leaf
+from qdq_surgery.graph.replay import copied
+from qdq_surgery.graph.shell_copy import shadow
+from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.trace.attention import QDQ_ATTENTION
+from qdq_surgery.trace.recorder import record
+
+__all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "structure", "survey"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """An encoder layer, or a block outside the layers.
+
+    Attributes:
+        path: Where it lies in the model.
+        layer: Index of the encoder layer; ``None`` outside the layers.
+        tree: What was recorded; shared by layers that are alike. ``None`` if the example never reached it.
+    """
+
+    path: str
+    layer: int | None
+    tree: Routine | None
+
+
+@dataclass
+class Survey:
+    """All units of a model, recorded on one example.
+
+    Attributes:
+        shape: Batch and tokens of the hidden states in the example, which tell residual adds from other adds.
+    """
+
+    units: list[Unit]
+    shape: tuple[int, int] | None
+    calls: dict[str, Call] = field(default_factory=dict, repr=False)
+
+    def types(self) -> list[tuple[Routine, list[Unit]]]:
+        """The distinct recordings, each with the units that share it, in the order of the model."""
+        groups: dict[int, tuple[Routine, list[Unit]]] = {}
+        for unit in self.units:
+            if unit.tree is not None:
+                groups.setdefault(id(unit.tree), (unit.tree, []))[1].append(unit)
+        return list(groups.values())
+
+
+def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
+    """Path and layer index of every unit, in the order of the model. A layer that stands twice is one unit."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, int | None]]:
+        for name, child in module.named_children():
+            where = f"{path}.{name}" if path else name
+            if isinstance(child, nn.ModuleList):
+                # A list of single operators (the linears of a multi-label head) is no list of encoder layers.
+                layers = any(not is_leaf(entry) for entry in child)
+                for index, entry in enumerate(child):
+                    if id(entry) not in seen:
+                        seen.add(id(entry))
+                        yield f"{where}.{index}", index if layers else None
+            elif isinstance(child, PreTrainedModel) or (not is_leaf(child) and _has_list(child)):
+                yield from visit(child, where)
+            else:
+                yield where, None
+
+    yield from visit(model, "")
+
+
+def _has_list(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.ModuleList) for child in module.modules())
+
+
+def layer_of(units: list[Unit], path: str) -> int | None:
+    """The encoder layer that the module at ``path`` belongs to."""
+    for unit in units:
+        if path == unit.path or path.startswith(unit.path + "."):
+            return unit.layer
+    return None
+
+
+def survey(
+    model: PreTrainedModel, inputs: dict[str, Any], *, training: bool = False, calls: dict[str, Call] | None = None
+) -> Survey:
+    """Run ``model`` once on a shadow and record its units.
+
+    Args:
+        inputs: Keyword arguments of the model's forward.
+        training: Record what the blocks do in training mode. The run that finds their arguments is in eval mode.
+        calls: The arguments of each unit, if a run has found them already.
+
+    Raises:
+        ModelError: The model cannot run on these inputs.
+    """
+    ghost = shadow(model)
+    for module in ghost.modules():
+        vars(module)["training"] = False
+    for module in ghost.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            config._attn_implementation_internal = QDQ_ATTENTION
+    paths = list(find_units(ghost))
+    devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
+    with kept_random(devices), torch.no_grad():
+        if calls is None:
+            calls = _find_calls(ghost, [path for path, _ in paths], inputs)
+        if training:
+            for module in ghost.modules():
+                vars(module)["training"] = True
+        units = _record_units(ghost, paths, calls)
+    return Survey(units, _hidden_shape(units, calls), calls)
+
+
+def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    handles = []
+    for path in paths:
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
+            calls.setdefault(path, (args, kwargs))
+
+        handles.append(ghost.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
+    before = [(name, type(module)) for name, module in ghost.named_modules()]
+    try:
+        ghost(**inputs)
+    except Exception as error:
+        raise ModelError(
+            f"{type(ghost).__name__} does not run on the example inputs ({', '.join(inputs)}): "
+            f"{type(error).__name__}: {error}; pass example_inputs= that it takes"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (name, kind), (now_name, now_kind) in zip_longest(
+        before, [(name, type(module)) for name, module in ghost.named_modules()], fillvalue=("", type(None))
+    ):
+        if (name, kind) != (now_name, now_kind):
+            raise ModelError(
+                f"{type(ghost).__name__} changes its own modules while it runs: '{name}' was a {kind.__name__} and is "
+                f"a {now_kind.__name__} now; run the model on such inputs once, then convert it"
+            )
+    return calls
+
+
+def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: dict[str, Call]) -> list[Unit]:
+    units: list[Unit] = []
+    recorded: dict[tuple[Any, ...], list[Routine]] = {}
+    for path, layer in paths:
+        call = calls.get(path)
+        if call is None:
+            units.append(Unit(path, layer, None))
+            continue
+        module = ghost.get_submodule(path)
+        values, names = flatten_call(*call)
+        key = (structure(module), tuple(map(_describe_example, values)), tuple(names))
+        tree = next((tree for tree in recorded.get(key, []) if _reads_same(tree, module)), None)
+        if tree is None:
+            tree = _record_unit(module, call)
+            recorded.setdefault(key, []).append(tree)
+        units.append(Unit(path, layer, tree))
+    return units
+
+
+def _record_unit(module: nn.Module, call: Call) -> Routine:
+    if is_leaf(module):
+        # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
+        module = _Alone(module)
+    # (A layer that changes its arguments must not change those that the next recording is to get.)
+    args, kwargs = (rebuild_call(part, iter(copied(flatten_call((part,), {})[0]))) for part in call)
+    try:
+        return record(module, type(module).forward, args, kwargs)[0]
+    except TraceError as error:
+        return Routine("", "forward", module, "forward", failure=str(error))
+
+
+class _Alone(nn.Module):
+    def __init__(self, leaf: nn.Module) -> None:
+        super().__init__()
+        self.leaf = leaf
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.leaf(*args, **kwargs)
+
+
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """What two blocks must share to be recorded once: classes, names and shapes all the way down."""
+    return tuple(
+        (
+            name,
+            type(child),
+            id(vars(child).get("config")),
+            *((key, tuple(p.shape), p.dtype) for key, p in child._parameters.items() if p is not None),
+        )
+        for name, child in module.named_modules(remove_duplicate=False)
+    )
+
+
+def _describe_example(value: Any) -> Leaf:
+    return (*describe_leaf(value), tuple(value.shape)) if isinstance(value, torch.Tensor) else describe_leaf(value)
+
+
+def _reads_same(tree: Routine, module: nn.Module) -> bool:
+    for routine in tree.walk():
+        if routine.failure is not None:
+            return False
+        for (path, name), value in routine.reads.items():
+            whole = join_path(routine.path, path)
+            owner = module.get_submodule(whole) if whole else module
+            if getattr(owner, name, None) != value:
+                return False
+    return True
+
+
+def _hidden_shape(units: list[Unit], calls: dict[str, Call]) -> tuple[int, int] | None:
+    for unit in units:
+        if unit.layer is not None and unit.path in calls:
+            for value in flatten_call(*calls[unit.path])[0]:
+                if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
+                    return int(value.shape[0]), int(value.shape[1])
+    return None

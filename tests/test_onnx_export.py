@@ -1,0 +1,901 @@
+"""export_onnx: every architecture, target and head computes in the file what it does in PyTorch; what is refused."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import itertools
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import BY_TYPE, batch_for, build, tensors_of
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    LayoutLMConfig,
+    LayoutLMModel,
+    PreTrainedModel,
+)
+
+import qdq_surgery as qs
+from qdq_surgery import onnx_export as module
+from qdq_surgery.export.profile import TARGETS
+from qdq_surgery.export.qparams import read_grids
+from qdq_surgery.hf.example_inputs import make_examples
+from qdq_surgery.hf.sample_inputs import sample_inputs
+from qdq_surgery.onnx_export import Export, export_onnx
+from qdq_surgery.onnx_file.stored import read_metadata, read_sites, stored_weights
+from qdq_surgery.onnx_file.writer import LARGEST
+
+onnx = pytest.importorskip("onnx")
+ir = pytest.importorskip("onnx_ir")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from exported import assert_parity, calibrated, exported, inputs_for, run, traced_once  # noqa: E402
+
+from qdq_surgery.export import onnx_trace as tracing  # noqa: E402
+from qdq_surgery.export.passes import lower_qdq as lowering  # noqa: E402
+from qdq_surgery.export.pipeline import build as build_graph  # noqa: E402
+from qdq_surgery.serve import intermediates as probing  # noqa: E402
+
+#: Values half-way between two steps may go either way, which moves what comes after; more than this on average is more.
+TIES = 0.02
+
+#: Float32 arithmetic of a few layers of width 32, of outputs of size 1.
+FLOAT = 2e-5
+
+#: Other shapes than the one that is traced, one of them a single row.
+SHAPES = ((3, 17), (1, 5))
+
+EVERY_ARCHITECTURE = [
+    *zip(BY_TYPE, itertools.cycle(TARGETS)),
+    *(("bert", target) for target in list(TARGETS)[1:]),
+]
+
+
+def outputs_of(qmodel: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in tensors_of(qmodel(**inputs)).items()}
+
+
+def assert_same(qmodel: PreTrainedModel, file: Export, shape: tuple[int, int]) -> None:
+    """The certificate, and without it: the outputs by name, nearly equal."""
+    inputs = inputs_for(qmodel, shape)
+    assert_parity(qmodel, file.path, inputs)
+    wanted, found = outputs_of(qmodel, inputs), run(file.path, inputs)
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape
+        assert np.abs(found[name] - value).mean() < TIES * max(1.0, float(np.abs(value).mean()))
+
+
+def graph_of(path: Path) -> Any:
+    return ir.load(path).graph
+
+
+# --- every architecture, target and head --------------------------------------------------------------------------
+
+
+#: These have another layer than the first: shared, local, or with other names.
+DEEP = ("bert", "albert", "modernbert")
+
+
+@pytest.mark.parametrize(("model_type", "target"), EVERY_ARCHITECTURE)
+def test_every_architecture(model_type: str, target: str) -> None:
+    deep = model_type in DEEP and (model_type, target) == next(
+        each for each in EVERY_ARCHITECTURE if model_type in each
+    )
+    depth = {} if deep else {"n_layers" if model_type == "distilbert" else "num_hidden_layers": 1}
+    qmodel, file = exported(model_type, target=target, **depth)
+    assert file.parity is not None
+    assert file.parity.agrees
+    for shape in SHAPES:
+        assert_same(qmodel, file, shape)
+    graph = graph_of(file.path)
+    assert {node.domain for node in graph} == {""}
+    counts = Counter(node.op_type for node in graph)
+    weights = sum(site.role == "weight" for site in file.sites)
+    assert counts["QuantizeLinear"] == len(file.sites) - weights
+    assert counts["DequantizeLinear"] == len(file.sites)
+    # Every quantizer is in the file.
+    assert {name for site in file.sites for name in site.quantizers} == set(qs.quantizers(qmodel))
+    assert len({node.name for node in graph}) == len(graph)
+    zeros = {
+        (node.inputs[2].dtype, int(node.inputs[2].const_value.numpy()))
+        for node in graph
+        if node.op_type == "QuantizeLinear"
+    }
+    assert zeros == {{"uint8": (ir.DataType.UINT8, 128), "int8": (ir.DataType.INT8, 0)}[TARGETS[target].activations[0]]}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "albert"])
+def test_each_weight_stands_as_integers_in_front_of_its_product(model_type: str) -> None:
+    _, file = exported(model_type)
+    graph = graph_of(file.path)
+    nodes = {node.name: node for node in graph}
+    weights = [site for site in file.sites if site.role == "weight"]
+    assert weights
+    for site in weights:
+        dequantize = nodes[site.dequantize]
+        integers, scale, zero = (value.const_value for value in dequantize.inputs)
+        assert integers.dtype == zero.dtype == ir.DataType.INT8
+        assert integers.shape[1] == scale.shape[0] == zero.shape[0]
+        assert dequantize.attributes.get_int("axis") == 1
+        assert site.transposed
+        uses = list(dequantize.outputs[0].uses())
+        assert {(use.node.op_type, use.idx) for use in uses} == {("MatMul", 1)}
+        assert len(uses) == (2 if model_type == "albert" else 1)  # one layer's modules for both layers
+        readers = [use.node for use in uses]
+        # Its other operand comes from a pair of its own.
+        source = readers[0].inputs[0].producer()
+        assert source.op_type == "DequantizeLinear"
+        assert source.inputs[0].producer().op_type == "QuantizeLinear"
+        assert readers[0].name.startswith(site.name.removesuffix("._weight_quantizer"))
+    # No float copy is left.
+    sizes = {tuple(nodes[site.dequantize].inputs[0].const_value.shape) for site in weights}
+    for name, value in graph.initializers.items():
+        if value.dtype == ir.DataType.FLOAT and "embed" not in name and "pooler" not in name:
+            assert tuple(value.shape) not in sizes | {size[::-1] for size in sizes}, name
+
+
+HEADS: list[tuple[str, str, dict[str, Any]]] = [
+    *(("bert", head, {}) for head in BY_TYPE["bert"].heads() if head not in ("BertModel", "BertLMHeadModel")),
+    ("bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
+    ("bert", "BertModel", {"output_hidden_states": True}),
+    ("bert", "BertForMaskedLM", {"chunk_size_feed_forward": 3}),
+    ("distilbert", "DistilBertForMultipleChoice", {"n_layers": 1, "num_hidden_layers": None}),
+    ("mobilebert", "MobileBertForNextSentencePrediction", {}),
+    ("modernbert", "ModernBertForMaskedLM", {}),
+    ("deberta-v2", "DebertaV2ForTokenClassification", {}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "head", "options"), HEADS)
+def test_every_head(model_type: str, head: str, options: dict[str, Any]) -> None:
+    settings = {"num_hidden_layers": 1, **options}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    qmodel, file = exported(model_type, head, **settings)
+    assert_same(qmodel, file, (3, 12) if "chunk_size_feed_forward" in options else SHAPES[0])
+    metadata = read_metadata(file.path)
+    assert metadata["class"] == head
+    with torch.no_grad():
+        returned = type(qmodel(**inputs_for(qmodel, SHAPES[0] if "chunk" not in str(options) else (3, 12))))
+    assert metadata["outputs"] == f"{returned.__module__}.{returned.__qualname__}"
+
+
+def test_names_of_inputs_and_outputs() -> None:
+    _, file = exported("bert", "BertModel", num_hidden_layers=1, output_hidden_states=True)
+    graph = graph_of(file.path)
+    assert [value.name for value in graph.outputs] == [
+        "last_hidden_state", "pooler_output", "hidden_states.0", "hidden_states.1"
+    ]  # fmt: skip
+    assert [value.name for value in graph.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert {value.dtype for value in graph.inputs} == {ir.DataType.INT64}
+    assert {str(value.shape) for value in graph.inputs} == {"[batch,sequence]"}
+
+
+@pytest.mark.parametrize("opset", [19, 23])
+def test_the_first_and_the_last_opset(opset: int) -> None:
+    pytest.importorskip("openvino")
+    qmodel, file = exported("bert", target="openvino", opset=opset, num_hidden_layers=1)
+    assert file.opset == opset
+    assert ir.load(file.path).opset_imports == {"": opset}
+    assert_parity(qmodel, file.path, inputs_for(qmodel, SHAPES[0]), "onnxruntime", "openvino")
+
+
+def test_closed_shapes(tmp_path: Path) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    inputs = inputs_for(qmodel, (1, 9))
+    file = export_onnx(qmodel, tmp_path / "model.onnx", inputs, dynamic=False)
+    assert {str(value.shape) for value in graph_of(file.path).inputs} == {"[1,9]"}
+    assert_parity(qmodel, file.path, inputs)
+    with pytest.raises(Exception, match=r"Got: 10 Expected: 9"):
+        run(file.path, inputs_for(qmodel, (1, 10)))
+
+
+@pytest.mark.usefixtures("quick")
+def test_signed_and_unsigned_activations_give_the_same(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    file, other = (
+        export_onnx(tiny, tmp_path / f"{kind}.onnx", activations=kind, parity=False) for kind in ("uint8", "int8")
+    )
+    inputs = inputs_for(tiny, SHAPES[0])
+    one, two = run(file.path, inputs), run(other.path, inputs)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    kinds = [
+        {node.inputs[2].dtype for node in graph_of(each.path) if node.op_type == "QuantizeLinear"}
+        for each in (file, other)
+    ]
+    assert kinds == [{ir.DataType.UINT8}, {ir.DataType.INT8}]
+
+
+# --- what becomes of the quantizers -------------------------------------------------------------------------------
+
+
+def test_one_pair_in_front_of_queries_keys_and_values(tiny: PreTrainedModel) -> None:
+    _, file = exported("bert")
+    for layer in range(2):
+        names = [f"encoder.layer.{layer}.attention.self.{part}._input_quantizer" for part in ("query", "key", "value")]
+        sites = [site for site in file.sites if set(names) & set(site.quantizers)]
+        assert [site.quantizers for site in sites] == [names]
+        assert sites[0].quantize == f"{names[0]}/QuantizeLinear"
+    # With another range for one of them it is another pair.
+    before = len(_pairs(tiny))
+    key = qs.quantizers(tiny)["encoder.layer.0.attention.self.key._input_quantizer"]
+    assert key.amax is not None
+    key.amax = key.amax * 0.5
+    assert len(_pairs(tiny)) == before + 1
+
+
+def _pairs(qmodel: PreTrainedModel) -> list[Any]:
+    """The pairs of activations, from the passes alone."""
+    target = TARGETS["onnxruntime"]
+    traced = traced_once(qmodel, sample_inputs(qmodel, None, True), target.opset, True)
+    built = build_graph(traced, qmodel, read_grids(qmodel, target), target, "int8", {})
+    return [site for site in built.sites if site.role != "weight"]
+
+
+def test_layers_that_are_one() -> None:
+    """ALBERT has one layer's modules for all layers: one copy of each weight, a pair for each run."""
+    qmodel, file = exported("albert")
+    graph = graph_of(file.path)
+    quantizers = qs.quantizers(qmodel)
+    weights = [name for name in quantizers if name.endswith("weight_quantizer")]
+    runs = Counter(name for site in file.sites for name in site.quantizers)
+    assert runs == {name: 1 if name in weights else 2 for name in quantizers}
+    assert set(runs) == set(quantizers)
+    stored = {value.name for value in graph.initializers.values() if value.dtype == ir.DataType.INT8 and value.shape}
+    assert sum(name.endswith("/weight") for name in stored) == len(weights) == 6
+    assert len({site.value for site in file.sites}) == len(file.sites)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "albert"])
+def test_the_scores_factor_is_in_the_queries(model_type: str) -> None:
+    _, file = exported(model_type)
+    size = 8.0  # of a head
+    folded = {site.name: site.factor for site in file.sites if site.factor != 1.0}
+    if model_type == "bert":
+        parts = ("matmul_q_input_quantizer", "query._weight_quantizer")
+        assert set(folded) == {f"encoder.layer.{layer}.attention.self.{part}" for layer in (0, 1) for part in parts}
+    assert all(value == pytest.approx(size**-0.5, rel=1e-6) for value in folded.values())
+    nodes = {node.name: node for node in graph_of(file.path)}
+    queries = [site for site in file.sites if "matmul_q" in site.name]
+    assert len(queries) == 2
+    for site in queries:
+        assert site.factor != 1.0
+        if site.factor != 1.0:
+            (use,) = nodes[site.dequantize].outputs[0].uses()
+            (after,) = use.node.outputs[0].uses()
+            assert (use.node.op_type, after.node.op_type) in (("MatMul", "Add"), ("MatMul", "Softmax"))
+
+
+def stored_as(qmodel: PreTrainedModel, file: Export) -> dict[str, tuple[Any, Any]]:
+    """For each weight: what the file holds, and what PyTorch's quantizer gives."""
+    weights, found = stored_weights(file.path), {}
+    for site in read_sites(file.path):
+        if site.role == "weight":
+            linear = qmodel.get_submodule(site.name.removesuffix("._weight_quantizer"))
+            with torch.no_grad():
+                wanted = linear._weight_quantizer(linear.weight).numpy()
+            found[site.name] = weights[site.value].T / site.factor, wanted
+    return found
+
+
+#: Relative; the scale is rounded once more where a factor was folded in.
+ROUNDED = 3e-7
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("native", [False, True])
+def test_weights_are_what_pytorch_rounds_them_to(native: bool, tiny: PreTrainedModel, tmp_path: Path) -> None:
+    qmodel = tiny
+    for name, each in qs.quantizers(qmodel).items():
+        each.use_fb_fake_quant = native
+        if name.endswith("weight_quantizer"):
+            assert each.amax is not None
+            each.amax = each.amax * 0.7  # clips on both sides
+    file = export_onnx(qmodel, tmp_path / "model.onnx")
+    found = stored_as(qmodel, file)
+    assert len(found) == 6
+    for name, (ours, wanted) in found.items():
+        np.testing.assert_allclose(ours, wanted, rtol=ROUNDED, atol=0, err_msg=name)
+    integers = [
+        value.const_value.numpy()
+        for name, value in graph_of(file.path).initializers.items()
+        if name.endswith("_weight_quantizer/turned/weight")
+    ]
+    assert {int(each.min()) for each in integers} == {-128}
+
+
+def odd() -> PreTrainedModel:
+    """One of everything that is not usual."""
+    qmodel = calibrated(rules="qdqbert", num_hidden_layers=1)
+    quantizers = qs.quantizers(qmodel)
+    layer = "encoder.layer.0"
+    with torch.no_grad():
+        qmodel.get_submodule(f"{layer}.attention.self.query").weight[3] = 0
+        qmodel.get_submodule(f"{layer}.output.dense").weight[:, :] *= torch.linspace(0, 1, 32)[:, None]
+    qs.recalibrate_weights(qmodel)
+    qs.learn_ranges(qmodel)
+    quantizers[f"{layer}.attention.self.key._input_quantizer"].disable()
+    quantizers[f"{layer}.attention.self.value._weight_quantizer"].disable()
+    quantizers[f"{layer}.intermediate.dense._input_quantizer"].disable_quant()
+    quantizers[f"{layer}.intermediate.dense._weight_quantizer"].reset_amax()
+    quantizers[f"{layer}.output.dense._weight_quantizer"]._narrow_range = True
+    probabilities = quantizers[f"{layer}.attention.self.matmul_a_input_quantizer"]
+    probabilities._unsigned = True
+    empty = quantizers[f"{layer}.attention.self.matmul_k_input_quantizer"]
+    empty.learn_amax(False)
+    empty.amax = torch.tensor(0.0)
+    quantizers[f"{layer}.output.add_local_input_quantizer"].use_fb_fake_quant = True
+    return qmodel
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_quantizers_of_every_kind(target: str, tmp_path: Path) -> None:
+    qmodel = odd()
+    if target == "onnxruntime":  # no kernel of OpenVINO for a CPU has these
+        residual = qs.quantizers(qmodel)["encoder.layer.0.output.add_residual_input_quantizer"]
+        residual.reset_amax()
+        residual.amax = torch.linspace(0.5, 3.0, 32)[None, None]
+    file = export_onnx(qmodel, tmp_path / "model.onnx", target=target)
+    assert_same(qmodel, file, SHAPES[0])
+    named = {name for site in file.sites for name in site.quantizers}
+    off = {name for name, each in qs.quantizers(qmodel).items() if not (each.enabled and each._if_quant)}
+    assert len(off) == 3
+    assert named == set(qs.quantizers(qmodel)) - off
+    graph = graph_of(file.path)
+    assert not [node.name for node in graph if any(node.name.startswith(f"{name}/") for name in off)]
+    for name, value in graph.initializers.items():
+        if "_quantizer" in name and "/scale" in name:
+            assert value.const_value.numpy().min() > 0, name
+    nodes = {node.name: node for node in graph}
+    probabilities = nodes["encoder.layer.0.attention.self.matmul_a_input_quantizer/QuantizeLinear"]
+    assert probabilities.inputs[2].dtype == ir.DataType.UINT8
+    assert probabilities.inputs[2].const_value.numpy() == 0
+    residual = nodes["encoder.layer.0.output.add_residual_input_quantizer/QuantizeLinear"]
+    assert residual.attributes.get_int("axis", 0) == (2 if target == "onnxruntime" else 0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_runtime_has_no_kernel_for(tiny: PreTrainedModel, folder: Path) -> None:
+    pytest.importorskip("openvino")
+    quantizer = qs.quantizers(tiny)["encoder.layer.0.output.add_residual_input_quantizer"]
+    quantizer.reset_amax()
+    quantizer.amax = torch.linspace(0.5, 3.0, 32)[None, None]
+    said = refusal(tiny, folder, target="openvino")
+    assert said.startswith(
+        "openvino cannot run model.onnx: FakeQuantize node with name 'encoder.layer.0.output.add_res"
+    )
+
+
+def test_without_a_single_quantizer(tmp_path: Path) -> None:
+    """The float model, to float precision."""
+    qmodel = calibrated("distilbert")
+    for each in qs.quantizers(qmodel).values():
+        each.disable()
+    file = export_onnx(qmodel, tmp_path / "model.onnx")
+    assert file.sites == ()
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in graph_of(file.path)}
+    for shape in SHAPES:
+        inputs = inputs_for(qmodel, shape)
+        wanted = outputs_of(qmodel, inputs)["last_hidden_state"]
+        np.testing.assert_allclose(run(file.path, inputs)["last_hidden_state"], wanted, rtol=0, atol=FLOAT)
+
+
+HEAD_TOO = """
+schema: 1
+name: head-too
+why: every linear, also the one whose weight is the embeddings'
+specs:
+  activation: {num_bits: 8, calibrator: max}
+  weight: {num_bits: 8, axis: 0}
+rules:
+  - name: linear
+    why: all of them
+    match: {pattern: "linear(x, w)"}
+    quantize: {x: activation, w: weight}
+"""
+
+
+def test_a_tied_embedding_is_looked_up_in_float(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(HEAD_TOO)
+    qmodel = calibrated("bert", "BertForMaskedLM", str(tmp_path / "rules.yaml"), num_hidden_layers=1)
+    assert qmodel.cls.predictions.decoder.weight is qmodel.bert.embeddings.word_embeddings.weight
+    file = export_onnx(qmodel, tmp_path / "model.onnx")
+    assert_same(qmodel, file, SHAPES[0])
+    site = next(site for site in file.sites if site.name == "cls.predictions.decoder._weight_quantizer")
+    assert site.transposed
+    tables = [value for value in graph_of(file.path).initializers.values() if tuple(value.shape) == (60, 32)]
+    assert [(table.dtype, [use.node.op_type for use in table.uses()]) for table in tables] == [
+        (ir.DataType.FLOAT, ["Gather"])
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_shared_ranges(tmp_path: Path) -> None:
+    qmodel = calibrated(rules="fuse-qkv", num_hidden_layers=1)
+    file = export_onnx(qmodel, tmp_path / "model.onnx", target="tensorrt")
+    assert_same(qmodel, file, SHAPES[0])
+    weights = {name: value for name, value in stored_weights(file.path).items() if "self" in name}
+    assert len(weights) == 3
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
+    qmodel = calibrated("bert", "BertForQuestionAnswering", "onnxruntime", num_hidden_layers=1)
+    qmodel.config._name_or_path = "/home/someone/secret/place"
+    qmodel.name_or_path = "/home/someone/secret/place"
+    file = export_onnx(qmodel, tmp_path / "model.onnx")
+    data = file.path.read_bytes()
+    for text in ("/home/someone", "_name_or_path", str(Path(qs.__file__).parent), "site-packages", str(tmp_path)):
+        assert text.encode() not in data, text
+    model = onnx.load(file.path)
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    assert not any(value.doc_string or value.metadata_props for value in (*model.graph.input, *model.graph.output))
+    assert not model.graph.metadata_props
+    assert not model.functions
+    assert model.producer_name == "qdq_surgery"
+    assert model.graph.name == "BertForQuestionAnswering"
+    metadata = read_metadata(file.path)
+    assert {name: metadata[name] for name in ("version", "target", "rules", "class", "outputs")} == {
+        "version": qs.__version__,
+        "target": "onnxruntime",
+        "rules": "onnxruntime",
+        "class": "BertForQuestionAnswering",
+        "outputs": "transformers.modeling_outputs.QuestionAnsweringModelOutput",
+    }
+    config = json.loads(metadata["config"])
+    assert config["model_type"] == "bert"
+    assert config["num_hidden_layers"] == 1
+    assert "_name_or_path" not in config
+    assert tuple(read_sites(file.path)) == file.sites
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_what_the_export_says() -> None:
+    _, file = exported("bert")
+    text = file.to_text(100)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    first = text.splitlines()[0]
+    assert first.startswith("model.onnx for onnxruntime, opset 20, ")
+    assert "12 weights in int8, 16 Q/DQ pairs for 20 quantizers of activations" in text.replace("\n", " ")
+    assert json.loads(json.dumps(file.to_json()))["sites"][0]["quantizers"] == file.sites[0].quantizers
+
+
+@pytest.fixture
+def tiny() -> PreTrainedModel:
+    return calibrated(num_hidden_layers=1)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tiny``, with whatever ranges, is traced once for all tests: most of an export is its tracing."""
+    monkeypatch.setattr(tracing, "trace", traced_once)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if protobuf ended early."""
+    monkeypatch.setattr(module, "LARGEST", 1000)
+    monkeypatch.setattr(probing, "LARGEST", 1000)
+
+
+@pytest.mark.usefixtures("large", "quick")
+def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "model.onnx.data").write_bytes(b"of a file that is gone")
+    with pytest.raises(qs.ExportError, match=r"model\.onnx\.data exists; pass overwrite=True"):
+        export_onnx(tiny, folder / "model.onnx")
+    (folder / "model.onnx.data").unlink()
+    file = export_onnx(tiny, folder / "model.onnx")
+    assert sorted(listing(folder)) == ["model.onnx", "model.onnx.data"]
+    assert len(listing(folder)["model.onnx.data"]) > len(listing(folder)["model.onnx"]) / 2
+    inputs = inputs_for(tiny, SHAPES[0])
+    assert_parity(tiny, file.path, inputs)
+    wanted = run(file.path, inputs)
+    # Both may move together: the one knows the other by its name alone.
+    moved = tmp_path / "two"
+    folder.rename(moved)
+    assert_parity(tiny, moved / "model.onnx", inputs)
+    # A second export replaces both.
+    quantizer = qs.quantizers(tiny)["encoder.layer.0.output.dense._input_quantizer"]
+    assert quantizer.amax is not None
+    quantizer.amax = quantizer.amax / 4
+    export_onnx(tiny, moved / "model.onnx", overwrite=True)
+    assert len(listing(moved)) == 2
+    assert "model.onnx.data" not in listing(moved)  # the old file's, whose name was taken until the new one was there
+    again = run(moved / "model.onnx", inputs)
+    assert not np.allclose(again["last_hidden_state"], wanted["last_hidden_state"])
+    assert_parity(tiny, moved / "model.onnx", inputs)
+    # A small one needs no second file.
+    for each in (module, probing):
+        monkeypatch.setattr(each, "LARGEST", LARGEST)
+    export_onnx(tiny, moved / "model.onnx", overwrite=True)
+    assert sorted(listing(moved)) == ["model.onnx"]
+    assert np.array_equal(run(moved / "model.onnx", inputs)["last_hidden_state"], again["last_hidden_state"])
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything that an export could leave behind."""
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
+        "pointers": {name: value.data_ptr() for name, value in model.state_dict().items()},
+        "training": [each.training for each in model.modules()],
+        "gradients": {name: (each.requires_grad, each.grad) for name, each in model.named_parameters()},
+        "hooks": [(len(each._forward_hooks), len(each._forward_pre_hooks)) for each in model.modules()],
+        "classes": [type(each) for each in model.modules()],
+        "flags": {
+            name: (each._disabled, each._if_quant, each._if_calib, each.learns, each.use_fb_fake_quant)
+            for name, each in qs.quantizers(model).items()
+        },
+        "config": model.config.to_json_string(use_diff=False),
+        "random": torch.get_rng_state(),
+        "logging": logging.getLogger("torch.onnx._internal.exporter").level,
+        "attributes": {name: set(vars(each)) for name, each in model.named_modules()},
+    }
+
+
+def assert_unchanged(model: PreTrainedModel, before: dict[str, Any]) -> None:
+    after = state(model)
+    for name in ("tensors", "random"):
+        torch.testing.assert_close(after.pop(name), before[name], rtol=0, atol=0)
+    assert after == {name: value for name, value in before.items() if name not in ("tensors", "random")}
+
+
+def test_the_model_stays_as_it_is(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    """Whatever block the call stands in."""
+    inputs, before = inputs_for(tiny, SHAPES[0]), state(tiny)
+    wanted = outputs_of(tiny, inputs)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        file = export_onnx(tiny, tmp_path / "model.onnx")
+    assert {value.dtype for value in graph_of(file.path).outputs} == {ir.DataType.FLOAT}
+    assert_unchanged(tiny, before)
+    assert all(np.array_equal(value, wanted[name]) for name, value in outputs_of(tiny, inputs).items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_torchs_own_export_goes_on_working(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    export_onnx(tiny, tmp_path / "ours.onnx", parity=False)
+    batch = batch_for(tiny, (2, 9))
+    with torch.no_grad():
+        torch.onnx.export(tiny, (), tmp_path / "plain.onnx", kwargs=batch, dynamo=True, opset_version=19, verbose=False)
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "plain.onnx").graph.node)
+    assert counts["QuantizeLinear"] == counts["DequantizeLinear"] > 0
+    assert {node.domain for node in onnx.load(tmp_path / "plain.onnx").graph.node} <= {"", "pkg.onnxscript.torch_lib"}
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a file that an export would replace."""
+    made = tmp_path / "files"
+    made.mkdir()
+    (made / "model.onnx").write_bytes(b"old")
+    (made / "model.onnx.data").write_bytes(b"old data")
+    return made
+
+
+def refusal(qmodel: Any, folder: Path, kind: type[Exception] = qs.ExportError, **how: Any) -> str:
+    """What is said; and everything is as it was."""
+    before = listing(folder)
+    with pytest.raises(kind) as caught:
+        export_onnx(qmodel, how.pop("path", folder / "model.onnx"), **{"overwrite": True, **how})
+    assert listing(folder) == before
+    assert [each for each in folder.iterdir() if each.is_dir()] == []
+    assert isinstance(caught.value, qs.QdqSurgeryError)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"target": "coreml"}, "there is no target 'coreml'; targets are onnxruntime, openvino, tensorrt"),
+        ({"opset": 18}, "opset 18 is not supported for onnxruntime; choose one of 19 to 23"),
+        ({"opset": 99}, "opset 99 is not supported for onnxruntime; choose one of 19 to 23"),
+        ({"activations": "int4"}, "there is no activations 'int4'; choose one of int8, uint8"),
+        (
+            {"activations": "uint8", "target": "tensorrt"},
+            "activations 'uint8' is not supported for tensorrt; choose int8",
+        ),
+        (
+            {"activations": "uint8", "target": "openvino"},
+            "activations 'uint8' is not supported for openvino; choose int8",
+        ),
+        ({"precision": "bfloat16"}, "there is no precision 'bfloat16'; choose one of float32, float16"),
+        ({"precision": "float16"}, "precision 'float16' is not supported for onnxruntime; choose float32"),
+    ],
+)  # fmt: skip
+def test_what_a_target_does_not_take(how: dict[str, Any], said: str, tiny: PreTrainedModel, folder: Path) -> None:
+    assert refusal(tiny, folder, **how) == said
+
+
+def test_paths_that_cannot_be_written(tiny: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(tiny, folder, path=folder).startswith(f"{folder} is a folder; give the name of a file, such as ")
+    nowhere = folder / "nowhere" / "model.onnx"
+    assert refusal(tiny, folder, path=nowhere) == (
+        f"{nowhere} cannot be written: there is no folder {nowhere.parent}; make it first"
+    )
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert refusal(tiny, folder).endswith("cannot be written: permission denied; give another path")
+
+
+def test_models_that_cannot_be_exported(tiny: PreTrainedModel, folder: Path) -> None:
+    assert refusal(build("bert", "BertModel", num_hidden_layers=1), folder, qs.ModelError) == (
+        "this BertModel is not converted; call qdq_surgery.convert(model) first"
+    )
+    assert refusal(copy.deepcopy(tiny).train(), folder, qs.ModelError) == (
+        "this BertModel is in train mode, with dropout; call .eval() first"
+    )
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        name = str(kind).removeprefix("torch.")
+        assert refusal(copy.deepcopy(tiny).to(kind), folder, qs.ModelError) == (
+            f"this BertModel is in {name}, and the file is to be in float32; call .float() first"
+        )
+
+
+def uncalibrated(model: PreTrainedModel) -> None:
+    for name, each in qs.quantizers(model).items():
+        if "query" in name:
+            each.reset_amax()
+
+
+def four_bits(model: PreTrainedModel) -> None:
+    qs.quantizers(model)["encoder.layer.0.output.dense._weight_quantizer"]._num_bits = 4
+
+
+def narrow(model: PreTrainedModel) -> None:
+    qs.quantizers(model)["encoder.layer.0.output.dense._input_quantizer"]._narrow_range = True
+
+
+def unsigned(model: PreTrainedModel) -> None:
+    qs.quantizers(model)["encoder.layer.0.output.dense._input_quantizer"]._unsigned = True
+
+
+def calibrating(model: PreTrainedModel) -> None:
+    qs.quantizers(model)["encoder.layer.0.output.dense._input_quantizer"].enable_calib()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        (uncalibrated, qs.CalibrationError, "a quantizer has no range; calibrate the model"),
+        (four_bits, qs.ExportError, "of another width than the 8 bits of QuantizeLinear"),
+        (narrow, qs.ExportError, "with narrow_range on an activation"),
+        (unsigned, qs.ExportError, "with an unsigned grid, and tensorrt has only symmetric ones"),
+        (calibrating, qs.CalibrationError, "in the middle of calibration"),
+    ],
+)
+def test_quantizers_that_cannot_be_exported(
+    change: Callable[[PreTrainedModel], None], kind: type[Exception], said: str, tiny: PreTrainedModel, folder: Path
+) -> None:
+    change(tiny)
+    assert said in refusal(tiny, folder, kind, target="tensorrt")
+
+
+def test_every_uncalibrated_quantizer_is_named(folder: Path) -> None:
+    qmodel = qs.convert(build("bert", "BertModel"))
+    said = refusal(qmodel, folder, qs.CalibrationError)
+    inputs = [name for name in qs.quantizers(qmodel) if not name.endswith("weight_quantizer")]
+    assert said.startswith(f"{len(inputs)} quantizers have no range")
+    assert said.splitlines()[1:] == [f"  {name}" for name in inputs]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("package", ["onnx", "onnx_ir", "onnxscript", "onnxruntime"])
+def test_packages_that_are_not_installed(
+    package: str, tiny: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module
+
+    def missing(name: str, *args: Any) -> Any:
+        if name == package:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        return real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    what = "the parity certificate" if package == "onnxruntime" else "exporting to ONNX"
+    assert refusal(tiny, folder, qs.ModelError) == (
+        f"{what} needs {package}, which is not installed; pip install 'qdq-surgery[onnx]'"
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_runtime_that_is_not_installed_is_told_of(
+    tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else real(name, *a))
+    file = export_onnx(tiny, tmp_path / "model.onnx", target="openvino")
+    assert file.parity is not None
+    assert {check.runtime.partition(",")[0] for check in file.parity.checks} == {"onnxruntime"}
+    assert "not checked: OpenVINO, which is not installed; pip install 'qdq-surgery[openvino]'" in file.parity.to_text()
+
+
+def wrong_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lowering.typed_scale
+    monkeypatch.setattr(lowering, "typed_scale", lambda scale, kind: right(scale * np.float32(1.01), kind))
+
+
+def failing_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("torch says no\nin two lines")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any, path: Path, **__: Any) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", fail)
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any, path: Path, **__: Any) -> None:
+        path.write_bytes(b"half a file")
+        raise qs.ExportError("someone pressed a key")
+
+    monkeypatch.setattr(ir, "save", fail)
+
+
+@pytest.mark.parametrize(
+    ("fail", "kind", "said"),
+    [
+        (wrong_scales, qs.ExportError, "diverges first at encoder.layer.0.attention.self.query._input_quantizer: "),
+        (failing_torch, qs.ExportError, "BertModel cannot be traced: RuntimeError: torch says no in two lines"),
+        (full_disk, qs.ExportError, "model.onnx cannot be written: No space left on device"),
+        (interrupted, qs.ExportError, "someone pressed a key"),
+    ],
+)
+def test_a_failed_export_leaves_nothing(
+    fail: Callable[[pytest.MonkeyPatch], None],
+    kind: type[Exception],
+    said: str,
+    tiny: PreTrainedModel,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = state(tiny)
+    if fail is not failing_torch:
+        monkeypatch.setattr(tracing, "trace", traced_once)
+    fail(monkeypatch)
+    assert said in refusal(tiny, folder, kind)
+    assert_unchanged(tiny, before)
+    monkeypatch.undo()
+    # Nothing of it is left in the process either: quantizers quantize.
+    quantizer = qs.quantizers(tiny)["encoder.layer.0.output.dense._input_quantizer"]
+    values = torch.linspace(-1, 1, 100)
+    assert not torch.equal(quantizer(values), values)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failed_export_without_a_file_before(
+    tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_scales(monkeypatch)
+    refusal(tiny, tmp_path)
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_the_certificate_nothing_is_checked(
+    tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_scales(monkeypatch)
+    file = export_onnx(tiny, tmp_path / "model.onnx", parity=False)
+    assert file.parity is None
+    assert "parity" not in file.to_text()
+
+
+# --- outputs and inputs beyond the usual ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_attentions_are_outputs_of_a_dynamic_file(model_type: str, tmp_path: Path) -> None:
+    model = calibrated(model_type)
+    inputs = {**inputs_for(model, (2, 9)), "output_attentions": True}
+    file = export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert file.parity is not None
+    others = inputs_for(model, (3, 12), mask=False)
+    with torch.no_grad():
+        wanted = model(**others, output_attentions=True)
+    found = qs.load_onnx(file.path)(**others, output_attentions=True)
+    assert len(found.attentions) == len(wanted.attentions) > 0
+    for mine, theirs in zip(found.attentions, wanted.attentions, strict=True):
+        # A tie may be rounded the other way: one step of the probabilities' grid and what follows from it.
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-2)
+
+
+def layoutlm() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = LayoutLMConfig(vocab_size=120, max_position_embeddings=64, max_2d_position_embeddings=200, **sizes)
+    torch.manual_seed(0)
+    return qs.convert(LayoutLMModel(config).eval())
+
+
+def test_a_model_of_pages_takes_boxes(tmp_path: Path) -> None:
+    model = layoutlm()
+    example = sample_inputs(model, None, True)
+    boxes = example["bbox"]
+    assert boxes.shape == (*example["input_ids"].shape, 4)
+    assert 0 <= boxes.min() <= boxes.max() < 200
+    assert (boxes[..., 2:] >= boxes[..., :2]).all()
+    qs.calibrate(model, [example])
+    file = export_onnx(model, tmp_path / "model.onnx")
+    taken = {value.name: [str(size) for size in value.shape or ()] for value in graph_of(file.path).inputs}
+    assert taken["bbox"] == ["batch", "sequence", "4"]
+    others = make_examples(model, (3, 12))
+    assert_parity(model, file.path, {**others, "token_type_ids": torch.zeros_like(others["input_ids"])})
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "entity_ids"])
+def test_inputs_that_no_config_gives_are_asked_for(name: str, tiny: PreTrainedModel, folder: Path) -> None:
+    forward, parameters = tiny.forward, inspect.signature(tiny.forward).parameters
+    extra = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    kept = [each for each in parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+
+    def further(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    further.__signature__ = inspect.Signature([*kept, extra])  # type: ignore[attr-defined]
+    tiny.forward = further
+    message = refusal(tiny, folder, qs.ModelError)
+    assert message.startswith(f"BertModel takes '{name}', for which its config gives no example")
+    assert message.endswith("pass example_inputs= with it, or without it for a file of text alone")
+
+
+def bart() -> PreTrainedModel:
+    sizes = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in {"layers": 1, "attention_heads": 4, "ffn_dim": 64}.items()
+    }
+    return BartModel(BartConfig(vocab_size=120, d_model=32, max_position_embeddings=64, **sizes)).eval()
+
+
+def bert2bert() -> PreTrainedModel:
+    sizes = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sides = BertConfig(**sizes), BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*sides)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return EncoderDecoderModel(config).eval()
+
+
+@pytest.mark.parametrize("make", [bart, bert2bert])
+def test_an_encoder_decoder_takes_both_texts(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = qs.convert(make())
+    example = make_examples(model, (4, 9))
+    assert example["decoder_input_ids"].shape == (4, 8)
+    assert example["use_cache"] is False
+    whole = {name: value for name, value in example.items() if "mask" not in name}
+    qs.calibrate(model, [whole])
+    file = export_onnx(model, tmp_path / "model.onnx")
+    assert {"input_ids", "decoder_input_ids"} <= {str(value.name) for value in graph_of(file.path).inputs}
+    assert_parity(model, file.path, make_examples(model, (3, 12)))

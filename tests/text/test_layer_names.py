@@ -1,0 +1,62 @@
+"""Names folded by their layers: what was folded comes back."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdq_surgery.text.layer_names import expand, fold, join_layers, split_layers, star, unstar
+
+PROPERTY = settings(max_examples=200, deadline=None, database=None, derandomize=True)
+
+#: Numbers among the words, so that a name has the layer's number in several places, or in none.
+PARTS = st.sampled_from(["encoder", "layer", "output", "0", "1", "2", "10", "dense_1"])
+PATHS = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
+NUMBERS = st.none() | st.sampled_from([0, 1, 2, 10])
+
+
+@PROPERTY
+@given(name=PATHS, layer=NUMBERS)
+def test_a_star_goes_back(name: str, layer: int | None) -> None:
+    assert unstar(star(name, layer), layer) == name
+
+
+@PROPERTY
+@given(layers=st.sets(st.integers(0, 300), min_size=1))
+def test_layers_go_back(layers: set[int]) -> None:
+    text = join_layers(layers)
+    assert split_layers(text) == sorted(layers)
+    # No run is written in two pieces.
+    ends = [run.partition("-") for run in text.split(", ")]
+    assert all(int(after[0]) > int(run[2] or run[0]) + 1 for run, after in itertools.pairwise(ends))
+
+
+@PROPERTY
+@given(names=st.dictionaries(PATHS, NUMBERS, max_size=30))
+def test_names_go_back(names: dict[str, int | None]) -> None:
+    assert sorted(expand(fold(names))) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        ({}, {}),
+        ({"pooler.q": None}, {"pooler.q": None}),
+        ({f"layer.{i}.q": i for i in range(12)}, {"layer.*.q": "0-11"}),
+        ({f"layer.{i}.q": i for i in (0, 1, 2, 5, 7, 8)}, {"layer.*.q": "0-2, 5, 7-8"}),
+        ({"shared.q": 3}, {"shared.q": "3"}),
+        ({"1.layer.1.q": 1, "1.layer.2.q": 2}, {"*.layer.1.q": "1", "1.layer.*.q": "2"}),
+    ],
+)
+def test_what_it_looks_like(names: dict[str, int | None], folded: dict[str, str | None]) -> None:
+    assert fold(names) == folded
+    assert expand(folded) == list(names)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "3-1", "0,1", "0-99999999999", "1e3", "0--2"])
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"invalid literal|are no layers"):
+        split_layers(text)

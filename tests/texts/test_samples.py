@@ -1,0 +1,99 @@
+"""Rows of data by the format of their file: which texts they give, and where a row that cannot be used is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qdq_surgery.errors import CalibrationError
+from qdq_surgery.texts.samples import Sample, read_samples
+
+IDS = '{"input_ids": [2, 7, 3, 0], "attention_mask": [1, 1, 1, 0], "token_type_ids": [0, 0, 0, 0]}'
+
+
+def written(folder: Path, name: str, content: str) -> Path:
+    path = folder / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "wanted"),
+    [
+        ("a.txt", "\none\n\n two, 2\n", [], [("one",), ("two, 2",)]),
+        ("a", "one\n", [], [("one",)]),
+        ("a.smi", "CCO.CC>>CO\n", [], [("CCO.CC>>CO",)]),
+        ("a.txt", "a, b\nc, d\ne, f\n", [], [("a, b",), ("c, d",), ("e, f",)]),
+        ("a.txt", "[CLS] is a token\n{x} is a set\n", [], [("[CLS] is a token",), ("{x} is a set",)]),
+        ("a.csv", 'id,text\n1,"a, ""b""\nc"\n\n2, d\n', [], [('a, "b"\nc',), ("d",)]),
+        ("a.csv", "id,sentence\r\n1,a\r\n2,\r\n", [], [("a",)]),
+        ("a.CSV", "q,p\n1,a\n2,b\n", ["p"], [("a",), ("b",)]),
+        ("a.csv", "q,p\nx,a\ny,b\n", ["p", "q"], [("a", "x"), ("b", "y")]),
+        ("a.tsv", 'text\tn\n"a\t1\nb"\t2\n', [], [('"a',), ('b"',)]),
+        ("a.jsonl", '{"text": "a", "n": 1}\n\n{"text": " "}\n{"text": "b"}\n', [], [("a",), ("b",)]),
+        ("a.ndjson", '{"sentence": "a"}\n', [], [("a",)]),
+        ("a.jsonl", '{"s": "a", "t": "b", "input_ids": [1]}\n', ["s", "t"], [("a", "b")]),
+    ],
+)
+def test_texts(tmp_path: Path, name: str, content: str, columns: list[str], wanted: list[tuple[str, ...]]) -> None:
+    assert [sample.texts for sample in read_samples(written(tmp_path, name, content), columns)] == wanted
+
+
+def test_tokenized_rows(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", f"{IDS}\n\n{IDS}\n")
+    ids = {"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1], "token_type_ids": [0, 0, 0]}
+    assert read_samples(path) == [Sample(f"{path}:1", inputs=ids), Sample(f"{path}:3", inputs=ids)]
+    path = written(tmp_path, "b.jsonl", '{"tokens": ["[C@H]", ">>"], "text": "no"}\n')
+    assert read_samples(path) == [Sample(f"{path}:1", tokens=("[C@H]", ">>"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "found"),
+    [
+        ("a.txt", " \n", [], "a.txt has no text"),
+        ("a.txt", "one\n", ["text"], "has no columns, .*leave --column out"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}\n', [], r"looks like rows of JSON \(.jsonl\)"),
+        ("a.txt", '[\n{"text": "a"}]\n', [], "looks like a JSON document"),
+        ("a.txt", "text,label\na,1\nb,2\n", [], r"looks like a table with 2 columns \(.csv\)"),
+        ("a.txt", "a b\tc\nd\te\n", [], r"looks like a table with 2 columns \(.tsv\)"),
+        ("a.json", "{}", [], "one JSON document by its name"),
+        ("a.csv", "q,p\n1,2\n", [], r"a.csv:1: no column is called text or sentence; .*--column NAME.*are 'q', 'p'"),
+        ("a.csv", "q,p\n1,2\n", ["x"], r"a.csv:1: no column called 'x'; its columns are 'q', 'p'"),
+        ("a.csv", "q,q\n1,2\n", ["q"], "a.csv:1: 2 columns called 'q'"),
+        ("a.csv", "q,p\n1,2\n", ["q", "p", "q"], "3 columns are named"),
+        ("a.csv", "n,text\n1,a\n2\n", [], "a.csv:3 has 1 columns, but the header has 2"),
+        ("a.csv", 'n,text\n1,"a\nb"\n2,c,d\n', [], "a.csv:4 has 3 columns, but the header has 2"),
+        ("a.csv", 'n,text\n1,"a\n2,b\n', [], "a.csv:3 cannot be read as a table: unexpected end of data"),
+        ("a.csv", "q,p\na,\n", ["q", "p"], "a.csv:2: 'p' is empty, so there is no pair"),
+        ("a.csv", "text\n", [], "a.csv has no text"),
+        ("a.jsonl", "a text\n", [], "a.jsonl:1 is no JSON: Expecting value"),
+        ("a.jsonl", "[" * 100_000, [], "a.jsonl:1 is no JSON: nested too deep"),
+        ("a.jsonl", '{"text": "a"}\n"b"\n', [], "a.jsonl:2 is no JSON object"),
+        ("a.jsonl", '{"text": 1}\n', [], "a.jsonl:1: 'text' is no text, but '1'"),
+        ("a.jsonl", '{"text": null}\n', [], "a.jsonl:1: 'text' is no text, but 'null'"),
+        ("a.jsonl", '{"text": "a\\u0000"}\n', [], "a.jsonl:1: 'text' holds a NUL"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', [], "a.jsonl:1: 'text' holds half a character"),
+        ("a.jsonl", '{"text": "a"}\n{"label": 1}\n', [], "a.jsonl:2: no column is called text"),
+        ("a.jsonl", '{"text": "a"}\n{"tokens": ["b"]}\n', [], "a.jsonl:2 has 'tokens', but .*a.jsonl:1 has a text"),
+        ("a.jsonl", '{"input_ids": [1]}\n' + IDS, [], "a.jsonl:2 has 'input_ids' and .* has 'input_ids'; keep to one"),
+        ("a.jsonl", '{"tokens": "a b"}\n', [], "a.jsonl:1: 'tokens' is no list of texts"),
+        ("a.jsonl", '{"tokens": []}\n', [], "a.jsonl:1: 'tokens' is no list of texts"),
+        ("a.jsonl", '{"input_ids": [1, true]}\n', [], "a.jsonl:1: 'input_ids' is no list of whole numbers from 0"),
+        ("a.jsonl", '{"input_ids": [[1]]}\n', [], "a.jsonl:1: 'input_ids' is no list of whole numbers from 0"),
+        ("a.jsonl", '{"input_ids": [-1]}\n', [], "a.jsonl:1: 'input_ids' is no list of whole numbers from 0"),
+        (
+            "a.jsonl",
+            '{"input_ids": [1], "attention_mask": [1, 1]}\n',
+            [],
+            "a.jsonl:1: the lists differ in length: 1 of",
+        ),
+        ("a.jsonl", '{"input_ids": [1], "attention_mask": [0]}\n', [], "a.jsonl:1: 'attention_mask' is to be 1"),
+        ("a.jsonl", '{"input_ids": [1], "attention_mask": [2]}\n', [], "a.jsonl:1: 'attention_mask' is to be 1"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_its_line(
+    tmp_path: Path, name: str, content: str, columns: list[str], found: str
+) -> None:
+    with pytest.raises(CalibrationError, match=found):
+        read_samples(written(tmp_path, name, content), columns)
