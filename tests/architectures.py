@@ -210,3 +210,10 @@ EXPECTED = {
     "roberta-prelayernorm": (6, 2, 2, 20),
     "modernbert": (4, 2, 2, 16),
 }
+
+DECODERS = [
+    ("bert", "BertLMHeadModel"),
+    ("roberta", "RobertaForCausalLM"),
+    ("roberta-prelayernorm", "RobertaPreLayerNormForCausalLM"),
+    ("electra", "ElectraForCausalLM"),
+]

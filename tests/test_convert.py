@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import batch_for, build, tensors_of
+from comparing import assert_same
 from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
-from test_float_exact import assert_same
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertOutput

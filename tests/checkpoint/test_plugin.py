@@ -33,8 +33,8 @@ from saved import (
     logits,
     metadata_of,
 )
-from test_trainer import Texts, arguments
 from torch import nn
+from training_task import Texts, arguments
 from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,

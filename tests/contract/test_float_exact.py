@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import BY_TYPE, EVERY_HEAD, batch_for, build, kind_of
+from architectures import BY_TYPE, DECODERS, EVERY_HEAD, batch_for, build, kind_of
 from comparing import assert_same
 
 import qdq_surgery as qs
@@ -77,14 +77,6 @@ def test_variants_of_architectures(model_type: str, head: str, options: dict[str
         qmodel.train(training)
         assert_same(model, qmodel, batch_for(model, (3, 5)))
         assert_same(model, qmodel, batch_for(model, (2, 8), mask=False), output_attentions=True)
-
-
-DECODERS = [
-    ("bert", "BertLMHeadModel"),
-    ("roberta", "RobertaForCausalLM"),
-    ("roberta-prelayernorm", "RobertaPreLayerNormForCausalLM"),
-    ("electra", "ElectraForCausalLM"),
-]
 
 
 @pytest.mark.parametrize(("model_type", "head"), DECODERS)

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, BY_TYPE, EVERY_HEAD, batch_for, build, tensors_of
+from architectures import ARCHITECTURES, BASE, BY_TYPE, DECODERS, EVERY_HEAD, batch_for, build, tensors_of
 from ecosystem import Scored, assert_equal, calibrated, called, memory, ranges
-from test_coverage import BASE
-from test_float_exact import DECODERS
 from tiny_checkpoint import tiny_tokenizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode

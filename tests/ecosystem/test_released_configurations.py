@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_probing import CASES, MORE, TINY, Case, Shared, Towers, spread
+from padded_models import CASES, MORE, TINY, Case, Shared, Towers, spread
 from torch import Tensor
 from transformers import BertConfig, EncoderDecoderModel, PreTrainedModel
 from transformers.utils import ModelOutput

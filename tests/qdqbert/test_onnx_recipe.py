@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import batch_for, build
+from architectures import BASE, batch_for, build
 from pytorch_quantization import nn as quant_nn
-from test_coverage import BASE
 
 import qdq_surgery as qs
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_pattern import NAMES, PROPERTY, trees
+from pattern_trees import NAMES, PROPERTY, trees
 
 from qdq_surgery.errors import RuleFileError
 from qdq_surgery.rules.json_data import rules_from_data, rules_to_data
