@@ -20,7 +20,7 @@ from qdq_surgery.export.half_copy import half_copy
 from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, Target, get_target
 from qdq_surgery.export.qparams import read_grids
 from qdq_surgery.export.shared_copy import twin
-from qdq_surgery.hf.sample_inputs import sample_inputs
+from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.onnx_file.sites import Site
 from qdq_surgery.onnx_file.writer import LARGEST, Draft, data_beside, draft, writable
 from qdq_surgery.onnx_graph.findings import Findings

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.export.onnx_trace import Traced, trace
-from qdq_surgery.hf.sample_inputs import sample_inputs
+from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.prove.parity import Check, certify
 from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN

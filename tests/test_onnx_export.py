@@ -33,8 +33,7 @@ import qdq_surgery as qs
 from qdq_surgery import onnx_export as module
 from qdq_surgery.export.profile import TARGETS
 from qdq_surgery.export.qparams import read_grids
-from qdq_surgery.hf.example_inputs import make_examples
-from qdq_surgery.hf.sample_inputs import sample_inputs
+from qdq_surgery.hf.example_inputs import make_examples, sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_file.stored import read_metadata, read_sites, stored_weights
 from qdq_surgery.onnx_file.writer import LARGEST

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.calibration.distributed import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.hf.config_facts import chunk_size, configs_of
 from qdq_surgery.hf.example_inputs import checked_examples
 from qdq_surgery.numerics.histogram import Histogram
 from qdq_surgery.numerics.range_methods import relative_error
-from qdq_surgery.padding.axis_probe import chunk_size
 from qdq_surgery.padding.call_padding import Padding
 from qdq_surgery.padding.token_masks import check_decoder, trimmed
 from qdq_surgery.quantize.calibrators import DEFAULT_PERCENTILE, HistogramCalibrator, MaxCalibrator, Watch, choose
@@ -276,7 +276,7 @@ def _run(
     counts: list[int],
 ) -> None:
     total = len(batches) if isinstance(batches, Sized) else None
-    chunk = chunk_size(model)
+    chunk = chunk_size(*configs_of(model))
     labels = not getattr(model.config, "is_encoder_decoder", False)  # those of an encoder-decoder are its decoder's
     for index, batch in enumerate(track(batches, "calibrating", total)):
         if not isinstance(batch, Mapping):

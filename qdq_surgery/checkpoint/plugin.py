@@ -30,7 +30,7 @@ from qdq_surgery.checkpoint.report import restore_calibration, write_report
 from qdq_surgery.checkpoint.save import SAVE_ATTRIBUTE, SavePretrained, without_aliases
 from qdq_surgery.checkpoint.weight_conversions import keep_ranges_apart
 from qdq_surgery.errors import AttentionBypassError, ModelError
-from qdq_surgery.graph.hollow import hollow, real_tensors
+from qdq_surgery.graph.shell_copy import hollow, real_tensors
 from qdq_surgery.match.analyze import analyse, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.factory import device_of

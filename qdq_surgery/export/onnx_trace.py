@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
-from qdq_surgery.hf.chunking import unchunked
+from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.quantize.export_node import tagged
 from qdq_surgery.surgery.model_state import quantizers
 
@@ -62,7 +62,7 @@ def trace(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynami
     """
     names: dict[nn.Module, str] = {each: name for name, each in quantizers(qmodel).items()}
     # The file has its own precision, whatever the caller's block casts to.
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet(), unchunked(qmodel):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet(), without_ffn_chunking(qmodel):
         returned = _called(qmodel, inputs)
         fields = _fields(returned, type(qmodel).__name__)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -13,12 +13,19 @@ import copy
 import functools
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from pytorch_quantization.nn import TensorQuantizer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-__all__ = ["copy_module_shell", "shadow"]
+from qdq_surgery.safety.transaction import put_back_after
+
+__all__ = ["copy_module_shell", "hollow", "real_tensors", "shadow"]
 
 #: What a forward may write to without setting an attribute, or hold such things in.
 _STATE = (Tensor, dict, list, set, tuple, nn.Module)
@@ -127,3 +134,38 @@ class _Shadow:
         elif type(value) in (set, tuple):
             made = type(value)(self._own(item) for item in value)
         return made
+
+
+def hollow(model: PreTrainedModel) -> PreTrainedModel:
+    """A shadow of ``model`` with zeros for whatever has no data.
+
+    transformers builds a model on the meta device and loads its weights afterwards. Where quantizers go does not depend
+    on the weights, so they are put in before, and the loading finds a converted model.
+
+    The zeros cost no memory as long as they are only read: the operating system has one page for all of them.
+    """
+    ghost = shadow(model)
+    made: dict[int, Tensor] = {}
+    for module in ghost.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta:
+                    table[name] = made.setdefault(id(tensor), _zeros(tensor))  # type: ignore[assignment]
+    assert isinstance(ghost, PreTrainedModel)
+    return ghost
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    size = tensor.numel() * tensor.element_size()
+    zeros = torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(tensor.dtype).reshape(tensor.shape)
+    return nn.Parameter(zeros, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """New tensors are in main memory and in float32: not on the meta device, nor in the dtype of what is loaded."""
+    dtype = torch.get_default_dtype()
+    with put_back_after(lambda: torch.set_default_dtype(dtype)):
+        torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            yield

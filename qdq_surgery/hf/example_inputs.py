@@ -1,22 +1,36 @@
-"""Example inputs for a model, made from its config: small, with padding, and in two shapes."""
+"""The inputs that a model is recorded, traced and checked with: made from its config, or the user's own."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from qdq_surgery.errors import ModelError
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.errors import ExportError, ModelError
+from qdq_surgery.hf.config_facts import chunk_size, decodes, max_tokens
 
-__all__ = ["SHAPES", "checked_examples", "make_examples", "resized", "without_mask"]
+__all__ = ["SHAPES", "checked_examples", "make_examples", "resized", "sample_inputs", "takes_any", "without_mask"]
 
 #: (batch, tokens) of the recorded run and of the run that checks it. Small, and no two numbers alike.
 SHAPES = ((2, 7), (3, 11))
+
+#: (batch, tokens) of an export: no two numbers alike, and none that is likely to stand in a config.
+_EXPORTED = (2, 21)
+
+#: Arguments of a text model that change what it is asked, and not what it looks at: a file need not take them. Labels
+#: neither.
+_TEXT_ALONE = frozenset(
+    """input_ids attention_mask token_type_ids position_ids head_mask inputs_embeds cache_position past_key_values
+    encoder_hidden_states encoder_attention_mask encoder_outputs decoder_input_ids decoder_attention_mask
+    decoder_head_mask cross_attn_head_mask decoder_inputs_embeds decoder_position_ids use_cache output_attentions
+    output_hidden_states output_router_logits return_dict start_positions end_positions is_impossible cls_index p_mask
+    global_attention_mask langs lengths cache lang_ids task_type_ids logits_to_keep num_logits_to_keep""".split()
+)
 
 
 def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, Any]:
@@ -44,9 +58,9 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
         )
     batch, tokens = shape
     # A feed-forward network in chunks takes only lengths that its chunks divide.
-    chunk = max(1, getattr(config, "chunk_size_feed_forward", 0) or 0)
+    chunk = chunk_size(config)
     tokens *= chunk
-    tokens = max(chunk, min(tokens, longest_text(config) or tokens) // chunk * chunk)
+    tokens = max(chunk, min(tokens, max_tokens(config) or tokens) // chunk * chunk)
     if any(base.__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() for base in type(model).__mro__):
         size: tuple[int, ...] = (batch, 2, tokens)
     else:
@@ -66,10 +80,26 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
         states = torch.randn(batch, tokens + 1, config.hidden_size, generator=generator)
         inputs["encoder_hidden_states"] = states.to(model.device, model.dtype)
-    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
-    if (both or getattr(config, "is_decoder", False)) and ("use_cache" in names or open_ended):
-        inputs["use_cache"] = False  # a head that does not name it hands it on
-    return {name: value for name, value in inputs.items() if open_ended or name in names}
+    inputs = {name: value for name, value in inputs.items() if takes_any(model) or name in names}
+    return _without_cache(model, inputs, config)
+
+
+def takes_any(model: PreTrainedModel) -> bool:
+    """Whether the model's forward takes arguments that it does not name."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _without_cache(model: PreTrainedModel, inputs: dict[str, Any], *parts: Any) -> dict[str, Any]:
+    """``inputs``, with ``use_cache=False`` for a decoder if they leave it open: blocks with a cache have no graph.
+
+    Args:
+        parts: Configs of the model's parts that may be one.
+    """
+    named = "use_cache" in inspect.signature(model.forward).parameters
+    if decodes(model.config, *parts) and (named or takes_any(model)):  # a head that does not name it hands it on
+        inputs.setdefault("use_cache", False)
+    return inputs
 
 
 def _side(config: Any, name: str) -> Any:
@@ -78,7 +108,7 @@ def _side(config: Any, name: str) -> Any:
     return own if hasattr(own, "vocab_size") else config
 
 
-def _text(config: Any, size: tuple[int, ...], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _text(config: Any, size: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Ordinary tokens, and a mask that leaves the last one of the last row out."""
     special = {
         value
@@ -91,7 +121,7 @@ def _text(config: Any, size: tuple[int, ...], generator: torch.Generator) -> tup
     return ordinary[torch.randint(len(ordinary), size, generator=generator)], mask
 
 
-def _boxes(size: tuple[int, ...], limit: int, generator: torch.Generator) -> torch.Tensor:
+def _boxes(size: tuple[int, ...], limit: int, generator: torch.Generator) -> Tensor:
     """Where each token stands on its page: left, top, right, bottom, below ``limit``; no two of a row alike."""
     half = max(1, min(limit, 1000) // 2)
     corner, extent = (torch.randint(half, (*size, 2), generator=generator) for _ in range(2))
@@ -112,17 +142,12 @@ def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any], what: st
             f"{what} is a {type(inputs).__name__}; pass a dict such as tokenizer(text, return_tensors='pt')"
         )
     parameters = inspect.signature(model.forward).parameters
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    open_ended = takes_any(model)
     for name in inputs:
         if name not in parameters and not open_ended:
             raise ModelError(f"{what} has '{name}', which {type(model).__name__}.forward does not take")
-    made = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
-    }
-    decodes = getattr(model.config, "is_decoder", False) or getattr(model.config, "is_encoder_decoder", False)
-    if decodes and ("use_cache" in parameters or open_ended):
-        made.setdefault("use_cache", False)  # blocks that are handed a cache have no graph
-    return made
+    made = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return _without_cache(model, made)
 
 
 def without_mask(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +161,7 @@ def resized(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     The batch is doubled. The length grows by one, or shrinks by one, or stays: not every model takes every length.
     Growing repeats the last token and shrinking drops the first, so that padding stays padding.
     """
-    ids = next((v for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim >= 2), None)
+    ids = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
     if ids is None:
         return
     batch, length = (
@@ -149,7 +174,7 @@ def resized(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _resize(value: Any, batch: int, length: int, by: int) -> Any:
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+    if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.shape[0] == batch:
         value = torch.cat([value, value])
@@ -161,3 +186,55 @@ def _resize(value: Any, batch: int, length: int, by: int) -> Any:
         elif value.shape[axis] == length and by < 0:
             value = value.narrow(axis, 1, length - 1)
     return value
+
+
+def sample_inputs(qmodel: PreTrainedModel, given: Mapping[str, Any] | None, dynamic: bool) -> dict[str, Any]:
+    """Keyword arguments of the model's forward.
+
+    Args:
+        given: The user's; a single row is doubled where the batch stays open, because torch takes 1 for a constant.
+            Left out, they are made from the config: with everything that the model's tokenizer gives, and boxes.
+
+    Raises:
+        ModelError: They do not fit the model, or none can be made from its config; names what it takes beside text.
+        ExportError: They are too short to keep the length open.
+    """
+    if given is None:
+        made = make_examples(qmodel, _EXPORTED)
+        takes = inspect.signature(qmodel.forward).parameters
+        _check_made(qmodel, [name for name in takes if name not in made])
+        segments = getattr(qmodel.config.get_text_config(), "type_vocab_size", 0) or 0
+        if "token_type_ids" in takes and segments > 1:
+            made["token_type_ids"] = torch.zeros_like(made["input_ids"])
+            made["token_type_ids"][..., made["input_ids"].shape[-1] // 2 :] = 1
+        return made
+    made = checked_examples(qmodel, given)
+    tensors = {name: value for name, value in made.items() if isinstance(value, Tensor) and value.ndim > 0}
+    if not dynamic or not tensors:
+        return made
+    short = next((name for name, value in tensors.items() if value.ndim in (2, 3) and value.shape[1] < 2), None)
+    if short is not None:
+        raise ExportError(
+            f"example_inputs['{short}'] has the shape {tuple(tensors[short].shape)}, and torch takes an axis of 1 for "
+            "a constant; give an example of two tokens or more, or dynamic=False"
+        )
+    if all(value.shape[0] == 1 for value in tensors.values()):
+        made.update({name: torch.cat([value, value]) for name, value in tensors.items()})
+    return made
+
+
+def _check_made(qmodel: PreTrainedModel, left_out: Sequence[str]) -> None:
+    """Whether a file without these arguments is the model that is meant: pixels, entities and the like are not made."""
+    parameters = inspect.signature(qmodel.forward).parameters
+    beyond = [
+        name
+        for name in left_out
+        if name not in _TEXT_ALONE
+        and "label" not in name
+        and parameters[name].kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    ]
+    if beyond:
+        raise ModelError(
+            f"{type(qmodel).__name__} takes '{beyond[0]}', for which its config gives no example, and a file that is "
+            f"exported without takes none; pass example_inputs= with it, or without it for a file of text alone"
+        )

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
 from qdq_surgery.errors import ExportError, ModelError
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_file.metadata import own_entries, read_config
 from qdq_surgery.onnx_file.sites import METADATA
 from qdq_surgery.safety.untrusted import quoted
@@ -135,7 +135,7 @@ def _config(path: Path, text: str) -> Any:
         )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(options)
-        longest_text(config)
+        max_tokens(config)
     except Exception as error:  # whatever a config class makes of values that it does not expect
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} holds no config that can be read: {reason}; export the model again") from error

@@ -8,7 +8,6 @@ its own in each call. A feed-forward network in chunks is called for pieces of t
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 
 from qdq_surgery.errors import CalibrationError
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import chunk_size, configs_of, max_tokens
 from qdq_surgery.padding.axes import Axes, Fit, Size, fit
 from qdq_surgery.padding.position_tables import grown
 from qdq_surgery.padding.token_masks import Text, resized, with_padding
 
-__all__ = ["Call", "Found", "chunk_size", "probe"]
+__all__ = ["Call", "Found", "probe"]
 
 #: Rows of the two sizes, and tokens of each text. No size of one kind can be taken for one of another, whatever it is
 #: multiplied with.
@@ -136,16 +135,6 @@ def probe(
     ) from errors[0]
 
 
-def chunk_size(qmodel: nn.Module) -> int:
-    """Tokens in a chunk of the feed-forward network, which takes only lengths that chunks divide; 1 if it has none."""
-    return math.lcm(*(getattr(config, "chunk_size_feed_forward", 0) or 1 for config in _configs(qmodel)))
-
-
-def _configs(qmodel: nn.Module) -> list[Any]:
-    found = {id(config): config for module in qmodel.modules() if (config := vars(module).get("config")) is not None}
-    return list(found.values())
-
-
 def _lengths(qmodel: nn.Module, texts: tuple[Text, ...]) -> list[list[tuple[int, int]]]:
     """Two lengths of each text that the model takes: first short ones, then such as the batch's own.
 
@@ -154,8 +143,9 @@ def _lengths(qmodel: nn.Module, texts: tuple[Text, ...]) -> list[list[tuple[int,
     """
     if len(texts) > len(_LENGTHS):
         raise CalibrationError(f"it brings {len(texts)} masks; no more than {len(_LENGTHS)} can be told apart")
-    chunk = chunk_size(qmodel)
-    limits = [longest_text(config) or sys.maxsize for config in _configs(qmodel)]
+    configs = configs_of(qmodel)
+    chunk = chunk_size(*configs)
+    limits = [max_tokens(config) or sys.maxsize for config in configs]
     short, own = [], []
     for text, (small, large) in zip(texts, _LENGTHS, strict=False):
         longest = max(text.length, min(limits, default=sys.maxsize)) // chunk

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError, ParityError
-from qdq_surgery.hf.chunking import unchunked
+from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.onnx_file.sites import Site
 from qdq_surgery.onnx_file.stored import read_sites, stored_weights
 from qdq_surgery.quantize.quantizer import TensorQuantizer
@@ -330,7 +330,7 @@ def _scale(quantizer: TensorQuantizer, inputs: Tensor) -> Tensor:
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), unchunked(model):
+    with torch.no_grad(), torch.autocast(model.device.type, enabled=False), without_ffn_chunking(model):
         returned = model(**inputs)
     made: dict[str, NDArray[Any]] = {}
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qdq_surgery.errors import ModelError, ReceiptError
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_file.metadata import read_config
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover
 from qdq_surgery.onnx_graph.products import KINDS, FileGemm, FileGraph
@@ -257,7 +257,7 @@ def receipt(
 def _longest(graph: FileGraph) -> int | None:
     config = read_config(graph.metadata.get("config", "{}"), str(graph.path))
     pad = config.get("pad_token_id") or 0
-    return longest_text(SimpleNamespace(**{"model_type": "", **config, "pad_token_id": pad}))
+    return max_tokens(SimpleNamespace(**{"model_type": "", **config, "pad_token_id": pad}))
 
 
 def _executed(

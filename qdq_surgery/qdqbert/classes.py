@@ -44,7 +44,7 @@ from qdq_surgery.checkpoint.config import QUANT_METHOD
 from qdq_surgery.checkpoint.plugin import adopt
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
-from qdq_surgery.graph.hollow import hollow, real_tensors
+from qdq_surgery.graph.shell_copy import hollow, real_tensors
 from qdq_surgery.match.analyze import analyse, recordings_of
 from qdq_surgery.qdqbert.head_mask import head_factors, masked_heads, times
 from qdq_surgery.qdqbert.legacy_cache import as_cache

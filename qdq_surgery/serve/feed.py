@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_file.origin import Origin
 from qdq_surgery.serve.engines import Port
 
@@ -147,7 +147,7 @@ def _check_tokens(path: Path, origin: Origin, arrays: Mapping[str, NDArray[Any]]
             raise ModelError(
                 f"'{name}' has shape {arrays[name].shape}, and the tokens are {lead}; give one for each token"
             )
-    longest = longest_text(origin.config)
+    longest = max_tokens(origin.config)
     if longest is not None and lead[-1] > longest:
         raise ModelError(f"{lead[-1]} tokens are given, and {path} knows {longest} positions; truncate the texts")
     for name, limit in ((_IDS, "vocab_size"), (_TYPES, "type_vocab_size")):

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ModelError
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import max_tokens
+from qdq_surgery.hf.example_inputs import takes_any
 from qdq_surgery.texts.samples import Sample
 from qdq_surgery.texts.tokenizers import REMEDY, load_tokenizer, special_tokens, unknown_token
 
@@ -105,7 +106,7 @@ def text_batches(
 
 def _most(length: int | None, model: PreTrainedModel, tokenizer: Any) -> tuple[int, list[str]]:
     """How many tokens a text may have, and a word if that is less than was asked for."""
-    limits = {type(model).__name__: longest_text(model.config) or _NO_LIMIT}
+    limits = {type(model).__name__: max_tokens(model.config) or _NO_LIMIT}
     if tokenizer is not None:
         limits["its tokenizer"] = min(tokenizer.model_max_length, _NO_LIMIT)
     who = min(limits, key=lambda name: limits[name])
@@ -223,7 +224,7 @@ def _batch(rows: Sequence[_Row], model: PreTrainedModel, padding: int) -> dict[s
     """The rows beside each other, padded at their ends; without arguments that the model does not have."""
     width = max(len(row) for row in rows)
     taken = inspect.signature(model.forward).parameters
-    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values())
+    open_ended = takes_any(model)
     made = {}
     for name, fill in ((_IDS, padding), (_MASK, 0), (_TYPES, 0)):
         if name in rows[0].inputs and (name in taken or (open_ended and name != _TYPES)):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, set_seed
 
 import qdq_surgery as qs
 from qdq_surgery.cli.folder import is_converted
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_file.writer import replace_text, writable
 from qdq_surgery.serve.model import OnnxModel
 from tasks.errors import OptionError
@@ -142,7 +142,7 @@ def _show_labels(model: PreTrainedModel | OnnxModel, head: Head, console: Consol
 
 
 def _check_length(model: PreTrainedModel | OnnxModel, options: Options) -> None:
-    limit = longest_text(model.config)
+    limit = max_tokens(model.config)
     if limit is not None and options.max_seq_length > limit:
         raise OptionError(
             f"--max_seq_length {options.max_seq_length}: {options.model_name_or_path} knows {limit} positions; "

@@ -22,8 +22,8 @@ from exported import calibrated, inputs_for
 
 from qdq_surgery.export.onnx_trace import trace
 from qdq_surgery.export.shared_copy import twin
-from qdq_surgery.hf.chunking import unchunked
-from qdq_surgery.hf.sample_inputs import sample_inputs
+from qdq_surgery.hf.config_facts import without_ffn_chunking
+from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.quantize.export_node import FAKE_QUANT, tag
 
 
@@ -265,12 +265,12 @@ def test_a_mask_of_scores_is_not_short(scores: tuple[int, ...], bert: PreTrained
 def test_chunks_are_one() -> None:
     model = calibrated(num_hidden_layers=1, chunk_size_feed_forward=3)
     layer = model.encoder.layer[0]
-    with unchunked(model):
+    with without_ffn_chunking(model):
         assert layer.chunk_size_feed_forward == 0
     assert layer.chunk_size_feed_forward == 3
     assert axes(model, sample_inputs(model, None, True))["last_hidden_state"] == ["batch", "sequence", 32]
     assert layer.chunk_size_feed_forward == 3
-    with pytest.raises(RuntimeError, match="in the middle"), unchunked(model):
+    with pytest.raises(RuntimeError, match="in the middle"), without_ffn_chunking(model):
         raise RuntimeError("in the middle")
     assert layer.chunk_size_feed_forward == 3
 

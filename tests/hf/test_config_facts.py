@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.hf.example_inputs import SHAPES, make_examples
 
 #: Small values; a config takes those that it knows.
@@ -98,7 +98,7 @@ def takes(model: PreTrainedModel, tokens: int) -> bool:
 @pytest.mark.parametrize(("kind", "unusual"), MODELS, ids=[f"{kind}{[*unusual] or ''}" for kind, unusual in MODELS])
 def test_it_is_what_the_model_takes(kind: str, unusual: dict[str, Any]) -> None:
     model = model_of(kind, unusual)
-    longest = longest_text(model.config)
+    longest = max_tokens(model.config)
     assert takes(model, longest or 64)
     assert longest is None or not takes(model, longest + 1)
 
@@ -113,8 +113,8 @@ def test_examples_of_a_roberta_with_ten_positions_behind_padding_five_have_four_
 
 def test_the_part_about_texts_counts() -> None:
     text = SimpleNamespace(model_type="bert", max_position_embeddings=12)
-    assert longest_text(SimpleNamespace(max_position_embeddings=99, get_text_config=lambda: text)) == 12
+    assert max_tokens(SimpleNamespace(max_position_embeddings=99, get_text_config=lambda: text)) == 12
 
 
 def test_a_config_without_positions_takes_any_number() -> None:
-    assert longest_text(SimpleNamespace(model_type="t5")) is None
+    assert max_tokens(SimpleNamespace(model_type="t5")) is None

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, pipeline
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import qdq_surgery as qs
-from qdq_surgery.hf.config_facts import longest_text
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.serve.engines import RUNTIMES
 from qdq_surgery.serve.feed import _ZERO_TYPES
@@ -280,7 +280,7 @@ def test_what_the_models_take_for_what_is_left_out(architecture: Any) -> None:
         assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, plain)
         if has_types:
             assert torch.equal(model(ids, token_type_ids=torch.zeros_like(ids)).logits, plain)
-        longest = longest_text(model.config)
+        longest = max_tokens(model.config)
         assert (longest is None) == (architecture.model_type == "modernbert")
         model(torch.full((1, longest or 50), 5))
         if longest is not None:
