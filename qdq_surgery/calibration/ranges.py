@@ -35,12 +35,11 @@ from qdq_surgery.quantize.calibrators import (
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 from qdq_surgery.safety.transaction import all_or_nothing
-from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.surgery.model_state import plan_of, quantizers, set_state, state_of
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.render import Rendered
 
 __all__ = [
-    "CALIBRATION_ATTRIBUTE",
     "Calibration",
     "Range",
     "calibrate",
@@ -48,9 +47,6 @@ __all__ = [
     "share_ranges_found",
     "weight_range",
 ]
-
-#: Where a calibrated model keeps its :class:`Calibration`.
-CALIBRATION_ATTRIBUTE = "_qdq_calibration"
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ def calibrate(
             learn = quantizer.learns or (quantizer.spec is not None and quantizer.spec.learn)
             quantizer.set_range(amax)
             quantizer.learn_amax(learn)
-        vars(model)[CALIBRATION_ATTRIBUTE] = made
+        set_state(model, replace(state_of(model), calibration=made, saved_report=None))
     return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qdq_surgery.hf.config_facts import attention_of, set_attention
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 
 __all__ = ["name_as_eager", "name_back"]
@@ -31,12 +32,12 @@ _AS_EAGER = _AsEager(QDQ_ATTENTION)
 
 def name_as_eager(config: Any) -> None:
     """Let ``config`` pass transformers' check, until :func:`name_back`. The model may run meanwhile."""
-    ours = getattr(config, "_attn_implementation_internal", None) == QDQ_ATTENTION
+    ours = attention_of(config) == QDQ_ATTENTION
     if ours and getattr(config, "_output_attentions", False):
-        config._attn_implementation_internal = _AS_EAGER
+        set_attention(config, _AS_EAGER)
 
 
 def name_back(config: Any) -> None:
     """Undo :func:`name_as_eager`."""
-    if isinstance(getattr(config, "_attn_implementation_internal", None), _AsEager):
-        config._attn_implementation_internal = QDQ_ATTENTION
+    if isinstance(attention_of(config), _AsEager):
+        set_attention(config, QDQ_ATTENTION)

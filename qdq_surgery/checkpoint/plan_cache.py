@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pytorch_quantization
 import torch
@@ -34,8 +33,7 @@ from qdq_surgery.rules.json_data import rules_to_data
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.safety.untrusted import DamagedError, Item, parse_json, quoted
 from qdq_surgery.surgery.apply import Known, base_class
-from qdq_surgery.surgery.model_state import plan_of
-from qdq_surgery.surgery.quantized_forward import QuantizedForward
+from qdq_surgery.surgery.model_state import plan_of, quantized_forwards
 from qdq_surgery.version import __version__
 
 __all__ = ["DIGEST", "METADATA", "Lock", "fingerprint", "lock_of", "read_lock"]
@@ -103,12 +101,11 @@ def lock_of(qmodel: PreTrainedModel) -> dict[str, str]:
     """The lock of a converted model, as entries of the metadata of its files."""
     plan = plan_of(qmodel)
     layers = {site.owner: site.layer for site in plan.sites}
-    known: dict[tuple[str, str], frozenset[Any]] = {}
-    for name, module in qmodel.named_modules():
-        for kind in ("forward", "attention"):
-            rewritten = vars(module).get(f"_qdq_{kind}")
-            if isinstance(rewritten, QuantizedForward):
-                known[name, kind] = rewritten.known
+    known = {
+        (name, kind): rewritten.known
+        for name, module in qmodel.named_modules()
+        for kind, rewritten in quantized_forwards(module).items()
+    }
     data = {
         "schema": _SCHEMA,
         "fits": fingerprint(qmodel, plan.rules, dict(qmodel.named_modules())),

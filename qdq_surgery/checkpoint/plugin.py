@@ -19,7 +19,6 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
 
-from qdq_surgery.calibration.ranges import CALIBRATION_ATTRIBUTE
 from qdq_surgery.checkpoint.attentions import name_as_eager, name_back
 from qdq_surgery.checkpoint.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.checkpoint.plan_cache import lock_of, read_lock
@@ -31,19 +30,21 @@ from qdq_surgery.checkpoint.save import SAVE_ATTRIBUTE, SavePretrained, without_
 from qdq_surgery.checkpoint.weight_conversions import keep_ranges_apart
 from qdq_surgery.errors import AttentionBypassError, ModelError
 from qdq_surgery.graph.shell_copy import hollow, real_tensors
+from qdq_surgery.hf.config_facts import attention_of
 from qdq_surgery.match.analyze import analyse, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.factory import device_of
 from qdq_surgery.safety.transaction import all_or_nothing, put_back_after
-from qdq_surgery.surgery.apply import PLAN_ATTRIBUTE, Implant, implant, prepare, restore
-from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.surgery.apply import Implant, implant, prepare, restore
+from qdq_surgery.surgery.model_state import is_converted, plan_of, quantizers
+from qdq_surgery.trace.attention import QDQ_ATTENTION
 
 __all__ = ["QDQQuantizer", "adopt"]
 
 logger = logging.get_logger(__name__)
 
 #: Attention implementations that a model with quantized attention may be asked for: they mean what it has.
-_OWN_ATTENTION = (None, "eager", "qdq_eager")
+_OWN_ATTENTION = (None, "eager", QDQ_ATTENTION)
 
 
 class _Patterns(list[str]):
@@ -100,7 +101,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Notes the attention that was asked for, before the model is built."""
-        self._attention = getattr(config, "_attn_implementation_internal", None)
+        self._attention = attention_of(config)
         if self._attention is None and getattr(config, "_output_attentions", False):
             # Left open, transformers would take one that gives no attentions, whatever the config says.
             config._attn_implementation = "eager"
@@ -235,8 +236,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         _check_whole(model)
         with all_or_nothing(model):
             restore(model)
-            for name in (CALIBRATION_ATTRIBUTE, SAVE_ATTRIBUTE):
-                vars(model).pop(name, None)
+            vars(model).pop(SAVE_ATTRIBUTE, None)
             for part in _parts(model):
                 vars(part).pop("hf_quantizer", None)
             self.remove_quantization_config(model)
@@ -270,7 +270,7 @@ def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def _check_whole(model: PreTrainedModel) -> None:
-    if PLAN_ATTRIBUTE not in vars(model):
+    if not is_converted(model):
         name = type(model).__name__
         raise ModelError(
             f"this {name} is a part of a converted model, whose rules and sites are those of the whole; save the "

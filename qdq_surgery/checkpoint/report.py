@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.utils import logging
 
-from qdq_surgery.calibration.ranges import CALIBRATION_ATTRIBUTE, Calibration, Range
+from qdq_surgery.calibration.ranges import Calibration, Range
 from qdq_surgery.checkpoint.quantizer_states import versions
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.safety.untrusted import DamagedError, Item, parse_json, read_regular_file
-from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.surgery.model_state import CalibrationRecord, ModelState, plan_of, quantizers, set_state, state_of
 from qdq_surgery.text.layer_names import join_layers, star
 
 __all__ = ["REPORT_NAME", "calibration_of", "report_of", "restore_calibration", "write_report"]
@@ -70,23 +71,27 @@ def restore_calibration(qmodel: nn.Module, files: Sequence[str]) -> None:
     if path is None or not path.exists():
         return
     try:
-        vars(qmodel)[CALIBRATION_ATTRIBUTE] = read_regular_file(path, _MOST_BYTES)
+        set_state(qmodel, replace(state_of(qmodel), saved_report=read_regular_file(path, _MOST_BYTES)))
     except (OSError, DamagedError) as error:
         logger.warning(f"{REPORT_NAME} is not read: {error}; what it says of the calibration is lost")
 
 
-def calibration_of(qmodel: nn.Module) -> Calibration | None:
+def calibration_of(qmodel: nn.Module) -> CalibrationRecord | None:
     """What the model's last calibration did, here or before it was saved; ``None`` if that is not known."""
-    made = vars(qmodel).get(CALIBRATION_ATTRIBUTE)
-    if isinstance(made, bytes):
-        try:
-            made = _calibration(parse_json(made, REPORT_NAME, _MOST_BYTES))
-        except DamagedError:
-            made = None  # never calibrated, or a report of another version
-        if made is not None and not {each.quantizer for each in made.ranges} <= quantizers(qmodel).keys():
-            made = None  # another head's: its names are others
-        vars(qmodel)[CALIBRATION_ATTRIBUTE] = made
-    return made
+    state = state_of(qmodel)
+    if state.saved_report is not None:
+        state = ModelState(state.plan, _saved_calibration(state.saved_report, qmodel))
+        set_state(qmodel, state)
+    return state.calibration
+
+
+def _saved_calibration(report: bytes, qmodel: nn.Module) -> Calibration | None:
+    try:
+        made = _calibration(parse_json(report, REPORT_NAME, _MOST_BYTES))
+    except DamagedError:
+        return None  # never calibrated, or a report of another version
+    names = {each.quantizer for each in made.ranges}
+    return made if names <= quantizers(qmodel).keys() else None  # or another head's: its names are others
 
 
 def _calibration(report: Item) -> Calibration:

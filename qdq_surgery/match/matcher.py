@@ -24,7 +24,7 @@ from qdq_surgery.match.subgraph import Attempt, Slot, Value, fit, operand_of, pl
 from qdq_surgery.rules.pattern import operator_fits
 from qdq_surgery.rules.spec import Rule, RuleSet
 from qdq_surgery.trace.attention import QDQ_ATTENTION
-from qdq_surgery.trace.units import Survey, Unit
+from qdq_surgery.trace.units import LoneLeaf, Survey, Unit
 
 __all__ = ["match"]
 
@@ -318,4 +318,4 @@ class _Matcher:
 
 def _leaf_path(unit: Unit, path: str, target: str) -> str:
     # A unit that is a leaf itself was recorded inside a routine made for it.
-    return path if unit.tree is not None and type(unit.tree.owner).__name__ == "_Alone" else join_path(path, target)
+    return path if unit.tree is not None and isinstance(unit.tree.owner, LoneLeaf) else join_path(path, target)

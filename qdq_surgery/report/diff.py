@@ -18,9 +18,9 @@ from qdq_surgery.graph.block_graph import Routine, join_path
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.report.graph_listing import Line, list_routine
-from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.surgery.model_state import is_converted, plan_of
 from qdq_surgery.text.render import Rendered
-from qdq_surgery.trace.units import Survey, survey
+from qdq_surgery.trace.units import LoneLeaf, Survey, survey
 
 __all__ = ["BlockDiff", "Diff", "Row", "diff"]
 
@@ -124,7 +124,7 @@ def diff(before: PreTrainedModel, after: PreTrainedModel, *, example_inputs: dic
         ModelError: ``after`` is not converted, ``before`` is, or they are different models.
     """
     made = plan_of(after)
-    if "_qdq_plan" in vars(before):
+    if is_converted(before):
         raise ModelError(
             f"the first {type(before).__name__} is converted; diff(before, after) wants the float model first"
         )
@@ -155,9 +155,7 @@ def _compare(before: Survey, after: Survey) -> Iterator[BlockDiff]:
             continue
         for routine, twin in zip(one.tree.walk(), other.tree.walk(), strict=False):
             path = join_path(one.path, routine.path)
-            name = type(routine.owner).__name__
-            if name == "_Alone":
-                name = type(next(iter(routine.owner.children()))).__name__
+            name = type(routine.owner.leaf if isinstance(routine.owner, LoneLeaf) else routine.owner).__name__
             if routine.kind == "attention":
                 name += f": {routine.function}"
             if routine.failure is not None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.errors import MatchError
 from qdq_surgery.graph.block_graph import Routine
 from qdq_surgery.graph.compiled_graph import CompiledGraph
+from qdq_surgery.hf.config_facts import attention_of, set_attention
 from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.site_names import is_site_name
 from qdq_surgery.quantize.factory import Defaults, Maker, device_of
@@ -25,12 +26,12 @@ from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.untrusted import quoted
 from qdq_surgery.surgery.edits import Edit, Origin
+from qdq_surgery.surgery.model_state import ModelState, set_state
 from qdq_surgery.surgery.quantized_forward import GUARDED, CompiledGraphs, QuantizedForward
-from qdq_surgery.trace.attention import QDQ_ATTENTION, check_not_bypassed, eager_function
+from qdq_surgery.trace.attention import QDQ_ATTENTION, QUANTIZED_FORWARDS, check_not_bypassed, eager_function
 from qdq_surgery.trace.units import structure
 
 __all__ = [
-    "PLAN_ATTRIBUTE",
     "Implant",
     "Known",
     "Recordings",
@@ -43,9 +44,6 @@ __all__ = [
 ]
 
 _CPU = torch.device("cpu")
-
-#: Where a converted model keeps its plan.
-PLAN_ATTRIBUTE = "_qdq_plan"
 
 #: (path of the block, kind) -> the routines recorded for it, one for each kind of call.
 Recordings = Mapping[tuple[str, str], Iterable[Routine]]
@@ -138,7 +136,7 @@ class _Surgeon:
             self._swap_linear(self.modules[owner], sites)
         for (owner, kind), sites in blocks.items():
             self._rewrite(owner, kind, sites)
-        vars(self.model)[PLAN_ATTRIBUTE] = self.plan
+        set_state(self.model, ModelState(self.plan))
         return self.implants
 
     def _own_configs(self, attention: str | None) -> None:
@@ -146,10 +144,10 @@ class _Surgeon:
         configs: dict[int, Any] = {}
         for module in self.modules.values():
             config = vars(module).get("config")
-            if config is not None and hasattr(config, "_attn_implementation_internal"):
+            if hasattr(config, "_attn_implementation"):
                 own = copy.deepcopy(config, configs)
                 if attention is not None:
-                    own._attn_implementation_internal = attention
+                    set_attention(own, attention)
                 vars(module)["config"] = own
 
     def _swap_linear(self, linear: nn.Module, sites: list[Site]) -> None:
@@ -181,7 +179,7 @@ class _Surgeon:
             if self.compiled[id(routine)] not in variants.found:
                 variants.found.append(self.compiled[id(routine)])
         _set_class(block, quantized_class(base))
-        vars(block)[f"_qdq_{kind}"] = rewritten
+        vars(block)[QUANTIZED_FORWARDS[kind]] = rewritten
         device = self._device_of(block)
         for site in sites:
             self._add(block, site.name, site, device)
@@ -219,14 +217,14 @@ def restore(model: PreTrainedModel) -> None:
             for name in ("_input_quantizer", "_weight_quantizer"):
                 module._modules.pop(name, None)  # None where a rule quantizes one operand only
             _set_class(module, nn.Linear)
-        elif "_qdq_base" in vars(type(module)):
-            _set_class(module, base_class(type(module)))
-            for name in ("_qdq_forward", "_qdq_attention"):
+        elif (base := base_class(type(module))) is not type(module):
+            _set_class(module, base)
+            for name in QUANTIZED_FORWARDS.values():
                 vars(module).pop(name, None)
         config = vars(module).get("config")
-        if getattr(config, "_attn_implementation_internal", None) == QDQ_ATTENTION:
-            config._attn_implementation_internal = "eager"
-    vars(model).pop(PLAN_ATTRIBUTE, None)
+        if attention_of(config) == QDQ_ATTENTION:
+            set_attention(config, "eager")
+    set_state(model, None)
 
 
 # ---------------------------------------------------------------------------------------------- rewritten classes
@@ -266,8 +264,7 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         "__reduce_ex__": __reduce_ex__,
         "_qdq_base": cls,
-        "_qdq_forward": None,
-        "_qdq_attention": None,
+        **dict.fromkeys(QUANTIZED_FORWARDS.values()),
         "forward": forward,
     }
     made = cast("type[nn.Module]", types.new_class(cls.__name__, (cls,), exec_body=lambda own: own.update(members)))

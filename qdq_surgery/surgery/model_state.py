@@ -1,10 +1,12 @@
-"""What one asks a converted model: its plan, its quantizers, and its behaviour without them."""
+"""What one asks a converted model: its plan, its quantizers, what it runs, and its behaviour without quantizers."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -12,11 +14,77 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.transaction import put_back_after
-from qdq_surgery.surgery.apply import PLAN_ATTRIBUTE
+from qdq_surgery.surgery.quantized_forward import QuantizedForward
+from qdq_surgery.trace.attention import QUANTIZED_FORWARDS
+
+__all__ = [
+    "CalibrationRecord",
+    "ModelState",
+    "is_converted",
+    "plan_of",
+    "quantization_disabled",
+    "quantized_forwards",
+    "quantizers",
+    "set_state",
+    "state_of",
+]
 
 _HOLDERS = itertools.count()
 
-__all__ = ["plan_of", "quantization_disabled", "quantizers"]
+#: The attribute of a converted model that holds its :class:`ModelState`.
+_STATE = "_qdq_state"
+
+
+class CalibrationRecord(Protocol):
+    """What a calibration did: a :class:`~qdq_surgery.calibration.ranges.Calibration`, a stage further on."""
+
+    def now(self, qmodel: nn.Module) -> CalibrationRecord:
+        """The same with the ranges that the model has by now."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelState:
+    """What a converted model knows of itself. It is replaced and never changed, so that a snapshot can bring it back.
+
+    Attributes:
+        plan: What it was converted by.
+        calibration: What the last calibration did; ``None`` if there was none, or if it is in ``saved_report``.
+        saved_report: The report that lay beside the checkpoint, as it was read and nothing more; ``None`` without one.
+    """
+
+    plan: Plan
+    calibration: CalibrationRecord | None = None
+    saved_report: bytes | None = None
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether :func:`convert` made the model, or it was loaded as one that it made."""
+    return isinstance(vars(model).get(_STATE), ModelState)
+
+
+def set_state(model: nn.Module, state: ModelState | None) -> None:
+    """Give a model its state; ``None``: it is no longer converted."""
+    if state is None:
+        vars(model).pop(_STATE, None)
+    else:
+        vars(model)[_STATE] = state
+
+
+def state_of(qmodel: nn.Module) -> ModelState:
+    """The state of a converted model.
+
+    Raises:
+        ModelError: The model was not made by :func:`convert`.
+    """
+    state = vars(qmodel).get(_STATE)
+    if not isinstance(state, ModelState):
+        inside = hasattr(qmodel, "get_base_model")  # PEFT's
+        remedy = "pass model.get_base_model()" if inside else "call qdq_surgery.convert(model) first"
+        raise ModelError(f"this {type(qmodel).__name__} is not converted; {remedy}")
+    return state
 
 
 def plan_of(qmodel: nn.Module) -> Plan:
@@ -25,12 +93,13 @@ def plan_of(qmodel: nn.Module) -> Plan:
     Raises:
         ModelError: The model was not made by :func:`convert`.
     """
-    made = vars(qmodel).get(PLAN_ATTRIBUTE)
-    if not isinstance(made, Plan):
-        inside = hasattr(qmodel, "get_base_model")  # PEFT's
-        remedy = "pass model.get_base_model()" if inside else "call qdq_surgery.convert(model) first"
-        raise ModelError(f"this {type(qmodel).__name__} is not converted; {remedy}")
-    return made
+    return state_of(qmodel).plan
+
+
+def quantized_forwards(block: nn.Module) -> dict[str, QuantizedForward]:
+    """What a converted block runs in place of its ``forward`` and of its ``attention`` function: one, both, or none."""
+    own = {kind: vars(block).get(name) for kind, name in QUANTIZED_FORWARDS.items()}
+    return {kind: each for kind, each in own.items() if isinstance(each, QuantizedForward)}
 
 
 def quantizers(qmodel: nn.Module) -> dict[str, TensorQuantizer]:

@@ -20,10 +20,20 @@ from transformers.masking_utils import eager_mask
 from qdq_surgery.errors import AttentionBypassError, TraceError
 from qdq_surgery.trace.recorder import recording_of
 
-__all__ = ["QDQ_ATTENTION", "check_not_bypassed", "eager_function", "qdq_attention", "uses_interface"]
+__all__ = [
+    "QDQ_ATTENTION",
+    "QUANTIZED_FORWARDS",
+    "check_not_bypassed",
+    "eager_function",
+    "qdq_attention",
+    "uses_interface",
+]
 
 #: Value of ``config._attn_implementation`` in a model whose attention is quantized.
 QDQ_ATTENTION = "qdq_eager"
+
+#: The attribute of a converted block that holds what it runs in place of its forward, or of its attention function.
+QUANTIZED_FORWARDS = {"forward": "_qdq_forward", "attention": "_qdq_attention"}
 
 
 def eager_function(cls: type[nn.Module]) -> Callable[..., Any]:
@@ -59,7 +69,7 @@ def qdq_attention(
 ) -> Any:
     """Attention with the quantizers of ``module`` in it; shapes and return value as in transformers' eager function."""
     args = (module, query, key, value, attention_mask)
-    rewritten: Any = getattr(module, "_qdq_attention", None)
+    rewritten: Any = getattr(module, QUANTIZED_FORWARDS["attention"], None)
     recorder = recording_of(module)
     if recorder is not None:
         rewrite = rewritten is not None and recorder.nested

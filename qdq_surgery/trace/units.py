@@ -20,11 +20,12 @@ from qdq_surgery.graph.block_graph import Leaf, Routine, describe_leaf, flatten_
 from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.graph.replay import copied
 from qdq_surgery.graph.shell_copy import shadow
+from qdq_surgery.hf.config_facts import set_attention
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 from qdq_surgery.trace.recorder import record
 
-__all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "structure", "survey"]
+__all__ = ["Call", "LoneLeaf", "Survey", "Unit", "find_units", "layer_of", "structure", "survey"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -116,9 +117,7 @@ def survey(
     for module in ghost.modules():
         vars(module)["training"] = False
     for module in ghost.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = QDQ_ATTENTION
+        set_attention(getattr(module, "config", None), QDQ_ATTENTION)
     paths = list(find_units(ghost))
     devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
     with kept_random(devices), torch.no_grad():
@@ -184,7 +183,7 @@ def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: 
 def _record_unit(module: nn.Module, call: Call) -> Routine:
     if is_leaf(module):
         # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
-        module = _Alone(module)
+        module = LoneLeaf(module)
     # (A layer that changes its arguments must not change those that the next recording is to get.)
     args, kwargs = (rebuild_call(part, iter(copied(flatten_call((part,), {})[0]))) for part in call)
     try:
@@ -193,12 +192,15 @@ def _record_unit(module: nn.Module, call: Call) -> Routine:
         return Routine("", "forward", module, "forward", failure=str(error))
 
 
-class _Alone(nn.Module):
+class LoneLeaf(nn.Module):
+    """The block around a linear, or another leaf, that stands outside of all blocks; ``leaf`` is the leaf."""
+
     def __init__(self, leaf: nn.Module) -> None:
         super().__init__()
         self.leaf = leaf
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the leaf makes of the arguments."""
         return self.leaf(*args, **kwargs)
 
 

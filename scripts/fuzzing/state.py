@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from qdq_surgery.surgery.apply import base_class
+from qdq_surgery.surgery.model_state import ModelState
+
 __all__ = ["global_state", "state_of"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -23,7 +26,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         kind = type(module)
-        found[f"{path} class"] = kind.__module__, kind.__qualname__, "_qdq_base" in vars(kind)
+        found[f"{path} class"] = kind.__module__, kind.__qualname__, base_class(kind) is not kind
         for table in _TABLES:
             found[f"{path} {table}"] = [*vars(module)[table]]
         for table in ("_parameters", "_buffers"):
@@ -50,6 +53,8 @@ def _value(value: Any) -> Any:
         return _tensor(value)
     if isinstance(value, PretrainedConfig):
         return {name: _value(each) for name, each in vars(value).items()}
+    if isinstance(value, ModelState):
+        return [(name, type(each).__name__) for name, each in vars(value).items()]
     if isinstance(value, dict):
         return [(str(key), _value(each)) for key, each in value.items()]
     if isinstance(value, (list, tuple)):

@@ -15,6 +15,7 @@ import qdq_surgery as qs
 from fuzzing import interruptions
 from fuzzing.interruptions import OPERATIONS, SAVING, Operation
 from fuzzing.state import state_of
+from qdq_surgery.surgery.model_state import ModelState, plan_of, set_state
 
 #: 310 in all. (What a conversion runs is a quarter of a million lines, most of them while it only looks at the model.)
 COUNTS = {each.name: 30 for each in OPERATIONS} | {SAVING.name: 40}
@@ -57,7 +58,7 @@ def test_no_change_of_a_state_goes_unseen(change: str) -> None:
         "class": lambda: setattr(model.dropout, "__class__", torch.nn.Identity),
         "mode": lambda: model.bert.pooler.train(),
         "grad": lambda: setattr(model.classifier.bias, "grad", torch.ones(2)),
-        "attribute": lambda: vars(model).pop("_qdq_calibration"),
+        "attribute": lambda: set_state(model, ModelState(plan_of(model))),
         "config": lambda: setattr(model.config, "hidden_act", "relu"),
     }
     assert state_of(copy.deepcopy(model)) == before

@@ -28,6 +28,7 @@ from qdq_surgery.numerics.range_methods import channel_mse_amax
 from qdq_surgery.quantize.calibrators import METHODS, choose
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rules.spec import RuleSet
+from qdq_surgery.surgery.model_state import state_of
 
 Batch = dict[str, Any]
 LAYER = "encoder.layer.0."
@@ -429,12 +430,12 @@ def shared_model() -> PreTrainedModel:
 
 def assert_refused(qmodel: PreTrainedModel, error: type[Exception], words: str, *args: Any, **options: Any) -> None:
     """The call fails, and neither the ranges nor the report changes."""
-    before, report = ranges(qmodel), vars(qmodel)["_qdq_calibration"]
+    before, report = ranges(qmodel), state_of(qmodel).calibration
     with pytest.raises(error) as caught:
         qs.calibrate(qmodel, *args, **options)
     assert words in str(caught.value)
     assert_equal(ranges(qmodel), before)
-    assert vars(qmodel)["_qdq_calibration"] is report
+    assert state_of(qmodel).calibration is report
 
 
 @pytest.mark.parametrize(
@@ -545,7 +546,7 @@ def test_a_model_that_is_not_converted(call: Callable[..., Any]) -> None:
 def test_the_report() -> None:
     qmodel = coarse()
     made = qs.calibrate(qmodel, BATCHES, "mse")
-    assert vars(qmodel)["_qdq_calibration"] is made
+    assert state_of(qmodel).calibration is made
     data = json.loads(json.dumps(made.to_json()))
     assert {name: data[name] for name in ("schema", "method", "batches", "rows", "tokens")} == {
         "schema": 1,

@@ -19,6 +19,7 @@ import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.numerics.range_methods import channel_mse_amax
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
+from qdq_surgery.surgery.model_state import state_of
 
 Batch = dict[str, Any]
 CLASSIFIER = "BertForSequenceClassification"
@@ -108,7 +109,7 @@ def test_weights_get_gradients_through_the_quantizers() -> None:
 @pytest.mark.parametrize("weights", [False, True], ids=["activations", "weights-too"])
 def test_learn_ranges(weights: bool) -> None:
     qmodel = calibrated()
-    before, report = ranges(qmodel), vars(qmodel)["_qdq_calibration"]
+    before, report = ranges(qmodel), state_of(qmodel).calibration
     with torch.no_grad():
         outputs = qmodel(**DATA).logits
     names = set(qmodel.state_dict())
@@ -122,7 +123,7 @@ def test_learn_ranges(weights: bool) -> None:
     assert all(each.requires_grad and each.dtype == torch.float32 for each in parameters)
     assert_equal(ranges(qmodel), before)
     assert set(qmodel.state_dict()) == names
-    assert vars(qmodel)["_qdq_calibration"] is report
+    assert state_of(qmodel).calibration is report
     with torch.no_grad():
         assert torch.equal(qmodel(**DATA).logits, outputs)
     # Again: the same parameters, as an optimizer may hold them.

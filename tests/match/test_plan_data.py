@@ -17,8 +17,7 @@ from qdq_surgery.match.plan import Plan
 from qdq_surgery.match.plan_data import known_from_data, known_to_data, plan_from_data, plan_to_data
 from qdq_surgery.rules.yaml_file import shipped_rules
 from qdq_surgery.safety.untrusted import DamagedError, Item
-from qdq_surgery.surgery.model_state import plan_of
-from qdq_surgery.surgery.quantized_forward import QuantizedForward
+from qdq_surgery.surgery.model_state import plan_of, quantized_forwards
 
 
 def converted(model_type: str, rules: str, **options: Any) -> PreTrainedModel:
@@ -34,8 +33,7 @@ def known_of(qmodel: PreTrainedModel) -> dict[tuple[str, str], Any]:
     return {
         (name, kind): rewritten.known
         for name, module in qmodel.named_modules()
-        for kind in ("forward", "attention")
-        if isinstance(rewritten := vars(module).get(f"_qdq_{kind}"), QuantizedForward)
+        for kind, rewritten in quantized_forwards(module).items()
     }
 
 
