@@ -63,7 +63,7 @@ def plan(
     *,
     example_inputs: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """What :func:`convert` would do. Edits nothing; same arguments and errors."""
+    """What :func:`convert` would do with these ``rules`` and ``example_inputs``: edits nothing, and raises the same."""
     return _recorded(model, load_rules(rules), example_inputs)[0]
 
 

@@ -90,6 +90,9 @@ class Statistics(Rendered):
         """By quantizer and method: ``amax`` and ``error``, the squared quantization error as a share of the squares.
 
         Quantizers with one range per channel have ``max`` only, and are left out.
+
+        Args:
+            percentiles: In percent, to compare beside max, entropy and mse.
         """
         methods = [("max", 100.0), *(("percentile", p) for p in percentiles), ("entropy", 100.0), ("mse", 100.0)]
         found: dict[str, dict[str, Any]] = {}
@@ -140,6 +143,9 @@ def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histogra
             it was.
         batches: Keyword arguments of the model's forward, such as a tokenizer gives; tensors may be on any device.
         histograms: Whether to keep histograms, as all methods but ``max`` need them.
+
+    Returns:
+        By quantizer what it saw, in the units of its activation, for any number of :func:`calibrate`.
 
     Raises:
         CalibrationError: No quantizer is enabled, there are no batches, one cannot be used, an activation has a NaN or

@@ -52,7 +52,7 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return isinstance(other, QDQConfig) and self.to_dict() == other.to_dict()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """One entry of :meth:`to_dict`: transformers asks so where a loaded model's config is given to it again."""
+        """One entry of :meth:`to_dict`, or ``default``: transformers asks so for a loaded model's config."""
         return self.to_dict().get(name, default)
 
     def __deepcopy__(self, _: dict[int, Any]) -> QDQConfig:

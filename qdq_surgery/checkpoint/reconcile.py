@@ -93,6 +93,11 @@ def _number_in(name: str) -> int | None:
 
 
 def check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+    """Whether the rules make a quantizer for each range; of modules that the model lacks, such as another head, none.
+
+    Raises:
+        ModelError: They do not; names the first range.
+    """
     beyond = ranges.keys() - found.keys()
     if not beyond:
         return
@@ -128,6 +133,11 @@ def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor]) -> Non
 def check_ranges(
     found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], record: Record, names: Names
 ) -> None:
+    """Whether each quantizer that was saved with a range has one; says which quantizers are new.
+
+    Raises:
+        ModelError: One has none; names it.
+    """
     without = {names.here(name) for name in record.names("without_range")}
     saved = {names.here(name) for name in record.names()}
     missing = sorted(name for name in found.keys() & saved if name not in ranges and name not in without)
@@ -146,6 +156,7 @@ def check_ranges(
 def take_state(
     found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], record: Record, names: Names
 ) -> None:
+    """Make each quantizer what it was when it was saved: disabled, without a range, with one that is learned."""
     # Rules or descriptors may have given them what they no longer had.
     for name in map(names.here, record.names("without_range")):
         if name in found and name not in ranges:

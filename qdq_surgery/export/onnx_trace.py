@@ -24,11 +24,10 @@ from transformers import PreTrainedModel
 from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
 from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.quantize.export_node import tagged
+from qdq_surgery.safety.torch_private import ONNX_EXPORTER_LOG
 from qdq_surgery.surgery.model_state import quantizers
 
 __all__ = ["Traced", "trace"]
-
-_EXPORTER = "torch.onnx._internal.exporter"
 
 #: How much a message holds of what torch says, in characters: the reason stands in the second or third line.
 _LONGEST = 400
@@ -197,7 +196,7 @@ def _cause(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns about torchvision, which is not needed, and about names of axes."""
-    log = logging.getLogger(_EXPORTER)
+    log = logging.getLogger(ONNX_EXPORTER_LOG)
     before = log.level
     log.setLevel(logging.ERROR)
     try:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx.node import _get_qualified_name
 
 from qdq_surgery.graph.operators import callable_name
+from qdq_surgery.safety.torch_private import qualified_name
 
 __all__ = ["apply_of", "function_target", "is_in_place", "tensor_method"]
 
@@ -64,7 +64,7 @@ def _holder(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 def _is_resolved(function: Callable[..., Any]) -> bool:
     """Whether the name that fx gives to ``function`` means it."""
     try:
-        first, *rest = _get_qualified_name(function).split(".")
+        first, *rest = qualified_name(function).split(".")
         found: Any = torch if first == "torch" else None
         for part in rest:
             found = getattr(found, part)

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from qdq_surgery.errors import TraceError
 from qdq_surgery.graph.block_graph import SELF, Leaf, Routine
+from qdq_surgery.safety.torch_private import set_grad_enabled
 from qdq_surgery.safety.untrusted import quoted
 
 __all__ = ["CompiledGraph", "compile_graph"]
@@ -53,6 +54,7 @@ class CompiledGraph:
     source: str
 
     def guards_hold(self, module: nn.Module, signature: tuple[Leaf, ...], paths: tuple[str, ...]) -> bool:
+        """Whether the graph is that of a call of ``module`` with arguments of these descriptions and paths."""
         if signature != self.signature or paths != self.paths:
             return False
         for path, name, value in self.reads:
@@ -62,6 +64,11 @@ class CompiledGraph:
         return self.autocast is None or self.autocast == _autocast(self.signature)
 
     def run(self, module: nn.Module, values: list[Any]) -> Any:
+        """What the forward of ``module`` returns for these argument leaves.
+
+        Raises:
+            DecisionChangedError: They would take another path through the forward.
+        """
         inputs = [values[index] for index in self.wanted]
         if self.takes_self:
             inputs = [module, *inputs]
@@ -71,7 +78,7 @@ class CompiledGraph:
         try:
             return self.function(module, *inputs)
         except BaseException:
-            torch._C._set_grad_enabled(before)
+            set_grad_enabled(before)
             raise
 
 

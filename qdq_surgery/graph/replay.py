@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from qdq_surgery.errors import TraceError
 from qdq_surgery.graph.block_graph import Routine, flatten_call
 from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.torch_private import DisableTorchFunction, FakeTensor
 
 __all__ = ["Example", "check_replay", "copied", "example_of"]
 
@@ -57,7 +57,7 @@ def example_of(block: nn.Module, values: list[Any]) -> Example:
 
 def copied(values: list[Any]) -> list[Any]:
     """Leaves of a call, with copies of the tensors."""
-    with torch._C.DisableTorchFunction():  # nobody who records is told of these, which takes most of the time
+    with DisableTorchFunction():  # nobody who records is told of these, which takes most of the time
         return [value.detach().clone() if isinstance(value, Tensor) else value for value in values]
 
 

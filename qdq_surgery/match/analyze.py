@@ -37,6 +37,16 @@ class Look:
 
 
 def analyse(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None) -> tuple[Look, Plan]:
+    """Record ``model`` on two examples, and match the rules to what was recorded. The model stays as it is.
+
+    Args:
+        example_inputs: The first example; ``None``: both are made from the model's config.
+
+    Raises:
+        AlreadyConvertedError: It has quantizers.
+        MatchError: The rules do not find what they must.
+        ModelError: It is no Hugging Face encoder with weights, or does not run on the examples.
+    """
     _check(model)
     if example_inputs is None:
         inputs = make_examples(model, SHAPES[0])

@@ -33,7 +33,9 @@ class Site:
         position: Which argument of the node, as index or keyword.
         role: ``"input"`` or ``"weight"``: which default descriptor stands for ``default``.
         operator, capture: What is quantized, in the words of the rule's pattern.
+        rule: The rule that asks for it.
         spec: ``None``: the default descriptor.
+        layer: Index of the encoder layer; ``None`` outside the layers.
         source: Where the operator stands in the modelling file.
     """
 
@@ -56,6 +58,7 @@ class Site:
         return self.quantizer.rpartition(".")[2]
 
     def to_json(self) -> dict[str, Any]:
+        """The site as plain data."""
         return {
             "quantizer": self.quantizer,
             "rule": self.rule,
@@ -75,6 +78,8 @@ class Refusal:
         operator: The operator, or ``"block"`` for a block without a graph.
         reason: Why, and what would change it.
         rule: The rule concerned, if one is.
+        layer: Index of the encoder layer; ``None`` outside the layers.
+        source: Where the operator stands in the modelling file; empty where nothing was recorded.
         count: How many such places the module has.
     """
 
@@ -87,6 +92,7 @@ class Refusal:
     count: int = 1
 
     def to_json(self) -> dict[str, Any]:
+        """The refusal as plain data."""
         return {
             "path": self.path,
             "operator": self.operator,
@@ -114,6 +120,8 @@ class Plan(Rendered):
     Attributes:
         model: Name of the model's class.
         model_type: ``config.model_type``.
+        sites: The quantizers, in the order of the model's modules.
+        refusals: What gets none, and why.
         matches: Matches by rule, before exclusions.
         coverage: By kind of operator, see :data:`COVERED`.
         layers: Number of encoder layers; shared layers count once.

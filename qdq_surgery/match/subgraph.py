@@ -28,6 +28,7 @@ class Value:
 
     @property
     def op(self) -> str:
+        """The operator in the words of patterns; ``unknown`` if they have none for it."""
         return str(self.node.meta.get("op", "unknown"))
 
 
@@ -65,6 +66,7 @@ def place_of(routine: Routine, node: Node) -> Hashable:
 
 
 def operand_of(node: Node, position: int | str) -> Any:
+    """The argument of ``node`` at an index or keyword; ``None`` for a module's weight, which is no node."""
     if position == "weight":
         return None
     return node.kwargs.get(position) if isinstance(position, str) else node.args[position]

@@ -22,10 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-try:
-    from torch.onnx._internal.exporter import _flags as _onnx_flags
-except ImportError:  # pragma: no cover (another release of torch)
-    _onnx_flags = None  # type: ignore[assignment]
+from qdq_surgery.safety.torch_private import onnx_flags
 
 __all__ = [
     "SMALLEST_AMAX",
@@ -131,7 +128,7 @@ def exporting_to_onnx(inputs: Tensor | None = None) -> bool:
         return False
     # The exporter's second try goes through dynamo, where torch.onnx.is_in_onnx_export() is a constant False: what was
     # refused in the first try would be exported as plain arithmetic. So the flag behind it is read where there is one.
-    return bool(getattr(_onnx_flags, "_is_onnx_exporting", False)) or torch.onnx.is_in_onnx_export()
+    return bool(getattr(onnx_flags, "_is_onnx_exporting", False)) or torch.onnx.is_in_onnx_export()
 
 
 def onnx_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False) -> Tensor:

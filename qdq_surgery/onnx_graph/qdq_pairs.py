@@ -132,6 +132,7 @@ class Product:
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
+        """The Q/DQ pairs in front of its operands: none, one or two."""
         return tuple(operand.pair for operand in self.operands if operand.pair is not None)
 
     @property

@@ -34,6 +34,7 @@ class Slice:
     times: int
 
     def of(self, values: Tensor) -> Tensor:
+        """This part of the table ``values``."""
         for axis, start, length in self.ranges:
             values = values.narrow(axis, start, length)
         return values

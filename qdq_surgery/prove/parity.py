@@ -194,6 +194,9 @@ def certify(
         inputs: Keyword arguments for both.
         asked: Names of runtimes.
 
+    Returns:
+        Each runtime's outputs beside the model's, and what each quantizer gives on it; ``agrees`` says whether all do.
+
     Raises:
         ModelError: A runtime is not installed.
         ExportError: A runtime cannot run the file, or the file is of another model.

@@ -231,6 +231,9 @@ def receipt(
             built the engine: the path, or the data.
         precision: For OpenVINO, what is not INT8 is computed in, as in :func:`~qdq_surgery.load_onnx`.
 
+    Returns:
+        Every product of the model with the kernel that runs it, and the share of the multiply-adds that is in INT8.
+
     Raises:
         ExportError: The file was not written by ``export_onnx``, or ``layers`` are not what TensorRT writes.
         ModelError: There is no such runtime, it is not installed, it cannot open the file, or the model does not take

@@ -24,6 +24,7 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
     _weight_quantizer: TensorQuantizer | None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
+        """(..., in_features) to (..., out_features), as nn.Linear does, with both operands quantized."""
         if self._input_quantizer is not None:
             input = self._input_quantizer(input)  # noqa: A001
         weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)

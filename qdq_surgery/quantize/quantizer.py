@@ -130,7 +130,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             self._holders = (*(each for each in self._holders if each != holder), holder)
 
     def let_go(self, holder: int) -> None:
-        """The end of :meth:`hold_off`; also where there was no beginning."""
+        """The end of :meth:`hold_off` by the same ``holder``; also where there was no beginning."""
         with _HOLDING:
             self._holders = tuple(each for each in self._holders if each != holder)
 
@@ -196,7 +196,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             self.to(device)
 
     def sibling(self, provenance: Provenance) -> TensorQuantizer:
-        """A new quantizer of the same make, at another place: what the constructor gives, in a tenth of its time.
+        """A new quantizer of the same make at the place ``provenance``: the constructor's, in a tenth of its time.
 
         Only for one that was never used, and has neither a range nor a clip.
         """
@@ -242,7 +242,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         return self._learns
 
     def learn_amax(self, learn: bool = True) -> None:
-        """Make the range a parameter, or fix it again. Its name in a state dict stays.
+        """Make the range a parameter (``learn``), or fix it again. Its name in a state dict stays.
 
         Raises:
             CalibrationError: There is no range to start from.
@@ -275,17 +275,25 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         return None if amax is None else amax / (2.0 ** (self._num_bits - 1 + int(self._unsigned)) - 1.0)
 
     def enable_calib(self) -> None:
+        """Collect statistics from now on.
+
+        Raises:
+            ValueError: There is no calibrator, as in pytorch-quantization.
+        """
         if self._calibrator is None:
             raise ValueError("this quantizer has no calibrator")
         self._if_calib = True
 
     def disable_calib(self) -> None:
+        """Collect no more statistics; those that were collected stay."""
         self._if_calib = False
 
     def enable_quant(self) -> None:
+        """Quantize from now on."""
         self._if_quant = True
 
     def disable_quant(self) -> None:
+        """Let values pass from now on; statistics are collected as before."""
         self._if_quant = False
 
     def load_calib_amax(self, *args: Any, **kwargs: Any) -> None:
@@ -330,7 +338,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         return (calibrator.name,), kwargs
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Calibrate on ``inputs``, quantize them, both or neither, as enabled."""
+        """Calibrate on ``inputs``, quantize them, both or neither, as enabled.
+
+        Returns:
+            Shape and dtype of ``inputs``, which pass as they are where nothing is quantized.
+        """
         if self._disabled:
             return inputs
         if self._holders:

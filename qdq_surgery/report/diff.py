@@ -37,6 +37,7 @@ class Row:
 
     @property
     def mark(self) -> str:
+        """``+`` put in, ``-`` taken out, ``~`` another one, a space for the same."""
         if self.before is None:
             return "+"
         if self.after is None:
@@ -61,6 +62,7 @@ class BlockDiff:
 
     @property
     def changed(self) -> bool:
+        """Whether any line is another one."""
         return any(row.mark != " " for row in self.rows)
 
     def where(self) -> str:
@@ -74,7 +76,12 @@ class BlockDiff:
 
 @dataclass(frozen=True)
 class Diff(Rendered):
-    """Before and after of a whole model."""
+    """Before and after of a whole model.
+
+    Attributes:
+        plan: What the model was converted by.
+        blocks: One for each type of block, in the order in which the model comes to them.
+    """
 
     plan: Plan
     blocks: tuple[BlockDiff, ...]
@@ -119,6 +126,9 @@ def diff(before: PreTrainedModel, after: PreTrainedModel, *, example_inputs: dic
         before: The float model.
         after: What :func:`qdq_surgery.convert` made of it, or of a model like it.
         example_inputs: As for :func:`qdq_surgery.convert`.
+
+    Returns:
+        By type of block the operators of both, line by line, with the rule that each quantizer comes from.
 
     Raises:
         ModelError: ``after`` is not converted, ``before`` is, or they are different models.

@@ -21,7 +21,13 @@ __all__ = ["Explanation", "explain"]
 
 @dataclass(frozen=True)
 class Explanation(Rendered):
-    """Quantizers and refusals at and below one module."""
+    """Quantizers and refusals at and below one module.
+
+    Attributes:
+        path: That of the module; empty for the whole model.
+        found: The quantizers by qualified name.
+        refusals: What got none, and why.
+    """
 
     path: str
     found: dict[str, TensorQuantizer]

@@ -62,6 +62,7 @@ class CalibratorSpec:
 
     @property
     def is_histogram(self) -> bool:
+        """Whether it needs a histogram: every method but ``max`` does."""
         return self.name != "max"
 
     def __str__(self) -> str:

@@ -133,6 +133,7 @@ class Count:
             raise RuleFileError(f"no count is at least {self.minimum} and at most {self.maximum}", "exchange them")
 
     def holds(self, count: int) -> bool:
+        """Whether ``count`` is allowed."""
         if self.allowed:
             return count in self.allowed
         return (self.minimum is None or count >= self.minimum) and (self.maximum is None or count <= self.maximum)
@@ -165,6 +166,7 @@ class Expect:
             check_name(name, "a name under model_types")
 
     def layer_count(self, model_type: str) -> Count | None:
+        """Matches in each layer of this architecture; ``None``: any number."""
         return self.model_types.get(model_type, self.per_layer)
 
 
@@ -291,6 +293,10 @@ class RuleSet:
     """A rule file, read and checked.
 
     Attributes:
+        name: What it is called.
+        why: What it is for, in a sentence.
+        exclude: What stays in float though a rule matches.
+        path: The file; ``None`` if it was not read from one.
         specs: By name; ``None`` stands for pytorch-quantization's default descriptors.
         rules: In order of precedence: for each operand the first match wins.
         text: The file's own text, so that a converted model can carry its rules.
@@ -404,7 +410,11 @@ class RuleSet:
         return None if name == DEFAULT_SPEC else self.specs[name]
 
     def rule(self, name: str) -> Rule:
-        """The rule called ``name``; KeyError if there is none."""
+        """The rule called ``name``.
+
+        Raises:
+            KeyError: There is none.
+        """
         for rule in self.rules:
             if rule.name == name:
                 return rule

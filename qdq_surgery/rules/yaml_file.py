@@ -58,6 +58,9 @@ def load_rules(rules: str | Path | RuleSet) -> RuleSet:
     Args:
         rules: The name of a shipped rule file, the path of one, or a rule set, which is returned as it is.
 
+    Returns:
+        The rules with those of the file that it extends, checked.
+
     Raises:
         RuleFileError: The file cannot be read or is no valid rule file; names the line and the remedy.
     """

@@ -41,6 +41,11 @@ class Budget:
     values: int = 3000
 
     def spend_bytes(self, size: int, path: Path) -> None:
+        """Take the size of the file ``path``, in bytes, from what is left.
+
+        Raises:
+            RuleFileError: It is more than is left.
+        """
         if size > self.bytes:
             fix = f"a rule file has with those at most {4 * MAX_BYTES} bytes"
             raise RuleFileError("the file is one too many, with the files that extend it", fix, path=path)

@@ -42,6 +42,9 @@ def load_onnx(
         precision: Of OpenVINO, for all that is not INT8: ``"f32"`` or ``"bf16"``. Its own choice if left out: bfloat16
             where the CPU has instructions for it.
 
+    Returns:
+        The file, on the runtime, under the class name of the model.
+
     Raises:
         ModelError: No such file, one that ``export_onnx`` did not write, a runtime that is not there or cannot run it.
     """
@@ -57,6 +60,11 @@ class OnnxModel:
     Made by :func:`load_onnx`. It is no ``torch.nn.Module``: it runs, on the CPU, and that is all. transformers'
     pipelines take it with a tokenizer; they know models by the name of their class, so the class of each bears the
     name of the one that was exported (``BertForQuestionAnswering``).
+
+    Args:
+        engine: The file, opened on its runtime.
+        origin: What the file says of the model that was exported.
+        again: Opens the file once more, for a copy or a pickle.
 
     Attributes:
         config: Of the model that was exported.

@@ -80,6 +80,7 @@ class CompiledGraphs:
         self.blocks = 0
 
     def add(self, variant: CompiledGraph) -> None:
+        """Remember a variant, the first to be tried from now on; the oldest is forgotten when there are too many."""
         # A new list: another thread may be looking through the old one.
         self.found = [variant, *self.found][: _MAX_GRAPHS * max(self.blocks, 1)]
 

@@ -15,11 +15,9 @@ from types import CodeType, FrameType
 from typing import Any, Protocol, cast
 
 import torch
-import torch._functorch.eager_transforms as transforms
-import torch._functorch.functional_call as functional
-import torch._functorch.vmap as vmap
 import torch.utils.checkpoint as checkpointing
 
+from qdq_surgery.safety.torch_private import function_transforms, functional_calls, vmap_calls
 from qdq_surgery.safety.transaction import put_back_after
 from qdq_surgery.trace.source_places import OUR_HOME, TORCH_HOME
 
@@ -68,10 +66,10 @@ def _forbidden() -> dict[CodeType, str]:
         *((getattr(torch.cuda, name), seeds) for name in ("manual_seed", "manual_seed_all", "set_rng_state")),
         (torch.autograd.grad, backward),
         (torch.autograd.backward, backward),
-        (getattr(vmap, "vmap_impl", None), transformed),
-        (getattr(functional, "functional_call", None), "calls a module with other weights (functional_call)"),
+        (getattr(vmap_calls, "vmap_impl", None), transformed),
+        (getattr(functional_calls, "functional_call", None), "calls a module with other weights (functional_call)"),
         *(
-            (getattr(transforms, name, None), transformed)
+            (getattr(function_transforms, name, None), transformed)
             for name in ("grad_impl", "grad_and_value_impl", "_vjp_with_argnums", "_jvp_with_argnums", "linearize")
         ),
     ]

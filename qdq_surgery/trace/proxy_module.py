@@ -73,6 +73,11 @@ def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def make_stand_in(module: nn.Module, path: str, recorder: ModuleRecorder) -> nn.Module:
+    """A module in place of ``module``, whose reads of attributes and calls of children ``recorder`` is told.
+
+    Args:
+        path: Where the module lies in the block that is recorded.
+    """
     shell = copy_module_shell(module, _stand_in_class(type(module)))
     own = vars(shell)
     own["_qdq_recorder"], own["_qdq_path"], own["_qdq_real"] = recorder, path, module

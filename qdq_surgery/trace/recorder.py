@@ -43,6 +43,7 @@ from qdq_surgery.graph.cleanup import tidy
 from qdq_surgery.graph.operators import callable_name, function_operator, is_leaf, module_operator
 from qdq_surgery.graph.replay import copied, example_of
 from qdq_surgery.graph.symbolic_sizes import Real, Size, plain
+from qdq_surgery.safety.torch_private import set_grad_enabled
 from qdq_surgery.trace.autograd_watch import unwatched, watching
 from qdq_surgery.trace.graph_builder import GraphBuilder
 from qdq_surgery.trace.proxy_module import make_stand_in
@@ -253,7 +254,7 @@ class _Recorder:
         if name in FACTS:
             self.routine.reads_dtype |= name in DTYPES
             return func(*args, **kwargs)
-        if func is torch._C._set_grad_enabled:
+        if func is set_grad_enabled:
             return self._set_grad_mode(*args)
         if name == "__len__":
             size = self.build.size_of(args[0], 0)
@@ -313,8 +314,8 @@ class _Recorder:
             before = self.build.node("call_function", torch.is_grad_enabled, (), {}, "grad_mode")
             self.build.alive.extend(owners)
             self.grad_modes.update({id(owner): before for owner in owners if id(owner) not in self.grad_modes})
-        self.build.node("call_function", torch._C._set_grad_enabled, (wanted,), {}, "grad_mode")
-        torch._C._set_grad_enabled(mode)
+        self.build.node("call_function", set_grad_enabled, (wanted,), {}, "grad_mode")
+        set_grad_enabled(mode)
 
     # -- what the watch reports ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Where in the source a recorded call stands, and what its frames tell."""
+"""Where in the source a recorded call stands, and what its frames tell: the one place that reads the stack."""
 
 from __future__ import annotations
 

@@ -1,0 +1,43 @@
+"""What torch keeps to itself and this package needs: all of it here, so that a new release is met in one place.
+
+Nothing public does the same. Beside each name stands what it is for; what must be true of it is in its test.
+"""
+
+from __future__ import annotations
+
+import torch._functorch.eager_transforms as function_transforms
+import torch._functorch.functional_call as functional_calls
+import torch._functorch.vmap as vmap_calls
+
+# In a recording, copies are made behind the recorder's back.
+from torch._C import DisableTorchFunction
+
+# torch.no_grad() and its like end in this function: it is what a recorder sees of them, and what a graph repeats.
+from torch._C import _set_grad_enabled as set_grad_enabled
+
+# Inside torch.export there are no values to compare.
+from torch._subclasses import FakeTensor
+
+# The way to a function of torch in Python, for generated code.
+from torch.fx.node import _get_qualified_name as qualified_name
+
+try:
+    # The exporter's second try goes through dynamo, where torch.onnx.is_in_onnx_export() is a constant False.
+    from torch.onnx._internal.exporter import _flags as onnx_flags
+except ImportError:  # pragma: no cover (another release of torch)
+    onnx_flags = None  # type: ignore[assignment]
+
+__all__ = [
+    "ONNX_EXPORTER_LOG",
+    "DisableTorchFunction",
+    "FakeTensor",
+    "function_transforms",
+    "functional_calls",
+    "onnx_flags",
+    "qualified_name",
+    "set_grad_enabled",
+    "vmap_calls",
+]
+
+#: The name of the exporter's logger.
+ONNX_EXPORTER_LOG = "torch.onnx._internal.exporter"
