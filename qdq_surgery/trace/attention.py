@@ -26,7 +26,6 @@ __all__ = [
     "check_not_bypassed",
     "eager_function",
     "qdq_attention",
-    "uses_interface",
 ]
 
 #: Value of ``config._attn_implementation`` in a model whose attention is quantized.
@@ -49,14 +48,6 @@ def eager_function(cls: type[nn.Module]) -> Callable[..., Any]:
     raise TraceError(
         f"{cls.__module__} defines no eager_attention_forward, so the attention of {cls.__name__} is hidden"
     )
-
-
-def uses_interface(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` asks transformers' attention interface for its attention function."""
-    forward = type(module).forward
-    forward = getattr(forward, "__wrapped__", forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def qdq_attention(
