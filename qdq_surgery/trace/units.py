@@ -57,14 +57,6 @@ class Survey:
     shape: tuple[int, int] | None
     calls: dict[str, Call] = field(default_factory=dict, repr=False)
 
-    def types(self) -> list[tuple[Routine, list[Unit]]]:
-        """The distinct recordings, each with the units that share it, in the order of the model."""
-        groups: dict[int, tuple[Routine, list[Unit]]] = {}
-        for unit in self.units:
-            if unit.tree is not None:
-                groups.setdefault(id(unit.tree), (unit.tree, []))[1].append(unit)
-        return list(groups.values())
-
 
 def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
     """Path and layer index of every unit, in the order of the model. A layer that stands twice is one unit."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import BASE, batch_for, build
-from repository import SCRIPTS, TESTS
+from repository import PACKAGE, SCRIPTS, TESTS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -78,7 +78,7 @@ def test_pickles_open_in_another_process(tmp_path: Path) -> None:
         "for q, batch, wanted in torch.load(sys.argv[1], weights_only=False):\n"
         "    with torch.no_grad(): assert torch.equal(q(**batch).last_hidden_state, wanted)"
     )
-    paths = os.pathsep.join([str(TESTS), str(SCRIPTS)])
+    paths = os.pathsep.join(map(str, (Path(__file__).parent, TESTS, SCRIPTS, PACKAGE.parent)))
     for code in (write, read):
         command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "models.pt")]
         subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qdq_surgery.hf.config_facts import max_tokens
+from qdq_surgery.hf.config_facts import attention_of, chunk_size, configs_of, decodes, max_tokens, set_attention
 from qdq_surgery.hf.example_inputs import SHAPES, make_examples
 
 #: Small values; a config takes those that it knows.
@@ -118,3 +118,27 @@ def test_the_part_about_texts_counts() -> None:
 
 def test_a_config_without_positions_takes_any_number() -> None:
     assert max_tokens(SimpleNamespace(model_type="t5")) is None
+
+
+def test_chunks_of_several_parts_divide_a_length_that_both_take() -> None:
+    parts = [SimpleNamespace(chunk_size_feed_forward=size) for size in (4, 0, 6, None)]
+    assert chunk_size(*parts) == 12
+    assert chunk_size(SimpleNamespace()) == chunk_size() == 1
+
+
+def test_configs_are_listed_once() -> None:
+    model = model_of("bert", {})
+    assert configs_of(model) == [model.config]
+
+
+@pytest.mark.parametrize("name", ["is_decoder", "is_encoder_decoder"])
+def test_one_part_that_decodes_is_enough(name: str) -> None:
+    assert decodes(SimpleNamespace(), SimpleNamespace(**{name: True}))
+    assert not decodes(SimpleNamespace(), SimpleNamespace(**{name: False}))
+
+
+def test_a_config_without_attention_stays_without() -> None:
+    config = SimpleNamespace()
+    set_attention(config, "eager")
+    assert attention_of(config) is None
+    assert vars(config) == {}
