@@ -221,7 +221,10 @@ def planned_name(name: str, quantizer: TensorQuantizer) -> str:
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
-    """The quantizers that are enabled and see what the model computes."""
+    """The quantizers that are enabled and see something when the model runs: all but those of linears' weights.
+
+    Among them is a constant that a block multiplies by; its role is a weight's, too.
+    """
     weights = weight_quantizers(model)
     return {name: each for name, each in quantizers(model).items() if name not in weights and each.enabled}
 

@@ -1154,3 +1154,21 @@ def test_a_copy_of_a_learned_range_is_learned(clone: Callable[[TensorQuantizer],
     assert twin.learns
     twin.amax = 3.0
     assert float(amax_of(target).detach()) == 1.5
+
+
+@pytest.mark.parametrize(("axis", "axes"), [(None, None), (0, (0,)), ((0,), (0,)), ([2, 0], (2, 0)), (-1, (-1,))])
+def test_axes_have_one_form(axis: Any, axes: tuple[int, ...] | None) -> None:
+    target = quantizer()
+    target._axis = axis
+    assert target.axes == axes
+
+
+def test_grid_and_role() -> None:
+    target = quantizer(num_bits=6, narrow_range=True)
+    assert target.grid == Grid(6, narrow_range=True)
+    target._num_bits = 4  # as loops for pytorch-quantization set it
+    assert target.grid == Grid(4, narrow_range=True) == QuantSpec(num_bits=4, narrow_range=True).grid
+    assert target.role == "input"
+    for role in ("input", "weight"):
+        target.provenance = Provenance("q", role, *[""] * 7)
+        assert target.role == role
