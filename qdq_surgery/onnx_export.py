@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.export.half_copy import half_copy
 from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, Target, get_target
-from qdq_surgery.export.qparams import read_grids
+from qdq_surgery.export.qparams import read_qparams
 from qdq_surgery.export.shared_copy import twin
 from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.onnx_file.sites import Site
@@ -135,7 +135,7 @@ def export_onnx(
     if qmodel.training:
         raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
     _check_dtype(qmodel, precision)
-    grids = read_grids(qmodel, chosen)
+    qparams = read_qparams(qmodel, chosen)
     source, weights = twin(qmodel), {}
     inputs = sample_inputs(source, example_inputs, dynamic)
 
@@ -144,12 +144,12 @@ def export_onnx(
 
     if precision == "float16":
         weights = _float_weights(source)
-        source = half_copy(source, grids)
+        source = half_copy(source, qparams)
         inputs = {
             name: value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
         }
-    built = build(trace(source, inputs, opset, dynamic), qmodel, grids, chosen, activations, weights)
+    built = build(trace(source, inputs, opset, dynamic), qmodel, qparams, chosen, activations, weights)
     findings = lint(built.model)
     with draft(file, overwrite) as temporary:
         _save(built, temporary)

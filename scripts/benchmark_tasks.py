@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 import qdq_surgery as qs
 from qdq_surgery.cli.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
 from qdq_surgery.cli.folder import load_model
+from qdq_surgery.numerics.range_choice import BEST, RANGE_METHODS
 from qdq_surgery.onnx_file.writer import replace_text
 from run_classification import Classification
 from run_ner import NamedEntities
@@ -47,13 +48,12 @@ from tasks.training import train
 
 #: Columns of the table: words, method, percentile.
 METHODS: tuple[tuple[str, str, float | None], ...] = (
-    ("max", "max", None),
-    ("99.9 %", "percentile", 99.9),
-    ("99.99 %", "percentile", 99.99),
-    ("99.999 %", "percentile", 99.999),
-    ("entropy", "entropy", None),
-    ("mse", "mse", None),
-    ("best", "best", None),
+    *(
+        (method.in_words(**options), name, options.get("percentile"))
+        for name, method in RANGE_METHODS.items()
+        for options in method.settings
+    ),
+    (BEST, BEST, None),
 )
 
 

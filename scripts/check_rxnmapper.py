@@ -28,6 +28,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
+from qdq_surgery.numerics.range_choice import BEST, RANGE_METHODS
 
 try:
     from rxnmapper import RXNMapper
@@ -36,7 +37,10 @@ except ImportError as error:
     sys.exit(f"rxnmapper cannot be imported: {error}. Install it as the first lines of {__file__} say.")
 
 BATCH, SHARE = 8, 0.97
-METHODS = ("max", "99.9", "99.99", "99.999", "entropy", "mse", "best")
+METHODS = [
+    *(str(options.get("percentile", name)) for name, each in RANGE_METHODS.items() for options in each.settings),
+    BEST,
+]
 Mappings = list[dict[str, Any]]
 
 

@@ -32,7 +32,7 @@ from transformers import (
 import qdq_surgery as qs
 from qdq_surgery import onnx_export as module
 from qdq_surgery.export.profile import TARGETS
-from qdq_surgery.export.qparams import read_grids
+from qdq_surgery.export.qparams import read_qparams
 from qdq_surgery.hf.example_inputs import make_examples, sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_file.stored import read_metadata, read_sites, stored_weights
@@ -242,7 +242,7 @@ def _pairs(qmodel: PreTrainedModel) -> list[Any]:
     """The pairs of activations, from the passes alone."""
     target = TARGETS["onnxruntime"]
     traced = traced_once(qmodel, sample_inputs(qmodel, None, True), target.opset, True)
-    built = build_graph(traced, qmodel, read_grids(qmodel, target), target, "int8", {})
+    built = build_graph(traced, qmodel, read_qparams(qmodel, target), target, "int8", {})
     return [site for site in built.sites if site.role != "weight"]
 
 

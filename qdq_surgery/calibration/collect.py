@@ -26,11 +26,13 @@ from qdq_surgery.calibration.distributed import agree, gather_histograms, gather
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.hf.config_facts import chunk_size, configs_of
 from qdq_surgery.hf.example_inputs import checked_examples
+from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.numerics.histogram import Histogram
+from qdq_surgery.numerics.range_choice import PERCENTILES, RANGE_METHODS, choose, takes_percentile
 from qdq_surgery.numerics.range_methods import relative_error
 from qdq_surgery.padding.call_padding import Padding
 from qdq_surgery.padding.token_masks import check_decoder, trimmed
-from qdq_surgery.quantize.calibrators import DEFAULT_PERCENTILE, HistogramCalibrator, MaxCalibrator, Watch, choose
+from qdq_surgery.quantize.calibrators import HistogramCalibrator, MaxCalibrator, Watch
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random
@@ -64,12 +66,12 @@ class Seen:
     Attributes:
         histogram: Of all magnitudes; ``None`` if only the largest was kept.
         amax: The largest magnitude, float32: (), or one for each channel with 1 in every other axis.
+        grid: That of the quantizer.
     """
 
     histogram: Histogram | None
     amax: Tensor
-    num_bits: int
-    unsigned: bool
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Statistics(Rendered):
     rows: int
     tokens: int
 
-    def compare(self, percentiles: Iterable[float] = (99.9, DEFAULT_PERCENTILE, 99.999)) -> dict[str, dict[str, Any]]:
+    def compare(self, percentiles: Iterable[float] = PERCENTILES) -> dict[str, dict[str, Any]]:
         """By quantizer and method: ``amax`` and ``error``, the squared quantization error as a share of the squares.
 
         Quantizers with one range per channel have ``max`` only, and are left out.
@@ -94,15 +96,20 @@ class Statistics(Rendered):
         Args:
             percentiles: In percent, to compare beside max, entropy and mse.
         """
-        methods = [("max", 100.0), *(("percentile", p) for p in percentiles), ("entropy", 100.0), ("mse", 100.0)]
+        wanted = [{"percentile": each} for each in percentiles]
+        settings = [
+            (name, options)
+            for name, method in RANGE_METHODS.items()
+            for options in (wanted if takes_percentile(name) else method.settings)
+        ]
         found: dict[str, dict[str, Any]] = {}
         for name, seen in self.seen.items():
             if seen.histogram is None or seen.amax.numel() > 1:
                 continue
             table = seen.histogram.table()
-            for method, percentile in methods:
-                amax, words = choose(seen.histogram, method, percentile, seen.num_bits, seen.unsigned)
-                error = relative_error(*table, amax, seen.num_bits, seen.unsigned)
+            for method, options in settings:
+                amax, words = choose(seen.histogram, method, seen.grid, **options)
+                error = relative_error(*table, amax, seen.grid)
                 found.setdefault(name, {})[words] = {"amax": amax, "error": error}
         return found
 
@@ -220,7 +227,10 @@ def planned_name(name: str, quantizer: TensorQuantizer) -> str:
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
-    """The quantizers that are enabled and see what the model computes."""
+    """The quantizers that are enabled and see something when the model runs: all but those of linears' weights.
+
+    Among them is a constant that a block multiplies by; its role is a weight's, too.
+    """
     weights = weight_quantizers(model)
     return {name: each for name, each in quantizers(model).items() if name not in weights and each.enabled}
 
@@ -363,5 +373,5 @@ def _gathered(watched: Mapping[str, TensorQuantizer], device: torch.device) -> d
     for name, quantizer in watched.items():
         histogram, top = both.get(name, (None, None))
         if top is not None and (histogram is None or histogram.total > 0):
-            seen[name] = Seen(histogram, top, quantizer._num_bits, quantizer._unsigned)
+            seen[name] = Seen(histogram, top, quantizer.grid)
     return seen

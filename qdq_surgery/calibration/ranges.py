@@ -23,15 +23,9 @@ from qdq_surgery.calibration.collect import (
     weight_quantizers,
 )
 from qdq_surgery.errors import CalibrationError, OptionError
-from qdq_surgery.numerics.range_methods import relative_error
-from qdq_surgery.quantize.calibrators import (
-    DEFAULT_PERCENTILE,
-    METHODS,
-    ChannelMseCalibrator,
-    HistogramCalibrator,
-    MaxCalibrator,
-    choose,
-)
+from qdq_surgery.numerics.range_choice import check_method_name, choose, takes_percentile
+from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE, relative_error
+from qdq_surgery.quantize.calibrators import HistogramCalibrator
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 from qdq_surgery.safety.transaction import all_or_nothing
@@ -41,6 +35,7 @@ from qdq_surgery.text.render import Rendered
 
 __all__ = [
     "Calibration",
+    "FoundRange",
     "Range",
     "calibrate",
     "check_method",
@@ -64,6 +59,21 @@ class Range:
     method: str
     amax: float
     error: float | None = None
+
+
+@dataclass(frozen=True)
+class FoundRange:
+    """A range that was computed, and not set yet.
+
+    Attributes:
+        quantizer: Whose it is.
+        amax: (), or one for each channel with 1 in every other axis.
+        how: The record of it.
+    """
+
+    quantizer: TensorQuantizer
+    amax: Tensor
+    how: Range
 
 
 @dataclass(frozen=True)
@@ -144,32 +154,30 @@ def calibrate(
     activations = activation_quantizers(model)
     asked = None if method is None else CalibratorSpec(method, _percentile(method, percentile))
     methods = {
-        name: _own_method(each) if asked is None or _is_weight(each) else asked for name, each in activations.items()
+        name: _own_method(each) if asked is None or each.role == "weight" else asked
+        for name, each in activations.items()
     }
     if isinstance(batches, Statistics):
         data = batches
     else:
-        data = collect(qmodel, batches, histograms=any(each.name != "max" for each in methods.values()))
+        data = collect(qmodel, batches, histograms=any(each.is_histogram for each in methods.values()))
     _check_statistics(data, activations)
-    found: dict[str, tuple[TensorQuantizer, Tensor, Range]] = {}
+    found: dict[str, FoundRange] = {}
     for name, quantizer in track(activations.items(), "computing ranges", len(activations)):
-        found[name] = (quantizer, *_activation_range(name, quantizer, data.seen[name], methods[name]))
+        found[name] = _activation_range(name, quantizer, data.seen[name], methods[name])
     for name, (quantizer, weight) in track(weight_quantizers(model).items(), "weights", None):
-        found[name] = (quantizer, *weight_range(name, quantizer, weight))
+        found[name] = weight_range(name, quantizer, weight)
     share_ranges_found(model, found)
     words = str(asked) if asked is not None else "the rules' methods"
-    made = Calibration(words, tuple(each for *_, each in found.values()), data.batches, data.rows, data.tokens)
+    made = Calibration(words, tuple(each.how for each in found.values()), data.batches, data.rows, data.tokens)
     with all_or_nothing(model):  # nothing has been changed up to here
-        for quantizer, amax, _ in found.values():
+        for each in found.values():
+            quantizer = each.quantizer
             learn = quantizer.learns or (quantizer.spec is not None and quantizer.spec.learn)
-            quantizer.set_range(amax)
+            quantizer.set_range(each.amax)
             quantizer.learn_amax(learn)
         set_state(model, replace(state_of(model), calibration=made, saved_report=None))
     return made
-
-
-def _is_weight(quantizer: TensorQuantizer) -> bool:
-    return quantizer.provenance is not None and quantizer.provenance.role == "weight"
 
 
 def check_method(method: str | None, percentile: float | None) -> None:
@@ -178,10 +186,10 @@ def check_method(method: str | None, percentile: float | None) -> None:
     Raises:
         OptionError: There is none, or it does not.
     """
-    if method is not None and method not in METHODS:
-        raise OptionError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
+    if method is not None:
+        check_method_name(method)
     if percentile is not None:
-        if method != "percentile":
+        if not takes_percentile(method):
             raise OptionError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
         if not 0 < percentile <= 100:
             raise OptionError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
@@ -190,9 +198,7 @@ def check_method(method: str | None, percentile: float | None) -> None:
 
 
 def _percentile(method: str, percentile: float | None) -> float | None:
-    if method != "percentile":
-        return None
-    return DEFAULT_PERCENTILE if percentile is None else percentile
+    return DEFAULT_PERCENTILE if percentile is None and takes_percentile(method) else percentile
 
 
 def _own_method(quantizer: TensorQuantizer) -> CalibratorSpec:
@@ -222,93 +228,88 @@ def _check_statistics(data: Statistics, activations: Mapping[str, TensorQuantize
             )
 
 
-def _activation_range(
-    name: str, quantizer: TensorQuantizer, seen: Seen, calibrator: CalibratorSpec
-) -> tuple[Tensor, Range]:
+def _activation_range(name: str, quantizer: TensorQuantizer, seen: Seen, calibrator: CalibratorSpec) -> FoundRange:
     if not bool((seen.amax > 0).any()):
         raise CalibrationError(
             f"{name} saw only zeros, from which no range can be found; bring data that reaches it, or disable or "
             "exclude it"
         )
-    if quantizer._axis is not None and quantizer.spec is not None and quantizer.spec.calibrator.name == "mse":
+    own = None if quantizer.spec is None else quantizer.spec.calibrator
+    if quantizer.axes is not None and own is not None and own.by_channel:
         raise CalibrationError(
-            f"{name} has one range for each channel of an activation, which mse is not for; write axis: null, or "
-            "calibrator: max"
+            f"{name} has one range for each channel of an activation, which {own.name} is not for; write axis: null, "
+            "or calibrator: max"
         )
-    if quantizer._axis is not None or (seen.histogram is None and calibrator.name == "max"):
-        amax, words = _limited(quantizer, seen.amax, "max")
-        return amax, Range(name, words, float(amax.max()))
+    if quantizer.axes is not None or (seen.histogram is None and not calibrator.is_histogram):
+        return _found(name, quantizer, seen.amax, "max")
     if seen.histogram is None:
         raise CalibrationError(
             f"the statistics have no histogram of {name}, which {calibrator} needs; collect with histograms=True"
         )
-    grid = quantizer._num_bits, quantizer._unsigned
-    value, words = choose(seen.histogram, calibrator.name, calibrator.percentile, *grid)
-    amax, words = _limited(quantizer, torch.tensor(value), words)
-    return amax, Range(name, words, float(amax), relative_error(*seen.histogram.table(), float(amax), *grid))
+    value, words = choose(seen.histogram, calibrator.name, quantizer.grid, percentile=calibrator.percentile)
+    found = _found(name, quantizer, torch.tensor(value), words)
+    error = relative_error(*seen.histogram.table(), found.how.amax, quantizer.grid)
+    return replace(found, how=replace(found.how, error=error))
 
 
-def _limited(quantizer: TensorQuantizer, amax: Tensor, words: str) -> tuple[Tensor, str]:
-    """At most the spec's ``max_amax``, and the method in words, which say so where it made a difference."""
+def _found(name: str, quantizer: TensorQuantizer, amax: Tensor, words: str) -> FoundRange:
+    """A range, at most the spec's ``max_amax``; the method in words says so where it made a difference."""
     limited = quantizer.limited(amax)
-    if quantizer.spec is None or torch.equal(limited, amax):
-        return amax, words
-    return limited, f"{words}, at most {quantizer.spec.max_amax:g}"
+    if quantizer.spec is not None and not torch.equal(limited, amax):
+        words = f"{words}, at most {quantizer.spec.max_amax:g}"
+    return FoundRange(quantizer, limited, Range(name, words, float(limited.max())))
 
 
-def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor) -> tuple[Tensor, Range]:
+def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor) -> FoundRange:
     """The range of a weight, by its rule's method.
 
     Raises:
         CalibrationError: The weight has a NaN or an infinite value.
     """
-    method = _own_method(quantizer)
-    calibrator: Any
-    if method.name == "mse" and quantizer._axis is not None:
-        axis = quantizer._axis[0] if isinstance(quantizer._axis, (tuple, list)) else quantizer._axis
-        calibrator = ChannelMseCalibrator(quantizer._num_bits, axis, quantizer._unsigned, quantizer._narrow_range)
-    else:
-        calibrator = quantizer.fresh_calibrator(histogram=method.name != "max")
-    calibrator.collect(weight.detach())
     if not bool(weight.isfinite().all()):
         raise CalibrationError(f"{name}: the weight has a NaN or an infinite value")
+    method = _own_method(quantizer)
+    if quantizer.axes is not None and method.by_channel is not None:
+        amax = method.by_channel(weight.detach(), quantizer.axes[0], quantizer.grid)
+        return _found(name, quantizer, amax, str(method))
+    calibrator = quantizer.fresh_calibrator(histogram=method.is_histogram)
+    calibrator.collect(weight.detach())
     if isinstance(calibrator, HistogramCalibrator):
         assert calibrator.histogram is not None
-        grid = quantizer._num_bits, quantizer._unsigned
-        value, words = choose(calibrator.histogram, method.name, method.percentile, *grid)
-        amax = torch.tensor(value)
-    else:
-        amax, words = calibrator.compute_amax(), "max" if isinstance(calibrator, MaxCalibrator) else str(method)
-    amax, words = _limited(quantizer, amax, words)
-    return amax, Range(name, words, float(amax.max()))
+        value, words = choose(calibrator.histogram, method.name, quantizer.grid, percentile=method.percentile)
+        return _found(name, quantizer, torch.tensor(value), words)
+    largest = calibrator.compute_amax()
+    assert largest is not None
+    return _found(name, quantizer, largest, "max")
 
 
-def share_ranges_found(model: PreTrainedModel, found: dict[str, tuple[TensorQuantizer, Tensor, Range]]) -> None:
+def share_ranges_found(model: PreTrainedModel, found: dict[str, FoundRange]) -> None:
     """Give the quantizers of each group that the plan names the largest of their ranges, in ``found``.
 
     Raises:
         CalibrationError: One of them has a range for each channel, or their grids differ.
     """
     for group in plan_of(model).shared:
-        members = sorted(name for name, (quantizer, *_) in found.items() if planned_name(name, quantizer) in group)
+        members = sorted(name for name, each in found.items() if planned_name(name, each.quantizer) in group)
         if len(members) < 2:
             continue
-        wide = [name for name in members if found[name][1].numel() > 1]
+        wide = [name for name in members if found[name].amax.numel() > 1]
         if wide:
             raise CalibrationError(
-                f"{wide[0]} has {found[wide[0]][1].numel()} ranges, one per channel, so it cannot share one with "
+                f"{wide[0]} has {found[wide[0]].amax.numel()} ranges, one per channel, so it cannot share one with "
                 f"{len(members) - 1} others; write axis: null in its spec"
             )
-        grids = {(found[name][0]._num_bits, found[name][0]._unsigned) for name in members}
+        grids = {found[name].quantizer.grid.full for name in members}
         if len(grids) > 1:
             raise CalibrationError(
                 f"{members[0]} shares its range with quantizers of another grid, so they would have no step in common; "
                 "give them the same num_bits and unsigned"
             )
-        largest = torch.stack([found[name][1].reshape(()).cpu() for name in members]).max()
+        largest = torch.stack([found[name].amax.reshape(()).cpu() for name in members]).max()
         for name in members:  # one limit holds for all
-            largest = found[name][0].limited(largest)
+            largest = found[name].quantizer.limited(largest)
         for name in members:
-            quantizer, amax, made = found[name]
-            words = made.method if float(amax) == float(largest) else f"{made.method}, shared"
-            found[name] = (quantizer, largest.clone(), replace(made, method=words, amax=float(largest), error=None))
+            how = found[name].how
+            words = how.method if how.amax == float(largest) else f"{how.method}, shared"
+            how = replace(how, method=words, amax=float(largest), error=None)
+            found[name] = replace(found[name], amax=largest.clone(), how=how)

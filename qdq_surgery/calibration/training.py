@@ -70,11 +70,11 @@ def recalibrate_weights(qmodel: nn.Module) -> None:
     """
     model = unwrapped(qmodel)
     found = {
-        name: (quantizer, *weight_range(name, quantizer, weight))
+        name: weight_range(name, quantizer, weight)
         for name, (quantizer, weight) in weight_quantizers(model).items()
         if not quantizer.learns
     }
     share_ranges_found(model, found)
     with all_or_nothing(model):
-        for quantizer, amax, _ in found.values():
-            quantizer.set_range(amax)
+        for each in found.values():
+            each.quantizer.set_range(each.amax)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qdq_surgery.errors import ModelError
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.match.site_names import LINEAR_NAMES, QUANTIZER_PATH
-from qdq_surgery.quantize.descriptors import descriptor_from_data, descriptor_to_data, grid_of
+from qdq_surgery.quantize.descriptors import descriptor_from_data, descriptor_to_data, fields_of, kept_axes
 from qdq_surgery.quantize.factory import Defaults
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.untrusted import DamagedError, Item
@@ -199,14 +199,14 @@ def _descriptors(plan: Plan, found: Mapping[str, TensorQuantizer]) -> dict[str, 
         quantizer = found[site.quantizer]
         if site.spec is None:
             descriptors.setdefault(site.role, quantizer.default)
-            wanted = grid_of(quantizer.default)
+            wanted = fields_of(quantizer.default)
         else:
-            axes = None if site.spec.axis is None else (site.spec.axis,)
-            wanted = site.spec.num_bits, axes, site.spec.unsigned, site.spec.narrow_range, True
-        if grid_of(quantizer) != wanted:
+            spec = site.spec
+            wanted = spec.num_bits, kept_axes(spec.axis), spec.unsigned, spec.narrow_range, True
+        if fields_of(quantizer) != wanted:
             raise ModelError(
                 f"{site.quantizer} was changed by hand: (bits, axes, unsigned, narrow range, fake) are "
-                f"{grid_of(quantizer)}, and its rule '{site.rule}' makes {wanted}; a model is saved with its rules, "
+                f"{fields_of(quantizer)}, and its rule '{site.rule}' makes {wanted}; a model is saved with its rules, "
                 "so say it in a rule file and convert the float model by it"
             )
     return descriptors

@@ -21,10 +21,11 @@ from qdq_surgery.cli.wording import in_words_of_the_command
 from qdq_surgery.convert import convert, plan
 from qdq_surgery.errors import ModelError, OptionError, QdqSurgeryError
 from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, TARGETS
+from qdq_surgery.numerics.range_choice import method_names, takes_percentile
+from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_file.writer import writable
 from qdq_surgery.prove.receipt import receipt
-from qdq_surgery.quantize.calibrators import DEFAULT_PERCENTILE, METHODS
 from qdq_surgery.report.diff import diff
 from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
 from qdq_surgery.safety.interrupt import COMMAND
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
     _class_option(command)
     command.add_argument("--rules", help=f"for a model that is not converted yet (default: {_RULES})")
-    command.add_argument("--method", choices=METHODS, help="for all activations (default: each by its rule)")
+    command.add_argument("--method", choices=method_names(), help="for all activations (default: each by its rule)")
     command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
     command.add_argument(
         "--column",
@@ -205,7 +206,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    if arguments.percentile is not None and arguments.method != "percentile":
+    if arguments.percentile is not None and not takes_percentile(arguments.method):
         raise OptionError("--percentile goes with --method percentile only")
     check_method(arguments.method, arguments.percentile)
     check_new(arguments.output)

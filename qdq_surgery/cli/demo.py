@@ -29,6 +29,7 @@ from qdq_surgery.calibration.ranges import calibrate
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
+from qdq_surgery.numerics.range_choice import RANGE_METHODS
 from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.onnx_file.writer import writable
 from qdq_surgery.prove.receipt import receipt
@@ -45,7 +46,6 @@ DEMO_TEXTS = 400
 
 _CALIBRATION_TEXTS = 128
 _BATCH = 16
-_METHODS = {"max": "max", "99.99 %": "percentile", "entropy": "entropy", "mse": "mse"}
 
 
 def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bool = False) -> None:
@@ -96,7 +96,7 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     residuals = [each for name, each in quantizers(qmodel).items() if name.rpartition(".")[2].startswith("add_")]
-    for words, method in _METHODS.items():
+    for method, words in ((name, each.in_words()) for name, each in RANGE_METHODS.items()):
         for residual in ("quantized", "float"):
             for quantizer in residuals:
                 quantizer.enable() if residual == "quantized" else quantizer.disable()

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError
-from qdq_surgery.export.qparams import Grid
+from qdq_surgery.export.qparams import QParams
 
 __all__ = ["half_copy"]
 
@@ -21,17 +21,17 @@ _SHOWN = 12
 _FREQUENCIES = "inv_freq"
 
 
-def half_copy(qmodel: PreTrainedModel, grids: Mapping[str, Grid]) -> PreTrainedModel:
+def half_copy(qmodel: PreTrainedModel, qparams: Mapping[str, QParams]) -> PreTrainedModel:
     """A copy of ``qmodel`` in float16; rotary frequencies stay as they are.
 
     Args:
-        grids: By the quantizer's name.
+        qparams: By the quantizer's name.
 
     Raises:
         ExportError: Ranges or weights exceed the largest number that float16 has; names them all.
     """
     largest = torch.finfo(torch.float16).max
-    ranges = [name for name, grid in grids.items() if grid.amax is not None and float(grid.amax.max()) > largest]
+    ranges = [name for name, each in qparams.items() if each.amax is not None and float(each.amax.max()) > largest]
     weights = [name for name, value in qmodel.named_parameters() if float(value.detach().abs().max()) > largest]
     for what, names in (("ranges of the quantizers", ranges), ("weights", weights)):
         if names:

@@ -17,7 +17,7 @@ from qdq_surgery.export.passes.lower_qdq import lower
 from qdq_surgery.export.passes.name_nodes import name_nodes
 from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm
 from qdq_surgery.export.profile import Target
-from qdq_surgery.export.qparams import Grid
+from qdq_surgery.export.qparams import QParams
 from qdq_surgery.onnx_file.origin import describe
 from qdq_surgery.onnx_file.sites import METADATA, Site, dump_sites
 from qdq_surgery.surgery.model_state import plan_of
@@ -37,7 +37,7 @@ class Built:
 def build(
     traced: Traced,
     qmodel: PreTrainedModel,
-    grids: Mapping[str, Grid],
+    qparams: Mapping[str, QParams],
     target: Target,
     activations: str,
     weights: Mapping[str, NDArray[np.float32]],
@@ -46,12 +46,12 @@ def build(
 
     Args:
         traced: From :func:`qdq_surgery.export.onnx_trace.trace`.
-        grids: By the quantizer's name.
+        qparams: By the quantizer's name.
         activations: ``"int8"`` or ``"uint8"``.
         weights: Float32 values of parameters that the traced graph holds in half precision.
     """
     model, graph = traced.model, traced.model.graph
-    pairs = lower(graph, grids, activations, weights)
+    pairs = lower(graph, qparams, activations, weights)
     fold_score_factors(graph, pairs)
     if target.plain_bias:
         plain_bias(graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,12 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ExportError
 from qdq_surgery.export.profile import Target
-from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, quantize
+from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
+from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import quantizers
 
-__all__ = ["Grid", "read_grids"]
+__all__ = ["QParams", "read_qparams"]
 
 #: How many names a message holds.
 _SHOWN = 12
@@ -28,15 +30,15 @@ _NO_RANGE = np.float32(4096.0)
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The integer grid of one quantizer.
+class QParams:
+    """What QuantizeLinear and DequantizeLinear need to know of one quantizer.
 
     Attributes:
         name: The quantizer's qualified name.
         role: ``"input"`` or ``"weight"``.
         amax: float32, of one value or one for each channel; ``None`` for a weight whose range is that of its values.
         axis: The per-channel axis, from the end where it is negative; ``None`` for one range.
-        unsigned, narrow_range: As in :class:`qdq_surgery.rules.spec.QuantSpec`; always 8 bits.
+        grid: Its integers.
         native: Whether the model rounds by the native formula (``use_fb_fake_quant``).
     """
 
@@ -44,19 +46,13 @@ class Grid:
     role: str
     amax: NDArray[np.float32] | None
     axis: int | None
-    unsigned: bool
-    narrow_range: bool
+    grid: Grid
     native: bool
-
-    @property
-    def qmax(self) -> int:
-        """The largest integer."""
-        return 255 if self.unsigned else 127
 
     def scale(self, amax: NDArray[np.float32]) -> NDArray[np.float32]:
         """ONNX's scale for ``amax``, float32, same shape, > 0."""
         ranges = amax.astype(np.float32)
-        scale = ranges / np.float32(self.qmax)
+        scale = self.grid.step(ranges).astype(np.float32)
         none = scale < np.finfo(np.float32).tiny if self.native else ranges <= np.float32(SMALLEST_AMAX)
         found: NDArray[np.float32] = np.where(none, _NO_RANGE, scale)
         return found
@@ -71,26 +67,24 @@ class Grid:
         found: NDArray[np.float32] = np.abs(values).max(axis=others).astype(np.float32)
         return found
 
-    def integers(self, values: NDArray[np.float32]) -> NDArray[np.int8] | NDArray[np.uint8]:
+    def integers(self, values: NDArray[np.float32]) -> NDArray[Any]:
         """Constant ``values`` on the grid, by the formula by which the model itself rounds them."""
         amax = self.amax_of(values)
         if self.axis is not None:
             amax = amax.reshape([-1 if axis == self.axis % values.ndim else 1 for axis in range(values.ndim)])
         work, ranges = torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(np.asarray(amax))
-        found: Tensor
-        if self.native:
-            scale = ranges / self.qmax
-            usable = scale >= torch.finfo(torch.float32).tiny
-            found = (work * torch.where(usable, 1.0 / scale, 0.0)).round_()
-            found = found.clamp_(0 if self.unsigned else -128, self.qmax)
-        else:
-            found = quantize(work, ranges, 8, self.unsigned, self.narrow_range)
-        kind = torch.uint8 if self.unsigned else torch.int8
-        return found.to(kind).numpy()
+        found = (native_quantize if self.native else quantize)(work, ranges, self.grid)
+        return found.to(getattr(torch, integer_type(self.grid).name)).numpy()
 
 
-def read_grids(qmodel: PreTrainedModel, target: Target) -> dict[str, Grid]:
-    """The grids of all quantizers that do something, by name.
+def integer_type(grid: Grid) -> np.dtype[Any]:
+    """NumPy's type of a grid's integers, which ONNX has, too."""
+    assert grid.onnx_type is not None
+    return np.dtype(grid.onnx_type.lower())
+
+
+def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
+    """Those of all quantizers that do something, by name.
 
     Raises:
         CalibrationError: Some have no range, or are collecting; names them all.
@@ -104,12 +98,12 @@ def read_grids(qmodel: PreTrainedModel, target: Target) -> dict[str, Grid]:
         )
     _check_ranges(acting)
     _refuse(acting, target)
-    return {name: _grid(name, each) for name, each in acting.items()}
+    return {name: _qparams(name, each) for name, each in acting.items()}
 
 
 def _check_ranges(acting: dict[str, TensorQuantizer]) -> None:
     # A weight is a constant: so is its range.
-    without = [name for name, each in acting.items() if each.amax is None and _role(name, each) != "weight"]
+    without = [name for name, each in acting.items() if each.amax is None and each.role != "weight"]
     if without:
         names = "\n  ".join(without)
         count = f"{len(without)} quantizers have" if len(without) > 1 else "a quantizer has"
@@ -129,7 +123,7 @@ def _refuse(acting: dict[str, TensorQuantizer], target: Target) -> None:
             raise ExportError(f"{_some(names)} {what}; {fix}")
 
     refuse(
-        [name for name, each in acting.items() if each._num_bits != 8],
+        [name for name, each in acting.items() if each.grid.bits != 8],
         "of another width than the 8 bits of QuantizeLinear",
         "disable them for the export, or convert with num_bits: 8",
     )
@@ -139,13 +133,13 @@ def _refuse(acting: dict[str, TensorQuantizer], target: Target) -> None:
         "set the ranges with qdq_surgery.calibrate or learn_ranges instead",
     )
     refuse(
-        [name for name, each in acting.items() if each._narrow_range and _role(name, each) != "weight"],
+        [name for name, each in acting.items() if each.grid.narrow_range and each.role != "weight"],
         "with narrow_range on an activation, which QuantizeLinear does not know (it clips at -128)",
         "convert with narrow_range: false",
     )
     if not target.unsigned:
         refuse(
-            [name for name, each in acting.items() if each._unsigned],
+            [name for name, each in acting.items() if each.grid.unsigned],
             f"with an unsigned grid, and {target.name} has only symmetric ones",
             "convert with unsigned: false",
         )
@@ -156,30 +150,16 @@ def _refuse(acting: dict[str, TensorQuantizer], target: Target) -> None:
     )
 
 
-def _grid(name: str, quantizer: TensorQuantizer) -> Grid:
-    amax, axis = quantizer.amax, quantizer._axis
-    if isinstance(axis, (tuple, list)):
-        axis = axis[0] if len(axis) == 1 else None
+def _qparams(name: str, quantizer: TensorQuantizer) -> QParams:
+    amax, axes = quantizer.amax, quantizer.axes
+    axis = axes[0] if axes is not None and len(axes) == 1 else None
     if amax is not None:
         amax = amax.detach().float().cpu()
         wide = [at for at, size in enumerate(amax.shape) if size != 1]
         axis = wide[0] - amax.ndim if wide else None  # as it broadcasts
         amax = amax.reshape(-1) if wide else amax.reshape(())
-    return Grid(
-        name,
-        _role(name, quantizer),
-        None if amax is None else amax.numpy(),
-        axis,
-        bool(quantizer._unsigned),
-        bool(quantizer._narrow_range),
-        bool(quantizer.use_fb_fake_quant),
-    )
-
-
-def _role(name: str, quantizer: TensorQuantizer) -> str:
-    if quantizer.provenance is not None:
-        return quantizer.provenance.role
-    return "weight" if name.endswith("weight_quantizer") else "input"
+    ranges = None if amax is None else amax.numpy()
+    return QParams(name, quantizer.role, ranges, axis, quantizer.grid, bool(quantizer.use_fb_fake_quant))
 
 
 def _axes(amax: Tensor) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdq_surgery.numerics.grid import INT8, Grid
 from qdq_surgery.safety.torch_private import onnx_flags
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "fake_quant",
     "learned_fake_quant",
     "native_fake_quant",
+    "native_quantize",
     "onnx_fake_quant",
     "quantize",
 ]
@@ -38,15 +40,13 @@ __all__ = [
 SMALLEST_AMAX = 1.0 / (1 << 24)
 
 
-def fake_quant(
-    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
-) -> Tensor:
+def fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     """Round ``inputs`` to the grid that ``amax`` spans, by the legacy formula.
 
     Args:
         inputs: Any shape, floating point.
         amax: In the units of ``inputs``, >= 0; shape () or one that broadcasts to ``inputs``.
-        num_bits, unsigned, narrow_range: The grid, see :class:`qdq_surgery.rules.spec.QuantSpec`.
+        grid: Whose limits become the ends.
 
     Returns:
         Shape and dtype of ``inputs``. The gradient passes where ``|inputs| <= amax`` and is 0 elsewhere
@@ -54,38 +54,40 @@ def fake_quant(
         inference: it holds the arithmetic alone, the same with gradients on and off, and can be saved.)
     """
     if torch.is_grad_enabled() and (inputs.requires_grad or amax.requires_grad) and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        result: Tensor = _FakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
+        result: Tensor = _FakeQuant.apply(inputs, amax, grid.qmin, grid.qmax)  # type: ignore[no-untyped-call]
         return result
-    return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+    return _round_to_grid(inputs, amax, grid.qmin, grid.qmax)
 
 
-def quantize(
-    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
-) -> Tensor:
+def quantize(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     """The integers, as floats, that :func:`fake_quant` multiplies by the step size; 0 where ``amax`` counts as 0.
 
     Args and shapes as there; for what is stored rather than simulated, such as the weights of an ONNX file.
     """
-    return _integers(inputs, amax, num_bits, unsigned, narrow_range)[0]
+    return _integers(inputs, amax, grid.qmin, grid.qmax)[0]
 
 
-def learned_fake_quant(
-    inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
-) -> Tensor:
+def native_quantize(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
+    """The integers, as floats, that :func:`native_fake_quant` multiplies by the step size."""
+    return _native_grid(inputs, grid.step(amax)).clamp(grid.full.qmin, grid.qmax)
+
+
+def learned_fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     """:func:`fake_quant` with a gradient for ``amax`` too: learned step sizes (LSQ, arXiv 1902.08153).
 
     The paper's step size is ``amax / qmax``; its gradient is weighted by 1 / sqrt(elements per range * qmax), so that
     ranges learn at the pace of weights.
     """
-    result: Tensor = _LearnedFakeQuant.apply(inputs, amax, num_bits, unsigned, narrow_range)  # type: ignore[no-untyped-call]
+    result: Tensor = _LearnedFakeQuant.apply(inputs, amax, grid.qmin, grid.qmax)  # type: ignore[no-untyped-call]
     return result
 
 
-def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False) -> Tensor:
+def native_fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     """Round ``inputs`` to the full grid that ``amax`` spans, by torch's own operators.
 
     Args:
         amax: One value, or one per channel with 1 in every other axis.
+        grid: Taken with its lowest integer, whether or not it is narrow.
 
     Returns:
         Shape and dtype of ``inputs``.
@@ -93,10 +95,9 @@ def native_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned:
     Raises:
         TypeError: ``amax`` varies over more than one axis.
     """
-    qmax = (1 << (num_bits - 1 + int(unsigned))) - 1
-    qmin = 0 if unsigned else -qmax - 1
+    qmin, qmax = grid.full.qmin, grid.qmax
     work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
-    scale = amax.float() / qmax
+    scale = grid.step(amax.float())
     axis = _channel_axis(amax)
     if torch.compiler.is_compiling():
         # The operator with a tensor as scale has no shape function, so no exporter can trace it: this is its formula.
@@ -131,20 +132,20 @@ def exporting_to_onnx(inputs: Tensor | None = None) -> bool:
     return bool(getattr(onnx_flags, "_is_onnx_exporting", False)) or torch.onnx.is_in_onnx_export()
 
 
-def onnx_fake_quant(inputs: Tensor, amax: Tensor, num_bits: int = 8, unsigned: bool = False) -> Tensor:
+def onnx_fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     """QuantizeLinear and DequantizeLinear with an explicit zero point. Only while :func:`exporting_to_onnx`.
 
     Raises:
         ValueError: The grid does not have 8 bits, which is what these operators have in every opset.
         TypeError: ``amax`` varies over more than one axis.
     """
-    if num_bits != 8:
-        raise ValueError(f"ONNX's QuantizeLinear has 8 bits, this quantizer has {num_bits}; disable it for the export")
-    kind, qmax = (torch.uint8, 255) if unsigned else (torch.int8, 127)
+    if grid.bits != 8:
+        raise ValueError(f"ONNX's QuantizeLinear has 8 bits, this quantizer has {grid.bits}; disable it for the export")
+    kind = torch.uint8 if grid.unsigned else torch.int8
     axis = _channel_axis(amax)
     shape = () if axis is None else (amax.numel(),)
     work = inputs.float()
-    scale = (amax.float() / qmax).reshape(shape)
+    scale = grid.step(amax.float()).reshape(shape)
     zero_point = torch.zeros(shape, dtype=kind, device=inputs.device)
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     integers = torch.onnx.ops.symbolic(
@@ -164,19 +165,12 @@ def _channel_axis(amax: Tensor) -> int | None:
     return axes[0] if axes else None
 
 
-def _grid(num_bits: int, unsigned: bool, narrow_range: bool) -> tuple[float, float]:
-    """The lowest and the highest integer."""
-    qmax = 2.0 ** (num_bits - 1 + int(unsigned)) - 1.0
-    return 0.0 if unsigned else -qmax if narrow_range else -qmax - 1.0, qmax
-
-
-def _round_to_grid(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
-    integers, inv_scale = _integers(inputs, amax, num_bits, unsigned, narrow_range)
+def _round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
+    integers, inv_scale = _integers(inputs, amax, qmin, qmax)
     return integers.div_(torch.where(inv_scale == 0, 1.0, inv_scale)).to(inputs.dtype)
 
 
-def _integers(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> tuple[Tensor, Tensor]:
-    qmin, qmax = _grid(num_bits, unsigned, narrow_range)
+def _integers(inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     amax = amax.float()
     # pytorch-quantization calls this "scale"; it is the reciprocal of ONNX's.
@@ -186,17 +180,18 @@ def _integers(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narro
     return (work * inv_scale).round_().clamp_(qmin, qmax), inv_scale
 
 
+# What is traced takes the grid's limits, which are plain numbers, and not the grid.
 class _FakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
         ctx.save_for_backward(inputs, amax)
-        return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+        return _round_to_grid(inputs, amax, qmin, qmax)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         inputs, amax = ctx.saved_tensors
         (gradient,) = gradients
-        return _inside(gradient, inputs, amax), None, None, None, None
+        return _inside(gradient, inputs, amax), None, None, None
 
 
 def _inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
@@ -214,16 +209,16 @@ def _inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
 
 class _LearnedFakeQuant(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
         ctx.save_for_backward(inputs, amax)
-        ctx.grid = num_bits, unsigned, narrow_range
-        return _round_to_grid(inputs, amax, num_bits, unsigned, narrow_range)
+        ctx.limits = qmin, qmax
+        return _round_to_grid(inputs, amax, qmin, qmax)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         inputs, amax = ctx.saved_tensors
         (gradient,) = gradients
-        qmin, qmax = _grid(*ctx.grid)
+        qmin, qmax = ctx.limits
         work = inputs.float()
         steps = work * (qmax / amax)
         integers = steps.round().clamp_(qmin, qmax)
@@ -231,7 +226,7 @@ class _LearnedFakeQuant(torch.autograd.Function):
         slope = torch.where((steps >= qmin) & (work <= amax), integers - steps, integers).mul_(gradient)
         total = slope.sum_to_size(amax.shape)
         weight = 1.0 / (qmax * math.sqrt(qmax * inputs.numel() / amax.numel()))
-        return _inside(gradient, inputs, amax), total * weight, None, None, None
+        return _inside(gradient, inputs, amax), total * weight, None, None
 
 
 def _native_grid(work: Tensor, scale: Tensor) -> Tensor:

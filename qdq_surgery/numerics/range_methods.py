@@ -1,8 +1,10 @@
-"""From a histogram to a range: percentile, entropy and mse as pure functions, and the error that a range causes.
+"""From a histogram to a range: the methods as pure functions, and the error that a range causes.
 
 Each chooses the bin that pytorch-quantization 2.1.3 chooses on the same histogram, and none has a loop: all candidates
 are read from prefix sums. A histogram is given as ``counts`` (n,), int64, and ``edges`` (n + 1,), float64, evenly
 spaced from 0, on the CPU; a range is a float in the units of the edges.
+
+What else there is to know of a method stands in :data:`~qdq_surgery.numerics.range_choice.RANGE_METHODS`.
 """
 
 from __future__ import annotations
@@ -17,8 +19,20 @@ from torch import Tensor
 
 from qdq_surgery.errors import OptionError
 from qdq_surgery.numerics.fake_quant import fake_quant
+from qdq_surgery.numerics.grid import INT8, Grid
 
-__all__ = ["START_BIN", "channel_mse_amax", "entropy_amax", "mse_amax", "percentile_amax", "relative_error"]
+__all__ = [
+    "DEFAULT_PERCENTILE",
+    "START_BIN",
+    "channel_mse_amax",
+    "entropy_amax",
+    "max_amax",
+    "mse_amax",
+    "percentile_amax",
+    "relative_error",
+]
+
+DEFAULT_PERCENTILE = 99.99
 
 #: The smallest candidate, in bins.
 START_BIN = 128
@@ -30,7 +44,12 @@ _TIE = 1e-12
 _BLOCK = 1 << 19
 
 
-def percentile_amax(counts: Tensor, edges: Tensor, percentile: float) -> float:
+def max_amax(counts: Tensor, edges: Tensor) -> float:
+    """The range of all values: the upper edge of the last bin."""
+    return float(edges[counts.numel()])
+
+
+def percentile_amax(counts: Tensor, edges: Tensor, percentile: float = DEFAULT_PERCENTILE) -> float:
     """The range that ``percentile`` percent of the magnitudes do not exceed.
 
     Counted in whole numbers: the first bin where the sum reaches the percentile. The range is that bin's lower edge, as
@@ -48,13 +67,7 @@ def percentile_amax(counts: Tensor, edges: Tensor, percentile: float) -> float:
 
 
 def entropy_amax(
-    counts: Tensor,
-    edges: Tensor,
-    num_bits: int = 8,
-    unsigned: bool = False,
-    *,
-    start_bin: int = START_BIN,
-    stride: int = 1,
+    counts: Tensor, edges: Tensor, grid: Grid = INT8, *, start_bin: int = START_BIN, stride: int = 1
 ) -> float:
     """The range whose quantized distribution diverges least from the clipped one (Kullback-Leibler).
 
@@ -63,7 +76,7 @@ def entropy_amax(
     given the count of the second. Of equal candidates the last is taken.
 
     Args:
-        num_bits, unsigned: The grid has 2^(num_bits - 1) levels on this side of zero, 2^num_bits if unsigned.
+        grid: Its integers from 0 on are the levels, 2^(bits - 1) of them, or 2^bits if it is unsigned.
         start_bin, stride: Candidates are start_bin, start_bin + stride, ... bins.
     """
     size = counts.numel()
@@ -71,7 +84,7 @@ def entropy_amax(
         return float(edges[-1])
     bins = counts.double().clone()
     bins[0] = bins[1]
-    levels = 1 << (num_bits - 1 + int(unsigned))
+    levels = grid.levels
     candidates = torch.arange(start_bin, size + 1, stride)
     inside, nonempty, own = _sums(bins), _sums((bins > 0).double()), _sums(torch.xlogy(bins, bins))
     total = inside[-1]
@@ -92,29 +105,21 @@ def entropy_amax(
     return float(edges[candidates[best]])
 
 
-def mse_amax(
-    counts: Tensor,
-    edges: Tensor,
-    num_bits: int = 8,
-    unsigned: bool = False,
-    *,
-    start_bin: int = START_BIN,
-    stride: int = 1,
-) -> float:
+def mse_amax(counts: Tensor, edges: Tensor, grid: Grid = INT8, *, start_bin: int = START_BIN, stride: int = 1) -> float:
     """The range with the smallest squared error, every value standing in the middle of its bin.
 
     Args:
-        num_bits, unsigned: The grid, which is symmetric: of the integers only the highest decides.
+        grid: It is symmetric: of its integers only the highest decides.
         start_bin, stride: Candidates are the middles of the bins start_bin, start_bin + stride, ...
     """
     size = counts.numel()
     if size <= start_bin:
         return float(edges[-1])
-    qmax = (1 << (num_bits - 1 + int(unsigned))) - 1
+    qmax = grid.qmax
     weights = counts.double()
     middles = torch.arange(size, dtype=torch.float64) + 0.5  # in bin widths
     candidates = torch.arange(start_bin, size, stride)
-    steps = (candidates.double() + 0.5) / qmax
+    steps = grid.step(candidates.double() + 0.5)
     # The error of level k is the sum of c (x - k step)^2. With suffix sums from each level's first bin on:
     # sum k c x = sum over k of suffix(c x), and sum k^2 c = sum over k of (2k - 1) suffix(c).
     zeroth, first = (_suffix_sums(weights * power) for power in (torch.ones(()), middles))
@@ -135,9 +140,7 @@ def mse_amax(
 _LOWEST_SHARE, _COARSE, _FINE = 0.25, 25, 9
 
 
-def channel_mse_amax(
-    weight: Tensor, axis: int, num_bits: int = 8, unsigned: bool = False, narrow_range: bool = False
-) -> Tensor:
+def channel_mse_amax(weight: Tensor, axis: int, grid: Grid = INT8) -> Tensor:
     """The range of each channel with the smallest squared error, found on the weights themselves.
 
     Args:
@@ -152,7 +155,7 @@ def channel_mse_amax(
     top = rows.abs().amax(1, keepdim=True)
 
     def error(share: Tensor) -> Tensor:
-        return (fake_quant(rows, top * share, num_bits, unsigned, narrow_range) - rows).square_().sum(1, keepdim=True)
+        return (fake_quant(rows, top * share, grid) - rows).square_().sum(1, keepdim=True)
 
     best = torch.ones_like(top)
     least = error(best)
@@ -167,15 +170,14 @@ def channel_mse_amax(
     return (top * best).reshape(shape)
 
 
-def relative_error(counts: Tensor, edges: Tensor, amax: float, num_bits: int = 8, unsigned: bool = False) -> float:
+def relative_error(counts: Tensor, edges: Tensor, amax: float, grid: Grid = INT8) -> float:
     """The squared error of a range as a share of the data's squares: the inverse of the signal-to-noise ratio.
 
     Every value stands in the middle of its bin, and both signs end at the highest integer. 0 for data that is 0.
     """
-    qmax = (1 << (num_bits - 1 + int(unsigned))) - 1
     middles = (edges[:-1] + edges[1:]) / 2.0
-    step = amax / qmax
-    rounded = (middles / step).round_().clamp_(max=qmax).mul_(step) if step > 0 else torch.zeros_like(middles)
+    step = grid.step(amax)
+    rounded = (middles / step).round_().clamp_(max=grid.qmax).mul_(step) if step > 0 else torch.zeros_like(middles)
     weights = counts.double()
     power = float((weights * middles.square()).sum())
     return float((weights * (rounded - middles).square()).sum()) / power if power > 0 else 0.0

@@ -326,10 +326,8 @@ class _Forced:
 
 
 def _scale(quantizer: TensorQuantizer, inputs: Tensor) -> Tensor:
-    amax = quantizer._get_amax(inputs).detach().float().cpu()
-    bits = quantizer._num_bits - 1 + int(quantizer._unsigned)
-    scale: Tensor = (amax / (2.0**bits - 1.0)).clamp(min=float(np.finfo(np.float32).tiny))
-    return scale
+    amax: Tensor = quantizer._get_amax(inputs).detach().float().cpu()
+    return quantizer.grid.step(amax).clamp(min=float(np.finfo(np.float32).tiny))
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:

@@ -7,11 +7,10 @@ they collect does not depend on the order or the grouping of the data; see :mod:
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,43 +19,15 @@ from pytorch_quantization import calib
 from pytorch_quantization.calib.calibrator import _Calibrator
 from torch import Tensor
 
-from qdq_surgery.errors import CalibrationError, OptionError
+from qdq_surgery.errors import CalibrationError
+from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.numerics.histogram import BINS, Histogram, largest
-from qdq_surgery.numerics.range_methods import (
-    START_BIN,
-    channel_mse_amax,
-    entropy_amax,
-    mse_amax,
-    percentile_amax,
-    relative_error,
-)
+from qdq_surgery.numerics.range_choice import RANGE_METHODS, choose
+from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE, START_BIN
 from qdq_surgery.padding.call_padding import Padding, Turn
-from qdq_surgery.rules.quant_spec import CALIBRATORS
+from qdq_surgery.quantize.descriptors import kept_axes
 
-__all__ = [
-    "DEFAULT_PERCENTILE",
-    "METHODS",
-    "ChannelMseCalibrator",
-    "HistogramCalibrator",
-    "MaxCalibrator",
-    "Watch",
-    "choose",
-]
-
-#: How a range can be chosen. ``best`` is the one of the others whose quantization error is smallest.
-METHODS = tuple(name for name in CALIBRATORS if name != "histogram")
-
-DEFAULT_PERCENTILE = 99.99
-
-#: What ``best`` chooses from.
-CANDIDATES: tuple[tuple[str, float | None], ...] = (
-    ("max", None),
-    ("percentile", 99.9),
-    ("percentile", 99.99),
-    ("percentile", 99.999),
-    ("entropy", None),
-    ("mse", None),
-)
+__all__ = ["ChannelCalibrator", "HistogramCalibrator", "MaxCalibrator", "Watch"]
 
 
 @dataclass
@@ -165,15 +136,16 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
         return amax
 
     def _kind(self) -> Any:
-        return ("max", tuple(self._axis) if isinstance(self._axis, list) else self._axis)
+        return ("max", kept_axes(self._axis))
 
     def _sum(self, found: list[tuple[Tensor, int]]) -> Tensor:
         return torch.stack([amax for amax, _ in found]).amax(0)
 
     def _summarise(self, values: Tensor, invalid: Tensor | None) -> Tensor:
-        if self._axis is None:
+        axes = kept_axes(self._axis)
+        if axes is None:
             return largest(values, invalid)
-        kept = {axis % values.ndim for axis in (self._axis if isinstance(self._axis, (list, tuple)) else [self._axis])}
+        kept = {axis % values.ndim for axis in axes}
         values = values.abs().float()
         if invalid is not None:
             values = values.masked_fill(invalid, 0.0)
@@ -225,7 +197,7 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
         """The range, float32, shape (); ``None`` before the first tensor.
 
         Args:
-            method: One of :data:`METHODS`.
+            method: One of :func:`~qdq_surgery.numerics.range_choice.method_names`.
             stride, start_bin: Candidates of entropy and mse, in bins.
 
         Raises:
@@ -233,7 +205,8 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
         """
         if self.histogram is None:
             return None
-        amax, _ = choose(self.histogram, method, percentile, self._num_bits, self._unsigned, start_bin, stride)
+        grid, options = Grid(self._num_bits, self._unsigned), {"start_bin": start_bin, "stride": stride}
+        amax, _ = choose(self.histogram, method, grid, percentile=percentile, **options)
         return torch.tensor(amax)
 
     @property
@@ -262,12 +235,17 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
         return str(self)
 
 
-class ChannelMseCalibrator(_Calibrator):  # type: ignore[misc]
-    """The range with the smallest squared error for each channel of a weight."""
+class ChannelCalibrator(_Calibrator):  # type: ignore[misc]
+    """A range for each channel of a weight, by a method that finds it on the weight itself.
 
-    def __init__(self, num_bits: int, axis: int, unsigned: bool, narrow_range: bool) -> None:
+    Args:
+        num_bits, axis, unsigned, narrow_range: As pytorch-quantization has it; ``axis`` is one.
+        method: Name of the method.
+    """
+
+    def __init__(self, num_bits: int, axis: int, unsigned: bool, narrow_range: bool, method: str = "mse") -> None:
         super().__init__(num_bits, axis, unsigned)
-        self._narrow_range = narrow_range
+        self._narrow_range, self._method = narrow_range, method
         self._weight: Tensor | None = None
 
     def collect(self, x: Tensor) -> None:
@@ -278,8 +256,8 @@ class ChannelMseCalibrator(_Calibrator):  # type: ignore[misc]
         """
         if self._weight is not None and self._weight.data_ptr() != x.data_ptr():
             raise CalibrationError(
-                "mse with one range per channel is for weights, and this quantizer saw two different tensors; write "
-                "axis: null, or calibrator: max"
+                f"{self._method} with one range per channel is for weights, and this quantizer saw two different "
+                "tensors; write axis: null, or calibrator: max"
             )
         self._weight = x.detach()
 
@@ -290,52 +268,9 @@ class ChannelMseCalibrator(_Calibrator):  # type: ignore[misc]
     def compute_amax(self, *_: Any, **__: Any) -> Tensor | None:
         """The ranges, with 1 in every axis but the channels'; ``None`` before the first tensor.
 
-        Whatever method a loop for all calibrators asks for, this one's is mse.
+        Whatever method a loop for all calibrators asks for, this one has its own.
         """
-        if self._weight is None:
+        by_channel = RANGE_METHODS[self._method].by_channel
+        if self._weight is None or by_channel is None:
             return None
-        return channel_mse_amax(self._weight, self._axis, self._num_bits, self._unsigned, self._narrow_range)
-
-
-def choose(
-    histogram: Histogram,
-    method: str,
-    percentile: float | None = None,
-    num_bits: int = 8,
-    unsigned: bool = False,
-    start_bin: int = START_BIN,
-    stride: int = 1,
-) -> tuple[float, str]:
-    """The range by one method, and the method in words; of ``best``, the one that it took.
-
-    Args:
-        percentile: In percent, for that method; :data:`DEFAULT_PERCENTILE` if left out.
-
-    Raises:
-        CalibrationError: There was a NaN or an infinite value.
-        OptionError: The method is none of :data:`METHODS`.
-    """
-    if method not in METHODS:
-        raise OptionError(f"unknown calibration method '{method}'; write one of {', '.join(METHODS)}")
-    top = float(histogram.amax)
-    if not math.isfinite(top):
-        raise CalibrationError(f"there was {'an infinite value' if math.isinf(top) else 'a NaN'} in the data")
-    if top == 0.0:
-        return 0.0, method
-    counts, edges = histogram.table()
-    names: Sequence[tuple[str, float | None]] = CANDIDATES if method == "best" else [(method, percentile)]
-    found: list[tuple[float, float, str]] = []
-    for name, percent in names:
-        if name == "max":
-            amax = top
-        elif name == "percentile":
-            percent = DEFAULT_PERCENTILE if percent is None else percent
-            amax = percentile_amax(counts, edges, percent)
-        else:
-            compute = entropy_amax if name == "entropy" else mse_amax
-            amax = compute(counts, edges, num_bits, unsigned, start_bin=start_bin, stride=stride)
-        amax = min(amax, top)
-        error = relative_error(counts, edges, amax, num_bits, unsigned) if len(names) > 1 else 0.0
-        found.append((error, amax, f"{percent:g} %" if name == "percentile" else name))
-    _, amax, words = min(found, key=lambda item: item[0])
-    return amax, words
+        return by_channel(self._weight, self._axis, Grid(self._num_bits, self._unsigned, self._narrow_range))

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
+from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.safety.untrusted import DamagedError, Item
 
-__all__ = ["descriptor_from_data", "descriptor_to_data", "grid_of"]
+__all__ = ["descriptor_from_data", "descriptor_to_data", "fields_of", "grid_of", "kept_axes"]
 
 #: The largest range there is, float32's largest number, and the most channels that may have one.
 _LARGEST, _MOST_CHANNELS = 3.4028235e38, 1_000_000
@@ -80,8 +81,17 @@ _READERS: dict[str, Callable[[Item], Any]] = {
 }
 
 
-def grid_of(quantizer: Any) -> tuple[int, tuple[int, ...] | None, bool, bool, bool]:
+def kept_axes(axis: Any) -> tuple[int, ...] | None:
+    """The per-channel axes, of which pytorch-quantization takes one, or several in a tuple or a list."""
+    return axis if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+
+
+def grid_of(quantizer: Any) -> Grid:
+    """The grid of a descriptor, or of a quantizer."""
+    return Grid(quantizer._num_bits, quantizer._unsigned, quantizer._narrow_range)
+
+
+def fields_of(quantizer: Any) -> tuple[int, tuple[int, ...] | None, bool, bool, bool]:
     """Bits, axes, unsigned, narrow range, and whether what comes out is float; of a descriptor or a quantizer."""
-    axis = quantizer._axis
-    axes = axis if axis is None else tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    return quantizer._num_bits, axes, quantizer._unsigned, quantizer._narrow_range, quantizer._fake_quant
+    grid = grid_of(quantizer)
+    return grid.bits, kept_axes(quantizer._axis), grid.unsigned, grid.narrow_range, quantizer._fake_quant

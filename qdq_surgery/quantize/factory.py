@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.match.plan import Plan, Site
+from qdq_surgery.quantize.descriptors import grid_of, kept_axes
 from qdq_surgery.quantize.quantizer import Provenance, TensorQuantizer, make_quantizer
 
 __all__ = ["Defaults", "Maker", "device_of"]
@@ -79,11 +80,9 @@ class Maker:
 
 
 def _describe(descriptor: Any) -> str:
-    grid = f"{'u' if descriptor.unsigned else ''}int{descriptor.num_bits}{' narrow' if descriptor.narrow_range else ''}"
-    axis = descriptor.axis
-    axes = axis if isinstance(axis, (tuple, list)) else [axis]
-    where = "per-tensor" if axis is None else f"axis {', '.join(map(str, axes))}"
-    return f"{grid} {where} {descriptor.calib_method} (default)"
+    axes = kept_axes(descriptor.axis)
+    where = "per-tensor" if axes is None else f"axis {', '.join(map(str, axes))}"
+    return f"{grid_of(descriptor)} {where} {descriptor.calib_method} (default)"
 
 
 def device_of(owner: nn.Module, model: PreTrainedModel) -> torch.device:

@@ -27,7 +27,9 @@ from qdq_surgery.numerics.fake_quant import (
     native_fake_quant,
     onnx_fake_quant,
 )
-from qdq_surgery.quantize.calibrators import ChannelMseCalibrator, HistogramCalibrator, MaxCalibrator
+from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.quantize.calibrators import ChannelCalibrator, HistogramCalibrator, MaxCalibrator
+from qdq_surgery.quantize.descriptors import grid_of, kept_axes
 from qdq_surgery.quantize.export_node import tag
 from qdq_surgery.rules.quant_spec import QuantSpec
 
@@ -109,8 +111,10 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         elif type(self._calibrator) is calib.HistogramCalibrator:
             self._calibrator = self.fresh_calibrator(histogram=True)
 
-        if spec is not None and spec.axis is not None and spec.calibrator.name == "mse":
-            self._calibrator = ChannelMseCalibrator(spec.num_bits, spec.axis, spec.unsigned, spec.narrow_range)
+        if spec is not None and spec.axis is not None and spec.calibrator.by_channel is not None:
+            self._calibrator = ChannelCalibrator(
+                spec.num_bits, spec.axis, spec.unsigned, spec.narrow_range, spec.calibrator.name
+            )
 
     def fresh_calibrator(self, histogram: bool) -> MaxCalibrator | HistogramCalibrator:
         """An empty calibrator for this quantizer: of histograms, or of maxima (also where each channel has its own)."""
@@ -118,6 +122,21 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             return MaxCalibrator(self._num_bits, self._axis, self._unsigned)
         bins = None if self.spec is None else self.spec.calibrator.num_bins
         return HistogramCalibrator(self._num_bits, None, self._unsigned, *(() if bins is None else (bins,)))
+
+    @property
+    def grid(self) -> Grid:
+        """The integers that it rounds to."""
+        return grid_of(self)
+
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        """The axes along which each channel has its own range; ``None``: one range for the whole tensor."""
+        return kept_axes(self._axis)
+
+    @property
+    def role(self) -> str:
+        """``"weight"`` for what is constant, in a linear or anywhere else, ``"input"`` for what is computed."""
+        return "input" if self.provenance is None else self.provenance.role
 
     @property
     def enabled(self) -> bool:
@@ -160,11 +179,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             weight: The shape of the weight that it quantizes, if that is known.
         """
         found = tuple(shape)
-        if self._axis is None:
+        axes = self.axes
+        if axes is None:
             return (
                 None if found in ((), (1,)) else f"the range has the shape {found}, wanted (), one for the whole tensor"
             )
-        axes = self._axis if isinstance(self._axis, (tuple, list)) else (self._axis,)
         rank = len(found) if weight is None else len(weight)
         if any(not -rank <= axis < rank for axis in axes):
             return f"the range has the shape {found}, which has no axis {max(axes)}"
@@ -206,7 +225,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         for name, kind in _TABLES.items():
             own[name] = kind()
         own["provenance"] = provenance
-        if isinstance(self._calibrator, ChannelMseCalibrator):
+        if isinstance(self._calibrator, ChannelCalibrator):
             own["_calibrator"] = copy.deepcopy(self._calibrator)
         elif self._calibrator is not None:
             own["_calibrator"] = self.fresh_calibrator(isinstance(self._calibrator, HistogramCalibrator))
@@ -272,7 +291,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def step_size(self) -> Tensor | None:
         """ONNX's scale: the distance of two neighbours on the grid; ``None`` without a range."""
         amax = self.amax
-        return None if amax is None else amax / (2.0 ** (self._num_bits - 1 + int(self._unsigned)) - 1.0)
+        return None if amax is None else self.grid.step(amax)
 
     def enable_calib(self) -> None:
         """Collect statistics from now on.
@@ -310,8 +329,10 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         calibrator = getattr(self, "_calibrator", None)
         if calibrator is None:
             raise RuntimeError("this quantizer has no calibrator")
-        if not args and "method" not in kwargs and isinstance(calibrator, calib.HistogramCalibrator):
-            args, kwargs = self._own_method(kwargs)
+        own = None if self.spec is None or args or "method" in kwargs else self.spec.calibrator
+        if own is not None and own.name != "histogram" and isinstance(calibrator, calib.HistogramCalibrator):
+            percentile = {} if own.percentile is None else {"percentile": own.percentile}
+            kwargs = {"method": own.name, **percentile, **kwargs}
         empty = isinstance(calibrator, HistogramCalibrator) and calibrator.histogram is None
         amax = None if empty else calibrator.compute_amax(*args, **kwargs)
         if amax is None:
@@ -328,14 +349,6 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def limited(self, amax: Tensor) -> Tensor:
         """``amax``, or the spec's ``max_amax`` where that is less."""
         return amax if self.spec is None or self.spec.max_amax is None else amax.clamp(max=self.spec.max_amax)
-
-    def _own_method(self, kwargs: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-        calibrator = self.spec.calibrator if self.spec is not None else None
-        if calibrator is None or calibrator.name == "histogram":
-            return (), kwargs
-        if calibrator.percentile is not None:
-            kwargs = {"percentile": calibrator.percentile, **kwargs}
-        return (calibrator.name,), kwargs
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Calibrate on ``inputs``, quantize them, both or neither, as enabled.
@@ -362,7 +375,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def _calibrate(self, inputs: Tensor) -> None:
         if self._calibrator is None:
             raise RuntimeError("this quantizer has no calibrator")
-        ours = isinstance(self._calibrator, (MaxCalibrator, HistogramCalibrator, ChannelMseCalibrator))
+        ours = isinstance(self._calibrator, (MaxCalibrator, HistogramCalibrator, ChannelCalibrator))
         # Half precision has no histogram on a CPU; our own take what comes.
         self._calibrator.collect(inputs if ours else inputs.detach().float())
 
@@ -375,22 +388,23 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if not self._fake_quant:
             outputs, self._scale = tensor_quant.tensor_quant(inputs, amax, self._num_bits, self._unsigned)
             return outputs  # type: ignore[no-any-return]
+        grid = self.grid
         if exporting_to_onnx(inputs):
             # A weight's range is a constant of the graph even where it was not calibrated, an activation's is not.
-            if self.amax is None and (self.provenance is None or self.provenance.role != "weight"):
+            if self.amax is None and self.role != "weight":
                 raise CalibrationError(
                     f"{self._name()} has no range: calibrate the model before exporting it, or disable this quantizer"
                 )
-            return onnx_fake_quant(inputs, amax, self._num_bits, self._unsigned)
+            return onnx_fake_quant(inputs, amax, grid)
         if self._learns and amax.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             # An optimizer knows of no limit. (Through .data: a layer that runs twice has saved the range by then.)
             amax.data.clamp_(min=_SMALLEST)
-            return learned_fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+            return learned_fake_quant(inputs, amax, grid)
         if self.use_fb_fake_quant:
-            return native_fake_quant(inputs, amax, self._num_bits, self._unsigned)
-        if self._unsigned and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
+            return native_fake_quant(inputs, amax, grid)
+        if grid.unsigned and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
             raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
-        return fake_quant(inputs, amax, self._num_bits, self._unsigned, self._narrow_range)
+        return fake_quant(inputs, amax, grid)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
         # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.
@@ -444,7 +458,7 @@ def make_quantizer(
         return made
     descriptor = tensor_quant.QuantDescriptor(
         num_bits=spec.num_bits,
-        axis=None if spec.axis is None else (spec.axis,),
+        axis=kept_axes(spec.axis),
         unsigned=spec.unsigned,
         narrow_range=spec.narrow_range,
         calib_method="histogram" if spec.calibrator.is_histogram and spec.axis is None else "max",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from qdq_surgery.errors import RuleFileError
+from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.numerics.range_choice import RANGE_METHODS, method_names, takes_percentile
 
-__all__ = ["CALIBRATORS", "LEAST_PERCENTILE", "CalibratorSpec", "QuantSpec", "doubtful_percentile"]
-
-#: Calibration methods. All but ``max`` are computed from a histogram; ``histogram`` leaves the method to the caller,
-#: ``best`` takes, of the others, the one with the smallest quantization error.
-CALIBRATORS = ("max", "histogram", "percentile", "entropy", "mse", "best")
+__all__ = ["LEAST_PERCENTILE", "CalibratorSpec", "QuantSpec", "calibrator_names", "doubtful_percentile"]
 
 #: Below it most values would be cut off: nobody wants that, and whoever writes it means a share, or the other end.
 LEAST_PERCENTILE = 50.0
@@ -28,12 +29,18 @@ def doubtful_percentile(percentile: float) -> tuple[str, str]:
     return found, f"did you mean {meant:.6g}?"
 
 
+def calibrator_names() -> tuple[str, ...]:
+    """What a rule file may write: the range methods, ``best``, and ``histogram``, which leaves it to the caller."""
+    first, *others = method_names()
+    return (first, "histogram", *others)
+
+
 @dataclass(frozen=True)
 class CalibratorSpec:
     """How a range is found from data.
 
     Attributes:
-        name: One of :data:`CALIBRATORS`.
+        name: One of :func:`calibrator_names`.
         percentile: In percent, (0, 100]; only for ``percentile``.
         num_bins: How many bins at least lie between 0 and the largest magnitude; only for the histogram methods.
     """
@@ -43,10 +50,10 @@ class CalibratorSpec:
     num_bins: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in CALIBRATORS:
-            raise RuleFileError(f"unknown calibrator '{self.name}'", f"write one of {', '.join(CALIBRATORS)}")
+        if self.name not in calibrator_names():
+            raise RuleFileError(f"unknown calibrator '{self.name}'", f"write one of {', '.join(calibrator_names())}")
         if self.percentile is not None:
-            if self.name != "percentile":
+            if not takes_percentile(self.name):
                 raise RuleFileError(
                     f"calibrator '{self.name}' takes no percentile", "remove it, or write name: percentile"
                 )
@@ -55,15 +62,22 @@ class CalibratorSpec:
             if self.percentile < LEAST_PERCENTILE:
                 raise RuleFileError(*doubtful_percentile(self.percentile))
         if self.num_bins is not None:
-            if self.name == "max":
-                raise RuleFileError("calibrator 'max' keeps no histogram, so num_bins means nothing", "remove it")
+            if not self.is_histogram:
+                raise RuleFileError(
+                    f"calibrator '{self.name}' keeps no histogram, so num_bins means nothing", "remove it"
+                )
             if not 128 <= self.num_bins <= 1 << 20:
                 raise RuleFileError(f"num_bins {self.num_bins} is outside 128 to 1048576", "write for example 2048")
 
     @property
     def is_histogram(self) -> bool:
-        """Whether it needs a histogram: every method but ``max`` does."""
-        return self.name != "max"
+        """Whether it is computed from a histogram, and not from the largest magnitude alone."""
+        return self.name not in RANGE_METHODS or RANGE_METHODS[self.name].histogram
+
+    @property
+    def by_channel(self) -> Callable[[Tensor, int, Grid], Tensor] | None:
+        """Its way from a weight to a range for each channel, if it has one."""
+        return RANGE_METHODS[self.name].by_channel if self.name in RANGE_METHODS else None
 
     def __str__(self) -> str:
         options = [f"{self.percentile:g}%"] if self.percentile is not None else []
@@ -100,10 +114,11 @@ class QuantSpec:
             raise RuleFileError(
                 f"axis {self.axis} is outside 0 to 3", "write 0 for a linear's output channels, or null"
             )
-        if self.axis is not None and self.calibrator.name not in ("max", "mse"):
+        if self.axis is not None and self.calibrator.is_histogram and not self.calibrator.by_channel:
+            weights = ", ".join(name for name, each in RANGE_METHODS.items() if each.by_channel)
             raise RuleFileError(
                 f"calibrator '{self.calibrator.name}' needs one range per tensor, but axis is {self.axis}",
-                "write axis: null, or calibrator: max (for weights also mse)",
+                f"write axis: null, or calibrator: max (for weights also {weights})",
             )
         if self.max_amax is not None and not 0 < self.max_amax < float("inf"):
             raise RuleFileError(f"max_amax {self.max_amax} is no range", "write a number above 0, for example 10")
@@ -116,9 +131,13 @@ class QuantSpec:
         if self.unsigned and self.narrow_range:
             raise RuleFileError("narrow_range drops the lowest signed integer, but the grid is unsigned", "remove one")
 
+    @property
+    def grid(self) -> Grid:
+        """The integers."""
+        return Grid(self.num_bits, self.unsigned, self.narrow_range)
+
     def __str__(self) -> str:
-        grid = f"{'u' if self.unsigned else ''}int{self.num_bits}{' narrow' if self.narrow_range else ''}"
         axis = "per-tensor" if self.axis is None else f"axis {self.axis}"
         options = [f"up to {self.max_amax:g}"] if self.max_amax is not None else []
         options += ["learned"] if self.learn else []
-        return " ".join([grid, axis, str(self.calibrator), *options])
+        return " ".join([str(self.grid), axis, str(self.calibrator), *options])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdq_surgery.export.profile import TARGETS
-from qdq_surgery.quantize.calibrators import METHODS
+from qdq_surgery.numerics.range_choice import method_names, takes_percentile
 from qdq_surgery.serve.engines import RUNTIMES
 
 __all__ = ["Options", "parse"]
@@ -111,7 +111,9 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantization")
     group.add_argument("--fp32", action="store_true", help="no quantizers: the float model, for comparison")
     group.add_argument("--rules", help="name of a shipped rule set, or a rule file; qdqbert if left out")
-    group.add_argument("--calibrator", choices=METHODS, help="how ranges are found; each by its rule if left out")
+    group.add_argument(
+        "--calibrator", choices=method_names(), help="how ranges are found; each by its rule if left out"
+    )
     group.add_argument("--percentile", type=float, help="for --calibrator percentile; 99.99 if left out")
     group.add_argument("--num_calib_batch", type=_count, default=16, help="of the training batch size")
     group.add_argument("--learn_ranges", action="store_true", help="train the ranges, too")
@@ -183,7 +185,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     ):
         if getattr(given, option) and not getattr(given, wanted):
             parser.error(f"--{option} says how to --{wanted}, which is not asked for; add it, or leave both out")
-    if given.percentile is not None and given.calibrator != "percentile":
+    if given.percentile is not None and not takes_percentile(given.calibrator):
         parser.error("--percentile goes with --calibrator percentile")
     if given.percentile is not None and not 0 < given.percentile <= 100:
         parser.error(f"--percentile {given.percentile} is no percentage: give more than 0 and at most 100")

@@ -24,8 +24,9 @@ from qdq_surgery.calibration.collect import Seen, Statistics
 from qdq_surgery.cli.folder import load_model, save_model
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.numerics.fake_quant import fake_quant
+from qdq_surgery.numerics.grid import INT8, Grid
+from qdq_surgery.numerics.range_choice import choose, method_names
 from qdq_surgery.numerics.range_methods import channel_mse_amax
-from qdq_surgery.quantize.calibrators import METHODS, choose
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.surgery.model_state import state_of
@@ -119,7 +120,7 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 # Methods -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_from_batches_as_from_statistics(method: str) -> None:
     first, second = coarse(), coarse()
     seen = qs.collect(first, BATCHES)
@@ -218,7 +219,7 @@ def test_each_by_its_rule(tmp_path: Path) -> None:
     def by(name: str, method: str, percentile: float = 99.99) -> Tensor:
         each = seen.seen[name]
         assert each.histogram is not None
-        return torch.tensor(choose(each.histogram, method, percentile, each.num_bits, each.unsigned)[0])
+        return torch.tensor(choose(each.histogram, method, each.grid, percentile=percentile)[0])
 
     attention = f"{LAYER}attention.self."
     wanted = {
@@ -234,15 +235,15 @@ def test_each_by_its_rule(tmp_path: Path) -> None:
         assert methods[name] == words, name
         assert torch.equal(found[name], amax), name
     probability = f"{attention}matmul_a_input_quantizer"
-    assert seen.seen[probability].unsigned
+    assert seen.seen[probability].grid.unsigned
     assert torch.equal(found[probability], by(probability, "best"))
     assert seen.seen[f"{LAYER}output.dense._input_quantizer"].amax > 0.125
     weight = qmodel.encoder.layer[0].intermediate.dense.weight.detach()
     name = f"{LAYER}intermediate.dense._weight_quantizer"
-    assert torch.equal(found[name], channel_mse_amax(weight, 0, 8, False, True))
+    assert torch.equal(found[name], channel_mse_amax(weight, 0, Grid(narrow_range=True)))
     assert methods[name] == "mse"
     loss = [
-        float((fake_quant(weight, amax, 8, False, True) - weight).square().sum())
+        float((fake_quant(weight, amax, Grid(narrow_range=True)) - weight).square().sum())
         for amax in (found[name], weight.abs().amax(1, keepdim=True))
     ]
     assert loss[0] < loss[1]
@@ -401,7 +402,7 @@ def test_a_caller_in_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_half_precision(dtype: torch.dtype, method: str) -> None:
     qmodel = coarse().to(dtype)
     qs.calibrate(qmodel, BATCHES, method)
@@ -495,7 +496,7 @@ def test_statistics_without_histograms(shared_model: PreTrainedModel) -> None:
     assert_equal(ranges(other), ranges(third))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_an_activation_of_zeros_has_no_range(method: str) -> None:
     qmodel = calibrated()
     name = f"{LAYER}output.dense._input_quantizer"
@@ -602,8 +603,7 @@ def test_statistics_made_by_hand() -> None:
     # What decides is the amax and the histogram, nothing else that the model knows.
     qmodel = coarse()
     seen = {
-        name: Seen(None, torch.tensor(2.0 + index), 8, False)
-        for index, name in enumerate(qs.collect(qmodel, BATCHES).seen)
+        name: Seen(None, torch.tensor(2.0 + index), INT8) for index, name in enumerate(qs.collect(qmodel, BATCHES).seen)
     }
     qs.calibrate(qmodel, Statistics(seen, 1, 1, 1), "max")
     for index, name in enumerate(seen):

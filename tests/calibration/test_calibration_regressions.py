@@ -17,8 +17,9 @@ from transformers import TrainingArguments
 
 import qdq_surgery as qs
 from qdq_surgery.cli.folder import load_model, save_model
+from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.numerics.range_choice import choose
 from qdq_surgery.numerics.range_methods import _first_bins, _level_bounds
-from qdq_surgery.quantize.calibrators import choose
 from qdq_surgery.trainer import QATTrainer, distillation_loss
 
 BASE = "schema: 1\nname: own\nextends: qdqbert\n"
@@ -234,7 +235,7 @@ def test_16_bits_take_no_gigabytes() -> None:
     model = converted()
     seen = next(iter(qs.collect(model, [batch_for(model, (2, 8))]).seen.values()))
     assert seen.histogram is not None
-    amax, _ = choose(seen.histogram, "best", num_bits=16)
+    amax, _ = choose(seen.histogram, "best", Grid(16))
     assert 0 < amax <= float(seen.amax)
     for table in (_first_bins, _level_bounds):
         assert table(128, 16, 1, 32767).numel() <= (1 << 19) + 16

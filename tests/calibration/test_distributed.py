@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import qdq_surgery as qs
 from qdq_surgery.calibration.distributed import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.numerics.histogram import Histogram
-from qdq_surgery.quantize.calibrators import METHODS
+from qdq_surgery.numerics.range_choice import method_names
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 
 Batch = dict[str, Any]
@@ -74,7 +74,7 @@ def all_methods(rank: int, world: int) -> dict[str, Any]:
     for name, shares in SHARES.items():
         seen = qs.collect(qmodel, [BATCHES[index] for index in shares[rank]])
         found[name] = (seen.batches, seen.rows, seen.tokens)
-        for method in METHODS:
+        for method in method_names():
             qs.calibrate(qmodel, seen, method)
             found[f"{name} {method}"] = ranges(qmodel)
     # From batches, not from statistics: max, without histograms.
@@ -227,7 +227,7 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", SHARES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_two_processes_find_what_one_finds(results: list[dict[str, Any]], name: str, method: str) -> None:
     first, second = (each["all_methods"] for each in results)
     assert_equal(first[f"{name} {method}"], second[f"{name} {method}"])

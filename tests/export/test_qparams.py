@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.export.profile import get_target
-from qdq_surgery.export.qparams import Grid, read_grids
+from qdq_surgery.export.qparams import QParams, read_qparams
 from qdq_surgery.numerics.fake_quant import fake_quant, native_fake_quant
+from qdq_surgery.numerics.grid import Grid
 
 pytest.importorskip("onnxruntime")
 
@@ -29,22 +30,24 @@ def qmodel() -> PreTrainedModel:
     return calibrated(num_hidden_layers=1)
 
 
-def read(model: PreTrainedModel, target: str = "onnxruntime") -> dict[str, Grid]:
-    return read_grids(model, get_target(target))
+def read(model: PreTrainedModel, target: str = "onnxruntime") -> dict[str, QParams]:
+    return read_qparams(model, get_target(target))
 
 
-def grid(amax: float | list[float] | None, axis: int | None = None, **more: bool) -> Grid:
-    flags = {"unsigned": False, "narrow_range": False, "native": False, **more}
-    return Grid("a.quantizer", "weight", None if amax is None else np.asarray(amax, np.float32), axis, **flags)
+def qparams_of(
+    amax: float | list[float] | None, axis: int | None = None, native: bool = False, **more: bool
+) -> QParams:
+    ranges = None if amax is None else np.asarray(amax, np.float32)
+    return QParams("a.quantizer", "weight", ranges, axis, Grid(**more), native)
 
 
 # --- scales and integers ------------------------------------------------------------------------------------------
 
 
 def test_the_scale_is_the_step(qmodel: PreTrainedModel) -> None:
-    grids, quantizers = read(qmodel), qs.quantizers(qmodel)
-    assert set(grids) == set(quantizers)
-    for name, each in grids.items():
+    qparams, quantizers = read(qmodel), qs.quantizers(qmodel)
+    assert set(qparams) == set(quantizers)
+    for name, each in qparams.items():
         assert each.amax is not None
         step = quantizers[name].step_size
         assert step is not None
@@ -55,8 +58,8 @@ def test_the_scale_is_the_step(qmodel: PreTrainedModel) -> None:
 
 
 def test_unsigned_steps() -> None:
-    assert grid(2.0, unsigned=True).scale(np.float32(2.0)) == np.float32(2.0) / np.float32(255)
-    assert grid(2.0).scale(np.float32(2.0)) == np.float32(2.0) / np.float32(127)
+    assert qparams_of(2.0, unsigned=True).scale(np.float32(2.0)) == np.float32(2.0) / np.float32(255)
+    assert qparams_of(2.0).scale(np.float32(2.0)) == np.float32(2.0) / np.float32(127)
 
 
 def values(shape: tuple[int, ...] = (6, 50)) -> NDArray[np.float32]:
@@ -74,12 +77,14 @@ ONES = [127.0, 0.7, 1.0, 1.3, 2.0, 0.01]
 def test_integers_are_those_that_pytorch_rounds_to(native: bool, narrow_range: bool, per_channel: bool) -> None:
     if native and narrow_range:
         pytest.skip("the native formula knows no narrow range")
-    each = grid(ONES if per_channel else 1.1, 0 if per_channel else None, native=native, narrow_range=narrow_range)
+    each = qparams_of(
+        ONES if per_channel else 1.1, 0 if per_channel else None, native=native, narrow_range=narrow_range
+    )
     made = each.integers(values())
     assert made.dtype == np.int8
     amax = torch.tensor(ONES)[:, None] if per_channel else torch.tensor(1.1)
     tensor = torch.from_numpy(values())
-    wanted = native_fake_quant(tensor, amax) if native else fake_quant(tensor, amax, narrow_range=narrow_range)
+    wanted = native_fake_quant(tensor, amax) if native else fake_quant(tensor, amax, each.grid)
     assert each.amax is not None
     steps = wanted / torch.from_numpy(each.scale(each.amax)).reshape(-1, 1)
     assert np.array_equal(made, steps.round().to(torch.int8).numpy())
@@ -87,11 +92,11 @@ def test_integers_are_those_that_pytorch_rounds_to(native: bool, narrow_range: b
 
 
 def test_halves_go_to_the_even_neighbour() -> None:
-    assert grid(ONES, 0).integers(values())[0, :4].tolist() == [0, 2, 2, 0]
+    assert qparams_of(ONES, 0).integers(values())[0, :4].tolist() == [0, 2, 2, 0]
 
 
 def test_unsigned_integers() -> None:
-    made = grid(1.0, unsigned=True).integers(np.abs(values()))
+    made = qparams_of(1.0, unsigned=True).integers(np.abs(values()))
     assert made.dtype == np.uint8
     assert made.max() == 255
 
@@ -99,7 +104,7 @@ def test_unsigned_integers() -> None:
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("amax", [0.0, 1e-45, 2.0**-24])
 def test_a_range_of_nothing(amax: float, native: bool) -> None:
-    each = grid([amax, 1.0], 0, native=native)
+    each = qparams_of([amax, 1.0], 0, native=native)
     scale = each.scale(np.asarray([amax, 1.0], np.float32))
     assert np.isfinite(scale).all()
     assert (scale > np.finfo(np.float16).tiny).all() or native  # half precision holds it
@@ -114,7 +119,7 @@ def test_a_range_of_nothing(amax: float, native: bool) -> None:
 
 @pytest.mark.parametrize("axis", [0, -2, None])
 def test_a_weight_without_a_range_has_that_of_its_values(axis: int | None) -> None:
-    found = grid(None, axis).amax_of(values())
+    found = qparams_of(None, axis).amax_of(values())
     wanted = np.abs(values()).max() if axis is None else np.abs(values()).max(axis=1)
     assert np.array_equal(found, wanted)
     assert found.shape == (() if axis is None else (6,))
@@ -139,9 +144,9 @@ def test_learned_ranges(qmodel: PreTrainedModel) -> None:
 
 def test_the_native_formula_is_noted(qmodel: PreTrainedModel) -> None:
     qs.quantizers(qmodel)[SCORES].use_fb_fake_quant = True
-    grids = read(qmodel)
-    assert grids[SCORES].native
-    assert not grids[f"{QUERY}._weight_quantizer"].native
+    qparams = read(qmodel)
+    assert qparams[SCORES].native
+    assert not qparams[f"{QUERY}._weight_quantizer"].native
 
 
 @pytest.mark.parametrize(
@@ -264,13 +269,13 @@ def test_what_no_file_can_hold(
 
 def test_unsigned_grids_elsewhere(qmodel: PreTrainedModel) -> None:
     unsigned(qmodel)
-    assert read(qmodel, "onnxruntime")[SCORES].unsigned
-    assert read(qmodel, "openvino")[SCORES].qmax == 255
+    assert read(qmodel, "onnxruntime")[SCORES].grid.unsigned
+    assert read(qmodel, "openvino")[SCORES].grid.qmax == 255
 
 
 def test_a_weight_may_be_narrow(qmodel: PreTrainedModel) -> None:
     qs.quantizers(qmodel)[f"{QUERY}._weight_quantizer"]._narrow_range = True
-    assert read(qmodel, "tensorrt")[f"{QUERY}._weight_quantizer"].narrow_range
+    assert read(qmodel, "tensorrt")[f"{QUERY}._weight_quantizer"].grid.narrow_range
 
 
 def test_long_lists_are_cut(qmodel: PreTrainedModel) -> None:

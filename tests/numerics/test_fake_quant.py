@@ -24,6 +24,7 @@ from qdq_surgery.numerics.fake_quant import (
     native_fake_quant,
     onnx_fake_quant,
 )
+from qdq_surgery.numerics.grid import INT8, Grid
 
 PROPERTY = settings(deadline=None, max_examples=80)
 
@@ -43,21 +44,16 @@ class Case:
 
     inputs: Tensor
     amax: Tensor
-    num_bits: int
-    unsigned: bool
-    narrow_range: bool
+    grid: Grid
 
     @property
-    def qmax(self) -> int:
-        return (1 << (self.num_bits - 1 + int(self.unsigned))) - 1
-
-    @property
-    def qmin(self) -> int:
-        return 0 if self.unsigned else -self.qmax if self.narrow_range else -self.qmax - 1
+    def theirs(self) -> tuple[int, bool, bool]:
+        """The grid as pytorch-quantization takes it."""
+        return self.grid.bits, self.grid.unsigned, self.grid.narrow_range
 
     def quantized(self, inputs: Tensor | None = None) -> Tensor:
         inputs = self.inputs if inputs is None else inputs
-        return fake_quant(inputs, self.amax, self.num_bits, self.unsigned, self.narrow_range)
+        return fake_quant(inputs, self.amax, self.grid)
 
     def gradient(self) -> Tensor:
         """The gradient that is sent back: another one for each element."""
@@ -77,7 +73,8 @@ def cases(draw: st.DrawFn, odd_ranges: bool = True, wild_inputs: bool = True, na
     num_bits = draw(st.integers(4, 8))
     unsigned = draw(st.booleans()) if narrow_range is None else False
     narrow = draw(st.booleans()) if narrow_range is None else narrow_range
-    qmax = (1 << (num_bits - 1 + int(unsigned))) - 1
+    grid = Grid(num_bits, unsigned, narrow)
+    qmax = grid.qmax
 
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, max_side=5))
     axis = draw(st.none() | st.integers(0, len(shape) - 1)) if shape else None
@@ -109,7 +106,7 @@ def cases(draw: st.DrawFn, odd_ranges: bool = True, wild_inputs: bool = True, na
         inputs = np.where(wild, draw(hnp.arrays(np.float32, shape, elements=finite)), inputs)
     if unsigned:
         inputs = np.abs(inputs)
-    return Case(torch.tensor(inputs), torch.tensor(amax), num_bits, unsigned, narrow)
+    return Case(torch.tensor(inputs), torch.tensor(amax), grid)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -137,7 +134,7 @@ class Apply(nn.Module):
 
     amax: Tensor
 
-    def __init__(self, function: Callable[..., Tensor], amax: Tensor, **grid: int | bool) -> None:
+    def __init__(self, function: Callable[..., Tensor], amax: Tensor, **grid: Grid) -> None:
         super().__init__()
         self.register_buffer("amax", amax)
         self.function, self.grid = function, grid
@@ -152,7 +149,7 @@ class Apply(nn.Module):
 @given(cases())
 @PROPERTY
 def test_legacy_is_bit_equal_to_pytorch_quantization(case: Case) -> None:
-    real = tensor_quant.fake_tensor_quant(case.inputs, case.amax, case.num_bits, case.unsigned, case.narrow_range)
+    real = tensor_quant.fake_tensor_quant(case.inputs, case.amax, *case.theirs)
     assert_bit_equal(case.quantized(), real)
     assert not bool(case.quantized().isnan().any())
 
@@ -161,9 +158,7 @@ def test_legacy_is_bit_equal_to_pytorch_quantization(case: Case) -> None:
 @PROPERTY
 def test_legacy_gradient_is_bit_equal_to_pytorch_quantization(case: Case) -> None:
     found = with_gradient(case.quantized, case)
-    wanted = with_gradient(
-        lambda x: tensor_quant.fake_tensor_quant(x, case.amax, case.num_bits, case.unsigned, case.narrow_range), case
-    )
+    wanted = with_gradient(lambda x: tensor_quant.fake_tensor_quant(x, case.amax, *case.theirs), case)
     assert_bit_equal(found[0], wanted[0])
     assert_bit_equal(found[1], wanted[1])
 
@@ -176,7 +171,7 @@ def test_legacy_with_odd_ranges(amax: float, channels: bool, unsigned: bool) -> 
     inputs = inputs.abs() if unsigned else inputs
     # The other channel has an ordinary range.
     limits = torch.tensor([[amax], [2.0]]) if channels else torch.tensor(amax)
-    found = fake_quant(inputs, limits, 8, unsigned)
+    found = fake_quant(inputs, limits, Grid(8, unsigned))
     assert_bit_equal(found, tensor_quant.fake_tensor_quant(inputs, limits, 8, unsigned, False))
     row = found[0]
     assert bool((row == 0).all()) == (amax <= EPSILON or amax >= 1e30)
@@ -200,13 +195,15 @@ def test_legacy_leaves_its_arguments_alone() -> None:
 
 def real_native(case: Case, inputs: Tensor) -> Tensor:
     """The real quantizer's own way: a Python float for a scale, or one per channel."""
-    quantizer = quant_nn.TensorQuantizer(tensor_quant.QuantDescriptor(num_bits=case.num_bits, unsigned=case.unsigned))
+    quantizer = quant_nn.TensorQuantizer(
+        tensor_quant.QuantDescriptor(num_bits=case.grid.bits, unsigned=case.grid.unsigned)
+    )
     outputs: Tensor = quantizer._fb_fake_quant(inputs, case.amax)
     return outputs
 
 
 def native(case: Case, inputs: Tensor) -> Tensor:
-    return native_fake_quant(inputs, case.amax, case.num_bits, case.unsigned)
+    return native_fake_quant(inputs, case.amax, case.grid)
 
 
 # Inputs more than 2**63 steps away are undefined in torch's kernels.
@@ -224,7 +221,7 @@ def test_native_is_bit_equal_to_pytorch_quantization(case: Case) -> None:
 @pytest.mark.parametrize("channels", [False, True], ids=["per-tensor", "per-channel"])
 def test_native_with_odd_ranges(amax: float, channels: bool) -> None:
     limits = torch.tensor([[amax], [amax * 3]]) if channels else torch.tensor(amax)
-    case = Case(torch.linspace(-2, 2, 64).reshape(2, 32) * amax, limits, 8, False, False)
+    case = Case(torch.linspace(-2, 2, 64).reshape(2, 32) * amax, limits, INT8)
     found = native(case, case.inputs)
     assert_bit_equal(found, real_native(case, case.inputs))
     assert float(found.max()) == pytest.approx(amax * (2 if channels else 1), rel=0.01)
@@ -241,7 +238,7 @@ def test_native_has_the_full_range_of_onnx() -> None:
     inputs = torch.tensor([-200.0, -128.0, -127.0, 127.0, 128.0])
     assert torch.equal(native_fake_quant(inputs, torch.tensor(127.0)), torch.tensor([-128.0, -128.0, -127, 127, 127]))
     assert torch.equal(
-        native_fake_quant(torch.tensor([-1.0, 0.0, 255.0, 300.0]), torch.tensor(255.0), unsigned=True),
+        native_fake_quant(torch.tensor([-1.0, 0.0, 255.0, 300.0]), torch.tensor(255.0), Grid(unsigned=True)),
         torch.tensor([0.0, 0.0, 255.0, 255.0]),
     )
 
@@ -270,15 +267,15 @@ def test_traceable_formula_is_the_kernel(case: Case) -> None:
 @pytest.mark.parametrize("channels", [False, True], ids=["per-tensor", "per-channel"])
 @pytest.mark.parametrize(
     "grid",
-    [{}, {"num_bits": 4, "unsigned": True}],
+    [{}, {"grid": Grid(4, unsigned=True)}],
     ids=["int8", "uint4"],
 )
-def test_export(function: Callable[..., Tensor], channels: bool, grid: dict[str, int | bool]) -> None:
+def test_export(function: Callable[..., Tensor], channels: bool, grid: dict[str, Grid]) -> None:
     amax = torch.tensor([[0.7], [1.3], [2.9]]) if channels else torch.tensor(1.3)
     module = Apply(function, amax.clone(), **grid)
     generator = torch.Generator().manual_seed(0)
     example, other = torch.randn(2, 3, 64, generator=generator).unbind()
-    if grid.get("unsigned"):
+    if grid:
         example, other = example.abs(), other.abs()
     program = torch.export.export(module, (example,)).module()
     # Tolerance 0.0. Data that the exporter has not seen, so that nothing can have been baked in.
@@ -292,7 +289,7 @@ def test_export(function: Callable[..., Tensor], channels: bool, grid: dict[str,
 
 def test_export_with_a_range_of_zero_and_a_free_batch_size() -> None:
     amax = torch.tensor([0.0, 1.0, 1e-9, 2.0])
-    module = Apply(fake_quant, amax, narrow_range=True)
+    module = Apply(fake_quant, amax, grid=Grid(narrow_range=True))
     inputs = torch.linspace(-3, 3, 12).reshape(3, 4)
     program = torch.export.export(
         module, (inputs,), dynamic_shapes={"inputs": {0: torch.export.Dim("batch", min=1, max=64)}}
@@ -306,7 +303,7 @@ def test_export_with_a_range_of_zero_and_a_free_batch_size() -> None:
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 def test_onnx_has_8_bits_only(num_bits: int, unsigned: bool) -> None:
     with pytest.raises(ValueError, match=f"8 bits, this quantizer has {num_bits}"):
-        onnx_fake_quant(torch.ones(3), torch.tensor(1.0), num_bits, unsigned)
+        onnx_fake_quant(torch.ones(3), torch.tensor(1.0), Grid(num_bits, unsigned))
 
 
 def test_no_onnx_export_is_running() -> None:
@@ -327,21 +324,21 @@ def test_error_is_at_most_half_a_step_inside_the_range(case: Case) -> None:
     amax = case.amax.double()
     error = (case.quantized().double() - case.inputs.double()).abs()
     # Four float32 roundings, each of half an ulp (2**-24) of at most amax, are on top; twice that is allowed.
-    allowed = amax / case.qmax / 2 + 2.0**-21 * amax
+    allowed = amax / case.grid.qmax / 2 + 2.0**-21 * amax
     assert bool((error <= allowed)[inside].all())
 
 
 @given(cases(odd_ranges=False))
 @PROPERTY
 def test_outputs_lie_on_the_grid(case: Case) -> None:
-    integers = case.quantized().double() / (case.amax.double() / case.qmax)
+    integers = case.quantized().double() / (case.amax.double() / case.grid.qmax)
     # Two float32 roundings of an integer of at most 8 bits: within 256 * 2**-23.
     assert float((integers - integers.round()).abs().max()) <= 256 * 2.0**-23
-    assert int(integers.round().min()) >= case.qmin
-    assert int(integers.round().max()) <= case.qmax
+    assert int(integers.round().min()) >= case.grid.qmin
+    assert int(integers.round().max()) <= case.grid.qmax
     # Whatever is out of the range ends up at its end.
-    assert bool((integers.round() == case.qmax)[(case.inputs > case.amax)].all())
-    assert bool((integers.round() == case.qmin)[(case.inputs < -case.amax * 1.1)].all())
+    assert bool((integers.round() == case.grid.qmax)[(case.inputs > case.amax)].all())
+    assert bool((integers.round() == case.grid.qmin)[(case.inputs < -case.amax * 1.1)].all())
 
 
 @given(cases())
@@ -371,7 +368,7 @@ def test_native_twice_is_native_once(case: Case) -> None:
 def test_order_is_kept(case: Case) -> None:
     amax = case.amax.flatten()[0]
     ordered = case.inputs.flatten().sort().values
-    outputs = fake_quant(ordered, amax, case.num_bits, case.unsigned, case.narrow_range)
+    outputs = fake_quant(ordered, amax, case.grid)
     assert bool((outputs[1:] >= outputs[:-1]).all())
 
 
@@ -388,7 +385,7 @@ def test_each_channel_is_quantized_by_itself(case: Case) -> None:
     outputs = case.quantized()
     for axis in axes:
         for index, amax in enumerate(case.amax.flatten()):
-            alone = fake_quant(case.inputs.select(axis, index), amax, case.num_bits, case.unsigned, case.narrow_range)
+            alone = fake_quant(case.inputs.select(axis, index), amax, case.grid)
             assert torch.equal(outputs.select(axis, index), alone)  # tolerance 0.0
 
 
@@ -399,7 +396,7 @@ def test_native_quantizes_each_channel_by_itself(case: Case) -> None:
     outputs = native(case, case.inputs)
     for axis in axes:
         for index, amax in enumerate(case.amax.flatten()):
-            alone = native_fake_quant(case.inputs.select(axis, index), amax, case.num_bits, case.unsigned)
+            alone = native_fake_quant(case.inputs.select(axis, index), amax, case.grid)
             assert torch.equal(outputs.select(axis, index), alone)  # tolerance 0.0
 
 
@@ -563,10 +560,9 @@ def test_the_gradient_ends_exactly_at_the_range_in_half_precision(
 # -- learned ranges ------------------------------------------------------------------------------------------------
 
 
-def lsq(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_range: bool) -> Tensor:
+def lsq(inputs: Tensor, amax: Tensor, grid: Grid) -> Tensor:
     """Learned step sizes as the paper writes them (arXiv 1902.08153, its appendix A), by autograd alone."""
-    qmax = 2 ** (num_bits - 1 + int(unsigned)) - 1
-    qmin = 0 if unsigned else -qmax if narrow_range else -qmax - 1
+    qmin, qmax = grid.qmin, grid.qmax
     step = amax / qmax
     factor = 1.0 / math.sqrt(inputs.numel() / amax.numel() * qmax)
     step = (step - step * factor).detach() + step * factor  # grad_scale
@@ -575,12 +571,12 @@ def lsq(inputs: Tensor, amax: Tensor, num_bits: int, unsigned: bool, narrow_rang
 
 
 LEARNED_GRIDS = {
-    "int8": (8, False, False),
-    "int4": (4, False, False),
-    "int4-narrow": (4, False, True),
-    "int2": (2, False, False),
-    "uint8": (8, True, False),
-    "uint3": (3, True, False),
+    "int8": INT8,
+    "int4": Grid(4),
+    "int4-narrow": Grid(4, narrow_range=True),
+    "int2": Grid(2),
+    "uint8": Grid(unsigned=True),
+    "uint3": Grid(3, unsigned=True),
 }
 
 #: What stands for one range, and for one range per channel of a tensor of (6, 5, 40).
@@ -593,20 +589,20 @@ RANGES: dict[str, Tensor] = {
 }
 
 
-def learned_case(grid: tuple[int, bool, bool]) -> tuple[Tensor, Tensor]:
+def learned_case(grid: Grid) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(6, 5, 40, generator=generator) * 1.5
-    return inputs.abs() if grid[1] else inputs, torch.randn(6, 5, 40, generator=generator)
+    return inputs.abs() if grid.unsigned else inputs, torch.randn(6, 5, 40, generator=generator)
 
 
 @pytest.mark.parametrize("grid", LEARNED_GRIDS.values(), ids=LEARNED_GRIDS.keys())
 @pytest.mark.parametrize("name", RANGES)
-def test_learned_is_fake_quant_with_a_gradient_for_the_range(name: str, grid: tuple[int, bool, bool]) -> None:
+def test_learned_is_fake_quant_with_a_gradient_for_the_range(name: str, grid: Grid) -> None:
     inputs, gradient = learned_case(grid)
     fixed, learned = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
     amax = RANGES[name].clone().requires_grad_()
-    wanted = fake_quant(fixed, RANGES[name], *grid)
-    found = learned_fake_quant(learned, amax, *grid)
+    wanted = fake_quant(fixed, RANGES[name], grid)
+    found = learned_fake_quant(learned, amax, grid)
     assert_bit_equal(found, wanted)
     wanted.backward(gradient)
     found.backward(gradient)
@@ -616,7 +612,7 @@ def test_learned_is_fake_quant_with_a_gradient_for_the_range(name: str, grid: tu
     assert 0 < int((fixed.grad == 0).sum()) < inputs.numel()
     # Against the paper's formula in float64.
     exact = RANGES[name].double().requires_grad_()
-    lsq(inputs.double(), exact, *grid).backward(gradient.double())
+    lsq(inputs.double(), exact, grid).backward(gradient.double())
     assert amax.grad is not None
     assert exact.grad is not None
     assert amax.grad.dtype == torch.float32
@@ -629,7 +625,7 @@ def test_learned_is_fake_quant_with_a_gradient_for_the_range(name: str, grid: tu
 
 @pytest.mark.parametrize("dtype", HALF, ids=HALF_IDS)
 def test_learned_in_half_precision(dtype: torch.dtype) -> None:
-    inputs, gradient = (tensor.to(dtype) for tensor in learned_case((8, False, False)))
+    inputs, gradient = (tensor.to(dtype) for tensor in learned_case(INT8))
     amax, full = (RANGES["axis-0"].clone().requires_grad_() for _ in range(2))
     leaf = inputs.clone().requires_grad_()
     found = learned_fake_quant(leaf, amax)
@@ -668,10 +664,10 @@ def test_learned_range_alone_and_inputs_alone() -> None:
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 def test_at_the_range_itself_the_step_has_a_rounding_error_only(unsigned: bool) -> None:
     """The largest value of calibration data stands exactly at the range: no float32 rounding may put it outside."""
-    grid = (8, unsigned, False)
+    grid = Grid(unsigned=unsigned)
     for amax in torch.linspace(0.1, 9.0, 500):
         leaf = amax.clone().requires_grad_()
-        learned_fake_quant(amax.reshape(1), leaf, *grid).sum().backward()
+        learned_fake_quant(amax.reshape(1), leaf, grid).sum().backward()
         # Outside it would be 1 / sqrt(qmax); inside it is next to nothing.
         assert leaf.grad is not None
         assert abs(float(leaf.grad)) < 1e-3 / math.sqrt(255)

@@ -16,6 +16,7 @@ from pytorch_quantization.calib import histogram as reference
 from torch import Tensor
 
 from qdq_surgery.numerics.fake_quant import fake_quant
+from qdq_surgery.numerics.grid import INT8, Grid
 from qdq_surgery.numerics.histogram import Histogram
 from qdq_surgery.numerics.range_methods import (
     START_BIN,
@@ -142,21 +143,21 @@ def test_percentile_of_counts_beyond_int32() -> None:
 # -- entropy -------------------------------------------------------------------------------------------------------
 
 ENTROPY = [
-    *((kind, 256, {"num_bits": 8, "stride": 4}) for kind in KINDS),
-    *((kind, 256, {"num_bits": 4, "stride": 4, "start_bin": 32}) for kind in KINDS),
-    ("laplace", 512, {"num_bits": 8, "stride": 1, "start_bin": 300}),
-    ("normal", 256, {"num_bits": 4, "unsigned": True, "stride": 3, "start_bin": 17}),
-    ("lognormal", 256, {"num_bits": 6, "unsigned": True, "stride": 5, "start_bin": 100}),
-    ("outliers", 512, {"num_bits": 3, "stride": 7, "start_bin": 9}),
+    *((kind, 256, INT8, {"stride": 4}) for kind in KINDS),
+    *((kind, 256, Grid(4), {"stride": 4, "start_bin": 32}) for kind in KINDS),
+    ("laplace", 512, INT8, {"stride": 1, "start_bin": 300}),
+    ("normal", 256, Grid(4, unsigned=True), {"stride": 3, "start_bin": 17}),
+    ("lognormal", 256, Grid(6, unsigned=True), {"stride": 5, "start_bin": 100}),
+    ("outliers", 512, Grid(3), {"stride": 7, "start_bin": 9}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "bins", "options"), ENTROPY, ids=str)
-def test_entropy_is_that_of_pytorch_quantization(kind: str, bins: int, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(("kind", "bins", "grid", "options"), ENTROPY, ids=str)
+def test_entropy_is_that_of_pytorch_quantization(kind: str, bins: int, grid: Grid, options: dict[str, int]) -> None:
     counts, edges = table_of(kind, bins)
-    found = entropy_amax(counts, edges, **options)
-    theirs = {"unsigned": False, "stride": 1, "start_bin": START_BIN, **options}
-    wanted = float(reference._compute_amax_entropy(*as_numpy((counts, edges)), **theirs))
+    found = entropy_amax(counts, edges, grid, **options)
+    theirs = {"stride": 1, "start_bin": START_BIN, **options}
+    wanted = float(reference._compute_amax_entropy(*as_numpy((counts, edges)), grid.bits, grid.unsigned, **theirs))
     assert bin_of(found, edges) == bin_of(wanted, edges)
 
 
@@ -168,9 +169,10 @@ def test_entropy_of_odd_histograms_is_that_of_pytorch_quantization(seed: int) ->
     counts = random.integers(0, 4, size) * random.integers(0, 2, size) * 10 ** random.integers(0, 4, size)
     counts[-1], counts[1] = 1, 3
     table = even(torch.tensor(counts))
-    options = {"num_bits": int(random.integers(2, 5)), "unsigned": bool(seed % 2), "stride": 1 + seed % 3}
-    found = entropy_amax(*table, **options, start_bin=8 + seed)
-    wanted = float(reference._compute_amax_entropy(*as_numpy(table), **options, start_bin=8 + seed))
+    grid = Grid(int(random.integers(2, 5)), bool(seed % 2))
+    options = {"stride": 1 + seed % 3, "start_bin": 8 + seed}
+    found = entropy_amax(*table, grid, **options)
+    wanted = float(reference._compute_amax_entropy(*as_numpy(table), grid.bits, grid.unsigned, **options))
     assert bin_of(found, table[1]) == bin_of(wanted, table[1])
 
 
@@ -198,8 +200,8 @@ def test_entropy_of_counts_beyond_int32_is_that_of_less_data() -> None:
     counts, edges = table_of("laplace", 256)
     # All counts alike times 2^24: the distribution is the same, and so is the range.
     assert int(counts[2]) << 24 > 2**31
-    assert entropy_amax(counts << 24, edges, 4, start_bin=32) == entropy_amax(counts, edges, 4, start_bin=32)
-    assert mse_amax(counts << 24, edges, 4, start_bin=32) == mse_amax(counts, edges, 4, start_bin=32)
+    for method in (entropy_amax, mse_amax):
+        assert method(counts << 24, edges, Grid(4), start_bin=32) == method(counts, edges, Grid(4), start_bin=32)
 
 
 def test_pytorch_quantization_loses_counts_beyond_int32() -> None:
@@ -218,48 +220,47 @@ def test_pytorch_quantization_loses_counts_beyond_int32() -> None:
 # -- mse -----------------------------------------------------------------------------------------------------------
 
 
-def reference_mse(counts: Tensor, edges: Tensor, num_bits: int, unsigned: bool, start_bin: int, stride: int) -> int:
+def reference_mse(counts: Tensor, edges: Tensor, grid: Grid, start_bin: int, stride: int) -> int:
     """pytorch-quantization's formula in float64: the bin whose middle it takes."""
     centers = (edges[1:] + edges[:-1]) / 2
     candidates = range(start_bin, len(centers), stride)
-    errors = [float(brute_error(counts, edges, float(centers[i]), num_bits, unsigned)) for i in candidates]
+    errors = [float(brute_error(counts, edges, float(centers[i]), grid)) for i in candidates]
     return candidates[int(np.argmin(errors))]
 
 
-def brute_error(counts: Tensor, edges: Tensor, amax: float, num_bits: int, unsigned: bool) -> Tensor:
+def brute_error(counts: Tensor, edges: Tensor, amax: float, grid: Grid) -> Tensor:
     """The squared error, every value in the middle of its bin, by fake quantization value by value in float64."""
     centers = (edges[1:] + edges[:-1]) / 2
-    qmax = 2.0 ** (num_bits - 1 + int(unsigned)) - 1
-    rounded = (centers * (qmax / amax)).round().clamp(max=qmax) / (qmax / amax)
+    rounded = (centers * (grid.qmax / amax)).round().clamp(max=grid.qmax) / (grid.qmax / amax)
     return ((rounded - centers).square() * counts).sum()
 
 
 MSE = [
-    *((kind, 512, {"num_bits": 8}) for kind in KINDS),
-    *((kind, 512, {"num_bits": 4}) for kind in KINDS),
-    ("laplace", 512, {"num_bits": 4, "unsigned": True, "stride": 3, "start_bin": 17}),
-    ("lognormal", 256, {"num_bits": 8, "unsigned": True, "stride": 5, "start_bin": 100}),
-    ("outliers", 512, {"num_bits": 3, "stride": 7, "start_bin": 9}),
-    ("normal", 256, {"num_bits": 2, "stride": 1, "start_bin": 1}),
-    ("normal", 256, {"num_bits": 16, "stride": 16, "start_bin": 30}),
+    *((kind, 512, INT8, {}) for kind in KINDS),
+    *((kind, 512, Grid(4), {}) for kind in KINDS),
+    ("laplace", 512, Grid(4, unsigned=True), {"stride": 3, "start_bin": 17}),
+    ("lognormal", 256, Grid(unsigned=True), {"stride": 5, "start_bin": 100}),
+    ("outliers", 512, Grid(3), {"stride": 7, "start_bin": 9}),
+    ("normal", 256, Grid(2), {"stride": 1, "start_bin": 1}),
+    ("normal", 256, Grid(16), {"stride": 16, "start_bin": 30}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "bins", "options"), MSE, ids=str)
+@pytest.mark.parametrize(("kind", "bins", "grid", "options"), MSE, ids=str)
 def test_mse_is_that_of_pytorch_quantization(
-    kind: str, bins: int, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    kind: str, bins: int, grid: Grid, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts, edges = table_of(kind, bins)
-    full = {"unsigned": False, "stride": 1, "start_bin": START_BIN, **options}
-    found = mse_amax(counts, edges, **full)
-    wanted = reference_mse(counts, edges, **full)
+    full = {"stride": 1, "start_bin": START_BIN, **options}
+    found = mse_amax(counts, edges, grid, **full)
+    wanted = reference_mse(counts, edges, grid, **full)
     centers = (edges[1:] + edges[:-1]) / 2
     assert found == float(centers[wanted])  # the middle of the same bin: tolerance 0.0
     # Its own code, which computes in float32 and asks for a GPU by name.
     monkeypatch.setattr(Tensor, "cuda", lambda tensor: tensor)
-    theirs = float(reference._compute_amax_mse(*as_numpy((counts, edges)), **full))
-    ours = float(brute_error(counts, edges, found, full["num_bits"], bool(full["unsigned"])))
-    other = float(brute_error(counts, edges, theirs, full["num_bits"], bool(full["unsigned"])))
+    theirs = float(reference._compute_amax_mse(*as_numpy((counts, edges)), grid.bits, grid.unsigned, **full))
+    ours = float(brute_error(counts, edges, found, grid))
+    other = float(brute_error(counts, edges, theirs, grid))
     # Where it differs, float32 took a near-tie for the least. 1e-12: float64's own error.
     assert ours <= other * (1 + 1e-12)
     assert other <= ours * (1 + 1e-4)
@@ -270,13 +271,14 @@ def test_mse_of_odd_histograms_is_the_least(seed: int) -> None:
     random = np.random.default_rng(seed)
     size = int(random.integers(20, 200))
     table = even(torch.tensor(random.integers(0, 4, size) * 10 ** random.integers(0, 6, size)))
-    num_bits, start, stride = int(random.integers(2, 9)), int(random.integers(1, 15)), 1 + seed % 3
-    found = mse_amax(*table, num_bits, bool(seed % 2), start_bin=start, stride=stride)
+    grid = Grid(int(random.integers(2, 9)), bool(seed % 2))
+    start, stride = int(random.integers(1, 15)), 1 + seed % 3
+    found = mse_amax(*table, grid, start_bin=start, stride=stride)
     centers = ((table[1][1:] + table[1][:-1]) / 2).tolist()
     assert found in centers[start::stride]
-    errors = [float(brute_error(*table, center, num_bits, bool(seed % 2))) for center in centers[start::stride]]
+    errors = [float(brute_error(*table, center, grid)) for center in centers[start::stride]]
     # 1e-9: the sums of the two formulas have their terms in another order.
-    assert float(brute_error(*table, found, num_bits, bool(seed % 2))) <= min(errors) * (1 + 1e-9) + 1e-12
+    assert float(brute_error(*table, found, grid)) <= min(errors) * (1 + 1e-9) + 1e-12
 
 
 # -- little data ---------------------------------------------------------------------------------------------------
@@ -320,13 +322,14 @@ def test_a_histogram_that_ends_with_its_only_value() -> None:
 def test_relative_error_is_that_of_the_middles_of_the_bins(
     kind: str, num_bits: int, unsigned: bool, share: float
 ) -> None:
+    grid = Grid(num_bits, unsigned)
     counts, edges = table_of(kind)
     amax = float(edges[-1]) * share
     middles = (edges[1:] + edges[:-1]) / 2
-    found = relative_error(counts, edges, amax, num_bits, unsigned)
+    found = relative_error(counts, edges, amax, grid)
     power = float((middles.square() * counts).sum())
     # 1e-9: a division more or less, in float64.
-    assert found == pytest.approx(float(brute_error(counts, edges, amax, num_bits, unsigned)) / power, rel=1e-9)
+    assert found == pytest.approx(float(brute_error(counts, edges, amax, grid)) / power, rel=1e-9)
     real = tensor_quant.fake_tensor_quant(middles.float(), torch.tensor(amax), num_bits, unsigned).double()
     # float32 rounds a step's end now and then to the other side: 1e-3 of the error, and of float32's own.
     wanted = float(((real - middles).square() * counts).sum()) / power
@@ -345,18 +348,18 @@ def test_relative_error_is_near_that_of_the_data() -> None:
     table = Histogram.of(values).table()
     for amax in (2.0, 5.0, float(values.abs().max())):
         # The narrow grid: magnitudes do not know that the other one has a step more below zero.
-        quantized = fake_quant(values, torch.tensor(amax), 4, narrow_range=True)
+        quantized = fake_quant(values, torch.tensor(amax), Grid(4, narrow_range=True))
         real = (quantized.double() - values).square().sum() / values.square().sum()
         # Bins are some hundred times as narrow as 4 bits' steps.
-        assert relative_error(*table, amax, 4) == pytest.approx(float(real), rel=0.02)
+        assert relative_error(*table, amax, Grid(4)) == pytest.approx(float(real), rel=0.02)
 
 
 # -- channels ------------------------------------------------------------------------------------------------------
 
 
-def channel_errors(weight: Tensor, axis: int, amax: Tensor, *grid: int | bool) -> Tensor:
+def channel_errors(weight: Tensor, axis: int, amax: Tensor, grid: Grid = INT8) -> Tensor:
     """Each channel's squared error, in float64."""
-    error = (fake_quant(weight, amax, *grid).double() - weight.double()).square()
+    error = (fake_quant(weight, amax, grid).double() - weight.double()).square()
     return error.movedim(axis, 0).flatten(1).sum(1)
 
 
@@ -366,30 +369,28 @@ def weight_of(*shape: int, seed: int = 0) -> Tensor:
 
 
 GRIDS = {
-    "int8": (8, False, False),
-    "int4": (4, False, False),
-    "int4-narrow": (4, False, True),
-    "int2": (2, False, True),
+    "int8": INT8,
+    "int4": Grid(4),
+    "int4-narrow": Grid(4, narrow_range=True),
+    "int2": Grid(2, narrow_range=True),
 }
 
 
 @pytest.mark.parametrize("shape", [(12, 300), (6, 8, 50)], ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-def test_channels_are_never_worse_than_with_their_largest(
-    shape: tuple[int, ...], axis: int, grid: tuple[int, bool, bool]
-) -> None:
+def test_channels_are_never_worse_than_with_their_largest(shape: tuple[int, ...], axis: int, grid: Grid) -> None:
     weight = weight_of(*shape)
-    found = channel_mse_amax(weight, axis, *grid)
+    found = channel_mse_amax(weight, axis, grid)
     other = [place for place in range(weight.ndim) if place != axis]
     top = weight.abs().amax(other, keepdim=True)
     assert (found.dtype, found.shape) == (torch.float32, top.shape)
     assert bool((found > 0).all())
     assert bool((found <= top).all())
-    errors, before = channel_errors(weight, axis, found, *grid), channel_errors(weight, axis, top, *grid)
+    errors, before = channel_errors(weight, axis, found, grid), channel_errors(weight, axis, top, grid)
     # It compared in float32: 1e-5.
     assert bool((errors <= before * (1 + 1e-5)).all())
-    if grid[0] <= 4:
+    if grid.bits <= 4:
         assert float(errors.sum()) < 0.97 * float(before.sum())
 
 
@@ -402,8 +403,8 @@ def test_channels_are_better_than_by_histograms(num_bits: int, monkeypatch: pyte
     for row in weight:
         counts, edges = np.histogram(row.abs().numpy(), bins=2048, range=(0, float(row.abs().max())))
         theirs.append(reference._compute_amax_mse(counts, edges, num_bits, False, stride=4))
-    wanted = channel_errors(weight, 0, torch.stack(theirs).reshape(-1, 1), num_bits)
-    found = channel_errors(weight, 0, channel_mse_amax(weight, 0, num_bits), num_bits)
+    wanted = channel_errors(weight, 0, torch.stack(theirs).reshape(-1, 1), Grid(num_bits))
+    found = channel_errors(weight, 0, channel_mse_amax(weight, 0, Grid(num_bits)), Grid(num_bits))
     # Both search a grid of ranges, and it is of the values themselves that ours has the error: within 1 %, or better.
     assert bool((found <= wanted * 1.01).all())
     assert float(found.sum()) <= float(wanted.sum())
@@ -412,9 +413,11 @@ def test_channels_are_better_than_by_histograms(num_bits: int, monkeypatch: pyte
 @pytest.mark.parametrize("num_bits", [3, 4, 8])
 def test_channels_are_near_the_best_of_all_ranges(num_bits: int) -> None:
     weight = weight_of(5, 200)
-    found = channel_errors(weight, 0, channel_mse_amax(weight, 0, num_bits), num_bits)
+    found = channel_errors(weight, 0, channel_mse_amax(weight, 0, Grid(num_bits)), Grid(num_bits))
     top = weight.abs().amax(1, keepdim=True)
-    best = torch.stack([channel_errors(weight, 0, top * share, num_bits) for share in torch.linspace(0.05, 1, 2000)])
+    best = torch.stack(
+        [channel_errors(weight, 0, top * share, Grid(num_bits)) for share in torch.linspace(0.05, 1, 2000)]
+    )
     # A search in two stages may stop in the second best valley: within 5 % of the best of 2000.
     assert bool((found <= best.amin(0) * 1.05).all())
 
@@ -432,30 +435,32 @@ def test_a_channel_of_zeros_has_the_range_0() -> None:
 
 def test_channels_do_not_depend_on_each_other_or_on_scale() -> None:
     weight = weight_of(6, 120)
-    found = channel_mse_amax(weight, 0, 4)
+    found = channel_mse_amax(weight, 0, Grid(4))
     for index in range(6):
-        assert torch.equal(found[index : index + 1], channel_mse_amax(weight[index : index + 1], 0, 4))  # tolerance 0.0
-    assert torch.equal(channel_mse_amax(weight * 8, 0, 4), found * 8)  # a power of two: tolerance 0.0
-    assert torch.equal(channel_mse_amax(weight.T, 1, 4), found.T)
+        assert torch.equal(
+            found[index : index + 1], channel_mse_amax(weight[index : index + 1], 0, Grid(4))
+        )  # tolerance 0.0
+    assert torch.equal(channel_mse_amax(weight * 8, 0, Grid(4)), found * 8)  # a power of two: tolerance 0.0
+    assert torch.equal(channel_mse_amax(weight.T, 1, Grid(4)), found.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_channels_in_half_precision_are_found_in_float32(dtype: torch.dtype) -> None:
     weight = weight_of(4, 100).to(dtype).requires_grad_()
-    found = channel_mse_amax(weight, 0, 4)
+    found = channel_mse_amax(weight, 0, Grid(4))
     assert not found.requires_grad
-    assert torch.equal(found, channel_mse_amax(weight.detach().float(), 0, 4))  # tolerance 0.0
+    assert torch.equal(found, channel_mse_amax(weight.detach().float(), 0, Grid(4)))  # tolerance 0.0
 
 
 def test_narrow_range_and_unsigned_grids_are_heeded() -> None:
     weight = weight_of(4, 100)
-    signed = [channel_mse_amax(weight, 0, 2, False, narrow) for narrow in (False, True)]
-    for narrow, amax in zip((False, True), signed, strict=True):
-        other = signed[not narrow]
-        errors = [channel_errors(weight, 0, each, 2, False, narrow).sum() for each in (amax, other)]
+    grids = Grid(2), Grid(2, narrow_range=True)
+    signed = [channel_mse_amax(weight, 0, grid) for grid in grids]
+    for grid, amax, other in zip(grids, signed, signed[::-1], strict=True):
+        errors = [channel_errors(weight, 0, each, grid).sum() for each in (amax, other)]
         assert float(errors[0]) <= float(errors[1])
     assert not torch.equal(*signed)
     positive = weight.abs()
-    found = channel_mse_amax(positive, 0, 3, True)
-    plain = channel_errors(positive, 0, channel_mse_amax(positive, 0, 3), 3, True).sum()
-    assert float(channel_errors(positive, 0, found, 3, True).sum()) <= float(plain)
+    found = channel_mse_amax(positive, 0, Grid(3, unsigned=True))
+    plain = channel_errors(positive, 0, channel_mse_amax(positive, 0, Grid(3)), Grid(3, unsigned=True)).sum()
+    assert float(channel_errors(positive, 0, found, Grid(3, unsigned=True)).sum()) <= float(plain)

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 import qdq_surgery as qs
 from qdq_surgery.calibration.collect import Statistics, activation_quantizers
 from qdq_surgery.errors import CalibrationError
+from qdq_surgery.numerics.range_choice import method_names
 from qdq_surgery.padding.axes import Axis
 from qdq_surgery.padding.axis_probe import Call, probe
 from qdq_surgery.padding.call_padding import Padding, Turn
 from qdq_surgery.padding.token_masks import texts_of, trimmed
-from qdq_surgery.quantize.calibrators import METHODS
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rules.spec import RuleSet
@@ -132,7 +132,7 @@ def one_layer(model_type: str, head: str, **options: Any) -> PreTrainedModel:
     return qs.convert(build(model_type, head, num_hidden_layers=1, **options), coarse(), inplace=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize(
     ("model_type", "head"),
     [("bert", "BertModel"), ("deberta-v2", "DebertaV2Model"), ("bert", "BertForMultipleChoice")],

@@ -16,19 +16,24 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
 from qdq_surgery.errors import CalibrationError, OptionError
+from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.numerics.histogram import BINS, Histogram
-from qdq_surgery.numerics.range_methods import channel_mse_amax, entropy_amax, mse_amax, percentile_amax, relative_error
-from qdq_surgery.quantize.calibrators import (
-    CANDIDATES,
+from qdq_surgery.numerics.range_choice import BEST, RANGE_METHODS, choose, method_names
+from qdq_surgery.numerics.range_methods import (
     DEFAULT_PERCENTILE,
-    METHODS,
-    ChannelMseCalibrator,
+    channel_mse_amax,
+    entropy_amax,
+    mse_amax,
+    percentile_amax,
+    relative_error,
+)
+from qdq_surgery.quantize.calibrators import (
+    ChannelCalibrator,
     HistogramCalibrator,
     MaxCalibrator,
-    choose,
 )
 from qdq_surgery.quantize.quantizer import TensorQuantizer
-from qdq_surgery.rules.quant_spec import CALIBRATORS
+from qdq_surgery.rules.quant_spec import calibrator_names
 
 HALF = [torch.float16, torch.bfloat16]
 HALF_IDS = ["float16", "bfloat16"]
@@ -63,7 +68,7 @@ NEW: dict[str, tuple[Callable[[], Any], type, tuple[Any, ...]]] = {
     "max": (lambda: MaxCalibrator(8, None, False), calib.MaxCalibrator, ()),
     "max-channels": (lambda: MaxCalibrator(8, (0,), False), calib.MaxCalibrator, ()),
     "histogram": (lambda: HistogramCalibrator(8, None, False), calib.HistogramCalibrator, ("mse",)),
-    "channel-mse": (lambda: ChannelMseCalibrator(8, 0, False, False), calib.calibrator._Calibrator, ()),
+    "channel-mse": (lambda: ChannelCalibrator(8, 0, False, False), calib.calibrator._Calibrator, ()),
 }
 
 
@@ -311,23 +316,22 @@ def test_in_words() -> None:
 
 def test_methods_are_those_of_rule_files() -> None:
     # 'histogram' is no method: it leaves the choice to the caller.
-    assert set(METHODS) == set(CALIBRATORS) - {"histogram"}
-    assert {name for name, _ in CANDIDATES} == set(METHODS) - {"best"}
+    assert set(method_names()) == set(calibrator_names()) - {"histogram"} == {*RANGE_METHODS, BEST}
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 def test_choose(num_bits: int, unsigned: bool) -> None:
     histogram = Histogram.of(heavy(5000))
-    table = histogram.table()
+    table, grid = histogram.table(), Grid(num_bits, unsigned)
     wanted = {
         "max": (float(heavy(5000).abs().max()), "max"),
         "percentile": (percentile_amax(*table, 99.5), "99.5 %"),
-        "entropy": (entropy_amax(*table, num_bits, unsigned), "entropy"),
-        "mse": (mse_amax(*table, num_bits, unsigned), "mse"),
+        "entropy": (entropy_amax(*table, grid), "entropy"),
+        "mse": (mse_amax(*table, grid), "mse"),
     }
     for method, answer in wanted.items():
-        assert choose(histogram, method, 99.5, num_bits, unsigned) == answer
+        assert choose(histogram, method, grid, percentile=99.5) == answer
     assert len({amax for amax, _ in wanted.values()}) == 4
     # And the calibrator's answer is that, as float32.
     calibrator = histogram_calibrator(heavy(5000), num_bits=num_bits, unsigned=unsigned)
@@ -343,7 +347,7 @@ def test_stride_and_start_bin_arrive(method: str) -> None:
     table, top = calibrator.histogram.table(), float(heavy(5000).abs().max())
     for options in ({}, {"stride": 700, "start_bin": 300}, {"start_bin": 2000}):
         found = float(calibrator.compute_amax(method, **options))
-        assert found == min(compute[method](*table, 4, **options), top)
+        assert found == min(compute[method](*table, Grid(4), **options), top)
     assert len({float(calibrator.compute_amax(method, start_bin=start)) for start in (128, 2000)}) == 2
 
 
@@ -367,31 +371,32 @@ SHAPES: dict[str, Tensor] = {
 @pytest.mark.parametrize("num_bits", [4, 8])
 def test_best_is_the_least_of_all_candidates(values: Tensor, num_bits: int) -> None:
     histogram = Histogram.of(values)
-    table = histogram.table()
-    amax, words = choose(histogram, "best", num_bits=num_bits)
+    table, grid = histogram.table(), Grid(num_bits)
+    amax, words = choose(histogram, "best", grid)
     found: dict[str, float] = {}
-    for name, percentile in CANDIDATES:
-        candidate, its_words = choose(histogram, name, percentile or DEFAULT_PERCENTILE, num_bits)
-        found[its_words] = relative_error(*table, candidate, num_bits)
+    candidates = [(name, setting) for name, each in RANGE_METHODS.items() for setting in each.settings]
+    for name, setting in candidates:
+        candidate, its_words = choose(histogram, name, grid, **setting)
+        found[its_words] = relative_error(*table, candidate, grid)
         if its_words == words:
             assert candidate == amax
-    assert len(found) == len(CANDIDATES)
+    assert list(found) == ["max", "99.9 %", "99.99 %", "99.999 %", "entropy", "mse"]
     assert found[words] == min(found.values())
 
 
 def test_best_is_not_always_the_same() -> None:
-    taken = {choose(Histogram.of(values), "best", num_bits=bits)[1] for values in SHAPES.values() for bits in (4, 8)}
+    taken = {choose(Histogram.of(values), "best", Grid(bits))[1] for values in SHAPES.values() for bits in (4, 8)}
     assert len(taken) >= 2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_no_range_is_larger_than_the_largest_value(method: str) -> None:
     for values in (*SHAPES.values(), torch.tensor([1.0001]), torch.tensor([0.75] * 50), data(5)):
-        amax, _ = choose(Histogram.of(values), method, 100.0)
+        amax, _ = choose(Histogram.of(values), method, percentile=100.0)
         assert 0 < amax <= float(values.abs().max())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_what_is_no_number_is_refused(method: str, bad: float) -> None:
     calibrator = histogram_calibrator(data(50), torch.tensor([bad, 1.0]), data(50, seed=1))
@@ -403,7 +408,7 @@ def test_what_is_no_number_is_refused(method: str, bad: float) -> None:
     assert float(calibrator.compute_amax(method)) > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("values", [torch.zeros(9), torch.zeros(0)], ids=["zeros", "empty"])
 def test_the_range_of_zeros_is_0(method: str, values: Tensor) -> None:
     assert choose(Histogram.of(values), method) == (0.0, method)
@@ -432,16 +437,16 @@ def test_a_percentile_outside_the_limits_is_refused(percentile: float) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_channel_mse(axis: int) -> None:
     weight = heavy(6, 40)
-    calibrator = ChannelMseCalibrator(4, axis, False, True)
+    calibrator = ChannelCalibrator(4, axis, False, True)
     calibrator.collect(weight)
-    wanted = channel_mse_amax(weight, axis, 4, False, True)
+    wanted = channel_mse_amax(weight, axis, Grid(4, narrow_range=True))
     assert torch.equal(calibrator.compute_amax(), wanted)  # tolerance 0.0
     assert wanted.shape == ((6, 1) if axis == 0 else (1, 40))
 
 
 def test_channel_mse_takes_the_same_weight_again_and_no_other() -> None:
     weight = nn.Parameter(heavy(6, 40))
-    calibrator = ChannelMseCalibrator(8, 0, False, False)
+    calibrator = ChannelCalibrator(8, 0, False, False)
     for _ in range(3):
         calibrator.collect(weight)
     before = calibrator.compute_amax()
@@ -490,7 +495,7 @@ def test_copies_of_calibrators_are_independent(
 @pytest.mark.parametrize("clone", CLONES.values(), ids=CLONES.keys())
 def test_a_copied_channel_calibrator_knows_its_own_weight(clone: Callable[[Any], Any]) -> None:
     weight = heavy(6, 40)
-    original = ChannelMseCalibrator(4, 0, False, False)
+    original = ChannelCalibrator(4, 0, False, False)
     original.collect(weight)
     twin = clone(original)
     assert torch.equal(twin.compute_amax(), original.compute_amax())  # tolerance 0.0

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics.fake_quant import fake_quant, native_fake_quant
-from qdq_surgery.quantize.calibrators import ChannelMseCalibrator, HistogramCalibrator, MaxCalibrator
+from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.quantize.calibrators import ChannelCalibrator, HistogramCalibrator, MaxCalibrator
 from qdq_surgery.quantize.quantizer import Provenance, TensorQuantizer, make_quantizer
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 
@@ -213,7 +214,7 @@ def test_native_switch(where: str, amax: Any, unsigned: bool, monkeypatch: pytes
         monkeypatch.setattr(quant_nn.TensorQuantizer, "use_fb_fake_quant", True)
     else:
         target.use_fb_fake_quant = True
-    wanted = native_fake_quant(inputs, torch.tensor(amax), 8, unsigned)
+    wanted = native_fake_quant(inputs, torch.tensor(amax), Grid(unsigned=unsigned))
     assert torch.equal(target(inputs), wanted)  # tolerance 0.0
     assert torch.equal(other(inputs), wanted if where == "class" else legacy)  # tolerance 0.0
     assert torch.equal(target._fb_fake_quant(inputs, amax_of(target)), wanted)  # tolerance 0.0
@@ -761,8 +762,8 @@ def test_pytorch_quantization_is_heard_by_that_test(caplog: pytest.LogCaptureFix
         (QuantSpec(calibrator=CalibratorSpec("entropy", num_bins=256)), HistogramCalibrator),
         (QuantSpec(calibrator=CalibratorSpec("mse"), unsigned=True, num_bits=5), HistogramCalibrator),
         (QuantSpec(calibrator=CalibratorSpec("best")), HistogramCalibrator),
-        (QuantSpec(axis=0, calibrator=CalibratorSpec("mse")), ChannelMseCalibrator),
-        (QuantSpec(axis=1, narrow_range=True, calibrator=CalibratorSpec("mse")), ChannelMseCalibrator),
+        (QuantSpec(axis=0, calibrator=CalibratorSpec("mse")), ChannelCalibrator),
+        (QuantSpec(axis=1, narrow_range=True, calibrator=CalibratorSpec("mse")), ChannelCalibrator),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
@@ -783,8 +784,8 @@ def test_every_field_of_the_spec_arrives(spec: QuantSpec, calibrator: type) -> N
     assert target._calibrator._num_bits == spec.num_bits
     assert target._calibrator._unsigned == spec.unsigned
     # What finds ranges on a weight itself knows one axis, not several.
-    assert target._calibrator._axis == (spec.axis if calibrator is ChannelMseCalibrator else axis)
-    if calibrator is ChannelMseCalibrator:
+    assert target._calibrator._axis == (spec.axis if calibrator is ChannelCalibrator else axis)
+    if calibrator is ChannelCalibrator:
         assert target._calibrator._narrow_range == spec.narrow_range
     else:
         wanted = calib.MaxCalibrator if calibrator is MaxCalibrator else calib.HistogramCalibrator
@@ -1153,3 +1154,21 @@ def test_a_copy_of_a_learned_range_is_learned(clone: Callable[[TensorQuantizer],
     assert twin.learns
     twin.amax = 3.0
     assert float(amax_of(target).detach()) == 1.5
+
+
+@pytest.mark.parametrize(("axis", "axes"), [(None, None), (0, (0,)), ((0,), (0,)), ([2, 0], (2, 0)), (-1, (-1,))])
+def test_axes_have_one_form(axis: Any, axes: tuple[int, ...] | None) -> None:
+    target = quantizer()
+    target._axis = axis
+    assert target.axes == axes
+
+
+def test_grid_and_role() -> None:
+    target = quantizer(num_bits=6, narrow_range=True)
+    assert target.grid == Grid(6, narrow_range=True)
+    target._num_bits = 4  # as loops for pytorch-quantization set it
+    assert target.grid == Grid(4, narrow_range=True) == QuantSpec(num_bits=4, narrow_range=True).grid
+    assert target.role == "input"
+    for role in ("input", "weight"):
+        target.provenance = Provenance("q", role, *[""] * 7)
+        assert target.role == role

@@ -13,8 +13,9 @@ import torch
 
 from qdq_surgery.errors import RuleFileError, printable
 from qdq_surgery.numerics.fake_quant import fake_quant
+from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.rules.pattern import parse_pattern
-from qdq_surgery.rules.quant_spec import CALIBRATORS, CalibratorSpec, QuantSpec
+from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec, calibrator_names
 from qdq_surgery.rules.spec import (
     DEFAULT_SPEC,
     CalibrationOptions,
@@ -52,7 +53,7 @@ REFUSED: list[Any] = [
             "name: percentile",
             id=f"percentile-of-{name}",
         )
-        for name in CALIBRATORS
+        for name in calibrator_names()
         if name != "percentile"
     ),
     *(
@@ -105,7 +106,7 @@ REFUSED: list[Any] = [
             r"axis: null, or calibrator: max \(for weights also mse\)$",
             id=f"axis-with-{name}",
         )
-        for name in CALIBRATORS
+        for name in calibrator_names()
         if name not in ("max", "mse")
     ),
     *(
@@ -278,13 +279,13 @@ def test_percentiles_within_the_limits(percentile: float) -> None:
     assert CalibratorSpec("percentile", percentile).percentile == percentile
 
 
-@pytest.mark.parametrize("name", [name for name in CALIBRATORS if name != "max"])
+@pytest.mark.parametrize("name", [name for name in calibrator_names() if name != "max"])
 @pytest.mark.parametrize("bins", [128, 1 << 20])
 def test_bins_within_the_limits(name: str, bins: int) -> None:
     assert CalibratorSpec(name, num_bins=bins).num_bins == bins
 
 
-@pytest.mark.parametrize(("name", "is_histogram"), [(name, name != "max") for name in CALIBRATORS])
+@pytest.mark.parametrize(("name", "is_histogram"), [(name, name != "max") for name in calibrator_names()])
 def test_all_but_max_need_a_histogram(name: str, is_histogram: bool) -> None:
     assert CalibratorSpec(name).is_histogram is is_histogram
 
@@ -508,7 +509,7 @@ def test_the_outermost_limits_have_normal_steps_in_float32(value: float) -> None
         steps = 2.0**bits - 1
         assert tiny <= amax / steps <= largest
         assert tiny <= steps / amax <= largest
-        assert torch.equal(fake_quant(amax[None], amax, bits), amax[None])
+        assert torch.equal(fake_quant(amax[None], amax, Grid(bits)), amax[None])
 
 
 class Counted(str):

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qdq_surgery.errors import ExportError
-from qdq_surgery.export.qparams import Grid
+from qdq_surgery.export.qparams import QParams, integer_type
+from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.onnx_file.sites import Site
 from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
@@ -40,12 +41,12 @@ class Lowered:
 
 
 def lower(
-    graph: ir.Graph, grids: Mapping[str, Grid], activations: str, weights: Mapping[str, NDArray[np.float32]]
+    graph: ir.Graph, qparams: Mapping[str, QParams], activations: str, weights: Mapping[str, NDArray[np.float32]]
 ) -> list[Lowered]:
     """Replace every ``qdq_surgery::FakeQuant`` of ``graph``, in place.
 
     Args:
-        grids: By the quantizer's name.
+        qparams: By the quantizer's name.
         activations: ``"int8"``, or ``"uint8"`` with 128 as zero point, which is the same grid.
         weights: Values of parameters in float32 by name, where the graph holds them in less.
 
@@ -54,13 +55,13 @@ def lower(
     """
     made = _Lowering(graph, activations, weights)
     for node in [node for node in graph if (node.domain, node.op_type) == (FAKE_QUANT_DOMAIN, FAKE_QUANT)]:
-        grid = grids[node.attributes["quantizer"].as_string()]
+        each = qparams[node.attributes["quantizer"].as_string()]
         (value,) = node.inputs
         assert value is not None
         if value.is_initializer():
-            made.weight(node, value, grid)
+            made.weight(node, value, each)
         else:
-            made.activation(node, value, grid)
+            made.activation(node, value, each)
     graph.opset_imports.pop(FAKE_QUANT_DOMAIN, None)
     return made.pairs
 
@@ -73,47 +74,55 @@ class _Lowering:
         self._weights: dict[tuple[str, str], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._names: dict[str, int] = {}
 
-    def activation(self, node: ir.Node, value: ir.Value, grid: Grid) -> None:
-        if grid.amax is None:
+    def activation(self, node: ir.Node, value: ir.Value, qparams: QParams) -> None:
+        if qparams.amax is None:
             raise ExportError(
-                f"{grid.name} quantizes a weight that is computed in the graph, and has no range; give it one with "
+                f"{qparams.name} quantizes a weight that is computed in the graph, and has no range; give it one with "
                 "qdq_surgery.recalibrate_weights"
             )
-        # One grid moved by 128 is the same grid: what runs on unsigned integers is quantized to the same values.
-        kind, middle = (np.uint8, 0) if grid.unsigned else (np.uint8, 128) if self.unsigned else (np.int8, 0)
-        scale = grid.scale(grid.amax)
-        key = (id(value), kind, middle, grid.axis, scale.tobytes())
+        stored, middle = self._stored_grid(qparams.grid)
+        scale = qparams.scale(qparams.amax)
+        key = (id(value), stored, middle, qparams.axis, scale.tobytes())
         known = self._activations.get(key)
         if known is not None:
-            known.site.quantizers.append(grid.name)
+            known.site.quantizers.append(qparams.name)
             self._replace(node, known.dequantize.outputs[0])
             return
-        name = self._unique(grid.name)
+        name = self._unique(qparams.name)
         parameters = [
             self._constant(f"{name}/scale", typed_scale(scale, _numpy_type(value))),
-            self._zero_point(np.full(scale.shape, middle, kind)),
+            self._zero_point(np.full(scale.shape, middle, integer_type(stored))),
         ]
         assert value.shape is not None
-        attributes = {} if grid.axis is None else {"axis": grid.axis % len(value.shape)}
+        attributes = {} if qparams.axis is None else {"axis": qparams.axis % len(value.shape)}
         quantize = ir.node("QuantizeLinear", [value, *parameters], attributes, name=f"{name}/QuantizeLinear")
         quantize.outputs[0].name, quantize.outputs[0].shape = f"{name}/integers", value.shape
-        quantize.outputs[0].type = ir.TensorType(ir.DataType.UINT8 if kind is np.uint8 else ir.DataType.INT8)
+        quantize.outputs[0].type = ir.TensorType(ir.DataType[str(stored.onnx_type)])
         dequantize = self._dequantize(name, [quantize.outputs[0], *parameters], attributes, node.outputs[0])
         self.graph.insert_before(node, [quantize, dequantize])
         self._replace(node, dequantize.outputs[0])
-        self._record(Lowered(Site([grid.name], grid.role, quantize.name, *_named(dequantize)), dequantize, quantize))
+        self._record(
+            Lowered(Site([qparams.name], qparams.role, quantize.name, *_named(dequantize)), dequantize, quantize)
+        )
         self._activations[key] = self.pairs[-1]
 
-    def weight(self, node: ir.Node, value: ir.Value, grid: Grid) -> None:
+    def _stored_grid(self, grid: Grid) -> tuple[Grid, int]:
+        """The integers of the file, and which of them is 0.
+
+        A grid moved by half its width is the same grid: what runs on unsigned integers is quantized to the same values.
+        """
+        return (Grid(grid.bits, unsigned=True), -grid.full.qmin) if self.unsigned and not grid.unsigned else (grid, 0)
+
+    def weight(self, node: ir.Node, value: ir.Value, qparams: QParams) -> None:
         """A constant: its integers are stored."""
         assert value.name is not None
         _as_matmul(self.graph, node)
         readers = [use.node for use in node.outputs[0].uses()]
         turned = bool(readers) and all(_is_transpose(reader) for reader in readers)
-        name = self._unique(grid.name)
-        parameters = self._stored(value, grid, turned)
+        name = self._unique(qparams.name)
+        parameters = self._stored(value, qparams, turned)
         assert value.shape is not None
-        axis = None if grid.axis is None else grid.axis % len(value.shape)
+        axis = None if qparams.axis is None else qparams.axis % len(value.shape)
         axis = 1 - axis if turned and axis is not None else axis
         attributes = {} if axis is None else {"axis": axis}
         dequantize = self._dequantize(name, list(parameters), attributes, (readers[0] if turned else node).outputs[0])
@@ -124,7 +133,7 @@ class _Lowering:
         if not turned:
             ir.convenience.replace_all_uses_with(node.outputs[0], dequantize.outputs[0])
         self.graph.remove(node, safe=True)
-        site = Site([grid.name], "weight", None, *_named(dequantize), transposed=turned)
+        site = Site([qparams.name], "weight", None, *_named(dequantize), transposed=turned)
         self._record(Lowered(site, dequantize))
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
@@ -141,20 +150,21 @@ class _Lowering:
         ir.convenience.replace_all_uses_with(node.outputs[0], value)
         self.graph.remove(node, safe=True)
 
-    def _stored(self, value: ir.Value, grid: Grid, turned: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def _stored(self, value: ir.Value, qparams: QParams, turned: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Integers, scale and zero point; one copy of a weight that several layers share."""
         assert value.name is not None
         assert value.const_value is not None
-        key = (value.name, grid.name + ("/turned" if turned else ""))
+        key = (value.name, qparams.name + ("/turned" if turned else ""))
         if key not in self._weights:
             values = self.weights.get(value.name)
             if values is None:
                 values = value.const_value.numpy().astype(np.float32)
-            integers, middle = grid.integers(values), 0
-            if grid.role != "weight" and self.unsigned and not grid.unsigned:
-                # A constant where others have an activation: the kernels want it as they want those.
-                integers, middle = (integers.astype(np.int16) + 128).astype(np.uint8), 128
-            scale = typed_scale(grid.scale(grid.amax_of(values)), _numpy_type(value))
+            # A constant where others have an activation: the kernels want it as they want those.
+            stored, middle = (qparams.grid, 0) if qparams.role == "weight" else self._stored_grid(qparams.grid)
+            integers = qparams.integers(values)
+            if middle:
+                integers = (integers.astype(np.int32) + middle).astype(integer_type(stored))
+            scale = typed_scale(qparams.scale(qparams.amax_of(values)), _numpy_type(value))
             self._weights[key] = (
                 self._constant(f"{key[1]}/weight", np.ascontiguousarray(integers.T if turned else integers)),
                 self._constant(f"{key[1]}/scale", scale),

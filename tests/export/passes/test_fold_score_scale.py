@@ -15,7 +15,8 @@ from exported import compute, graph, operators  # noqa: E402
 
 from qdq_surgery.export.passes.fold_score_scale import fold_score_factors  # noqa: E402
 from qdq_surgery.export.passes.lower_qdq import Lowered, lower  # noqa: E402
-from qdq_surgery.export.qparams import Grid  # noqa: E402
+from qdq_surgery.export.qparams import QParams  # noqa: E402
+from qdq_surgery.numerics.grid import INT8  # noqa: E402
 
 #: Two heads; what is behind the scores reads them once.
 ATTENTION = """
@@ -49,8 +50,8 @@ def constants(size: int, factor: float) -> dict[str, NDArray[Any]]:
     }
 
 
-GRIDS = {
-    name: Grid(name, role, amax, 0 if amax is None else None, False, False, False)
+QPARAMS = {
+    name: QParams(name, role, amax, 0 if amax is None else None, INT8, False)
     for name, role, amax in (
         ("query._input_quantizer", "input", np.asarray(2.0, np.float32)),
         ("query._weight_quantizer", "weight", None),
@@ -65,7 +66,7 @@ def made(
     text: str = ATTENTION, size: int = 16, factor: float = 0.25, kind: str = "int8"
 ) -> tuple[ir.Model, list[Lowered]]:
     model = graph(text.replace("WIDTH", str(2 * size)), **constants(size, factor))
-    return model, lower(model.graph, GRIDS, kind, {})
+    return model, lower(model.graph, QPARAMS, kind, {})
 
 
 def outputs(text: str, size: int, factor: float, kind: str = "int8") -> tuple[Any, Any, int, dict[str, Lowered]]:

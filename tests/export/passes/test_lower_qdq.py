@@ -15,7 +15,8 @@ from exported import compute, graph, operators  # noqa: E402
 
 from qdq_surgery.errors import ExportError  # noqa: E402
 from qdq_surgery.export.passes.lower_qdq import Lowered, lower, typed_scale  # noqa: E402
-from qdq_surgery.export.qparams import Grid  # noqa: E402
+from qdq_surgery.export.qparams import QParams  # noqa: E402
+from qdq_surgery.numerics.grid import INT8, Grid  # noqa: E402
 from qdq_surgery.quantize.export_node import FAKE_QUANT_DOMAIN  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
@@ -32,25 +33,26 @@ linear (float[b,4] x) => (float[b,3] y) {
 }"""
 
 
-def activation(name: str, amax: Any = 2.0, axis: int | None = None, unsigned: bool = False) -> Grid:
-    return Grid(name, "input", np.asarray(amax, np.float32), axis, unsigned, False, False)
+def activation(name: str, amax: Any = 2.0, axis: int | None = None, unsigned: bool = False) -> QParams:
+    return QParams(name, "input", np.asarray(amax, np.float32), axis, Grid(unsigned=unsigned), False)
 
 
-def weight(name: str = "l._weight_quantizer", axis: int | None = 0, amax: Any = None) -> Grid:
-    return Grid(name, "weight", None if amax is None else np.asarray(amax, np.float32), axis, False, False, False)
+def weight(name: str = "l._weight_quantizer", axis: int | None = 0, amax: Any = None) -> QParams:
+    return QParams(name, "weight", None if amax is None else np.asarray(amax, np.float32), axis, INT8, False)
 
 
-def lowered(model: ir.Model, *grids: Grid, activations: str = "int8", **weights: Any) -> list[Lowered]:
-    return lower(model.graph, {grid.name: grid for grid in grids}, activations, weights)
+def lowered(model: ir.Model, *qparams: QParams, activations: str = "int8", **weights: Any) -> list[Lowered]:
+    return lower(model.graph, {each.name: each for each in qparams}, activations, weights)
 
 
-def rounded(values: NDArray[Any], grid: Grid) -> NDArray[Any]:
+def rounded(values: NDArray[Any], qparams: QParams) -> NDArray[Any]:
     """The values on the grid, in float64."""
-    amax = np.asarray(grid.amax_of(values.astype(np.float32)), np.float64)
-    if grid.axis is not None:
-        amax = amax.reshape([-1 if at == grid.axis % values.ndim else 1 for at in range(values.ndim)])
+    grid = qparams.grid
+    amax = np.asarray(qparams.amax_of(values.astype(np.float32)), np.float64)
+    if qparams.axis is not None:
+        amax = amax.reshape([-1 if at == qparams.axis % values.ndim else 1 for at in range(values.ndim)])
     step = amax / grid.qmax
-    return np.clip(np.rint(values / step), 0 if grid.unsigned else -128, grid.qmax) * step
+    return np.clip(np.rint(values / step), grid.qmin, grid.qmax) * step
 
 
 #: Float32 arithmetic of four terms of size 1.
@@ -153,7 +155,7 @@ def test_those_that_read_one_tensor_with_one_range_are_one_pair() -> None:
     [activation("key", 2.0 + 1e-6), activation("key", unsigned=True), activation("key", [2.0] * 4, axis=-1)],
     ids=["range", "sign", "axis"],
 )
-def test_those_with_another_grid_are_another_pair(other: Grid) -> None:
+def test_those_with_another_grid_are_another_pair(other: QParams) -> None:
     model = graph(THREE)
     pairs = lowered(model, activation("query"), other, activation("value"))
     assert [pair.site.quantizers for pair in pairs] == [["query", "value"], ["key"]]
