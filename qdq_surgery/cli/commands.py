@@ -81,10 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("convert", help="convert a model and write it with its rules and a report")
-    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    _model_options(command)
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
-    _rules_option(command)
-    _class_option(command)
     command.set_defaults(run=_convert)
 
     command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
@@ -113,16 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("diff", help="show each block's graph before and after")
-    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
-    _rules_option(command)
-    _class_option(command)
+    _model_options(command)
     _output_options(command)
     command.set_defaults(run=_diff)
 
     command = commands.add_parser("plan", help="list the sites, the refusals and the counts; convert nothing")
-    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
-    _rules_option(command)
-    _class_option(command)
+    _model_options(command)
     _output_options(command)
     command.set_defaults(run=_plan)
 
@@ -161,8 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rules_option(command: argparse.ArgumentParser) -> None:
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
     command.add_argument("--rules", default=_RULES, help="a shipped name or a file (default: %(default)s)")
+    _class_option(command)
 
 
 def _class_option(command: argparse.ArgumentParser) -> None:

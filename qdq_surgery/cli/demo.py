@@ -99,9 +99,8 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
             rows.append((words, residual, f"{cosine:.4f}", f"{neighbours:.3f}"))
     names = (Column("calibration"), Column("residual adds"), number("cosine"), number("same top-1 neighbour"))
     title = line(f"against the float model, {len(held_out)} held-out docstrings")
-    console.print(
-        View(title, (Table(names, tuple(rows)),))
-    )  # the last one, with its residual adds in float, is saved and exported
+    # The last one, with its residual adds in float, is saved and exported.
+    console.print(View(title, (Table(names, tuple(rows)),)))
     with tempfile.TemporaryDirectory() as temporary:
         again = _reload(qmodel, Path(temporary) / "model", console)
         difference = float((embed(again, tokenizer, held_out, "loaded again") - embeddings).abs().max())

@@ -1,7 +1,4 @@
-"""What a result shows, as data, and its drawings: text through rich for terminals and files, HTML for notebooks.
-
-A result says once what it shows: a title, then notes and tables. Whatever draws it needs to know no result.
-"""
+"""What a result shows, as data, and its drawings: text through rich for terminals and files, HTML for notebooks."""
 
 from __future__ import annotations
 
@@ -98,16 +95,11 @@ class Table:
         if self.narrow and options.max_width < _WIDE:
             yield from self.narrow
             return
-        drawn = table.Table(
-            box=None,
-            pad_edge=False,
-            padding=(0, self.gap, 0, 0),
-            show_header=self.header is not None,
-            header_style=self.header or "",
-        )
+        drawn = table.Table(box=None, pad_edge=False, padding=(0, self.gap, 0, 0), header_style=self.header or "")
+        drawn.show_header = self.header is not None
         for each in self.columns:
-            justify, overflow = "right" if each.right else "left", "fold" if each.wraps else "ellipsis"
-            drawn.add_column(each.name, justify=justify, overflow=overflow, no_wrap=not each.wraps)  # type: ignore[arg-type]
+            drawn.add_column(Text(each.name), justify="right" if each.right else "left", no_wrap=not each.wraps)
+            drawn.columns[-1].overflow = "fold" if each.wraps else "ellipsis"
         for row in self.rows:
             drawn.add_row(*(Group(*cell) if isinstance(cell, tuple) else _drawn(cell) for cell in row))
         yield drawn
@@ -185,7 +177,7 @@ class Result(ABC):
     def _draw(self, console: Console) -> str:
         console.print(self, highlight=False)
         assert isinstance(console.file, io.StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        return "\n".join(row.rstrip() for row in console.file.getvalue().splitlines())
 
 
 def _drawn(part: Part) -> RenderableType:

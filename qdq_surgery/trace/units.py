@@ -24,7 +24,7 @@ from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 from qdq_surgery.trace.recorder import record
 
-__all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "structure", "survey"]
+__all__ = ["Call", "Survey", "Unit", "find_units", "structure", "survey"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -89,14 +89,6 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
 
 def _has_list(module: nn.Module) -> bool:
     return any(isinstance(child, nn.ModuleList) for child in module.modules())
-
-
-def layer_of(units: list[Unit], path: str) -> int | None:
-    """The encoder layer that the module at ``path`` belongs to."""
-    for unit in units:
-        if path == unit.path or path.startswith(unit.path + "."):
-            return unit.layer
-    return None
 
 
 def survey(
