@@ -186,11 +186,8 @@ def _align(before: tuple[Line, ...], after: tuple[Line, ...]) -> Iterator[Row]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "mark": row.mark,
-        "before": None if row.before is None else row.before.text,
-        "after": None if row.after is None else row.after.text,
-    }
+    before, after = (None if side is None else side.text for side in (row.before, row.after))
+    made: dict[str, Any] = {"mark": row.mark, "before": before, "after": after}
     if row.after is not None and row.after.quantizer is not None:
         made["quantizer"] = row.after.quantizer
         if row.after.provenance is not None:
