@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Group, RenderableType
-from rich.text import Text
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError, ModelError
@@ -27,7 +25,7 @@ from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.lint import lint
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.text.optional_imports import require
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Line, Part, Result, line
 
 if TYPE_CHECKING:
     from qdq_surgery.export.pipeline import Built
@@ -36,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Export", "export_onnx"]
 
 
-@dataclass(frozen=True)
-class Export(Rendered):
+@dataclass(frozen=True, repr=False)
+class Export(Result):
     """What was written.
 
     Attributes:
@@ -57,8 +55,9 @@ class Export(Rendered):
     parity: Parity | None
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; the path as it was given."""
+        """All of it; the path as it was given; ``schema`` is the version of this form."""
         return {
+            "schema": 1,
             "path": str(self.path),
             "target": self.target,
             "opset": self.opset,
@@ -67,17 +66,20 @@ class Export(Rendered):
             "parity": None if self.parity is None else self.parity.to_json(),
         }
 
-    def __rich__(self) -> RenderableType:
+    def _title(self) -> Line:
         files = (self.path, *data_beside(self.path)) if self.path.exists() else ()
         size = sum(file.stat().st_size for file in files)
         weights = sum(site.role == "weight" for site in self.sites)
-        head = Text(
+        return line(
             f"{self.path.name} for {self.target}, opset {self.opset}, {size / 1e6:.1f} MB: {weights} weights in int8, "
             f"{len(self.sites) - weights} Q/DQ pairs for "
             f"{sum(len(site.quantizers) for site in self.sites if site.role != 'weight')} quantizers of activations"
         )
-        checked = () if self.parity is None else (self.parity, Text())
-        return Group(head, Text(), *checked, self.findings)
+
+    def _parts(self) -> Iterable[Part]:
+        if self.parity is not None:
+            yield from ("", self.parity.view())
+        yield from ("", self.findings.view())
 
 
 def export_onnx(

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,7 +36,7 @@ from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.safety.transaction import put_back_after
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 from qdq_surgery.text.progress import track
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
 __all__ = [
     "Seen",
@@ -74,8 +71,8 @@ class Seen:
     grid: Grid
 
 
-@dataclass(frozen=True)
-class Statistics(Rendered):
+@dataclass(frozen=True, repr=False)
+class Statistics(Result):
     """What all activation quantizers saw in one pass, enough for every method.
 
     Attributes:
@@ -118,20 +115,16 @@ class Statistics(Rendered):
         data = {"batches": self.batches, "rows": self.rows, "tokens": self.tokens}
         return {"schema": 1, **data, "quantizers": self.compare()}
 
-    def __rich__(self) -> RenderableType:
-        title = Text(
-            f"{self.tokens} tokens in {self.rows} rows; amax by method, * where the quantization error is least"
-        )
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("quantizer", overflow="fold")
-        compared = self.compare()
-        methods = list(next(iter(compared.values()), {}))
-        for method in methods:
-            table.add_column(method, justify="right", no_wrap=True)
+    def _title(self) -> Line:
+        about = "amax by method, * where the quantization error is least"
+        return line(f"{self.tokens} tokens in {self.rows} rows; {about}")
+
+    def _parts(self) -> Iterable[Part]:
+        rows, compared = [], self.compare()
         for name, by_method in compared.items():
             best = min(by_method, key=lambda method: by_method[method]["error"])
-            table.add_row(name, *(f"{by_method[m]['amax']:.4g}{'*' if m == best else ' '}" for m in methods))
-        return Group(title, table)
+            rows.append((name, *(f"{each['amax']:.4g}{'*' if m == best else ' '}" for m, each in by_method.items())))
+        yield Table((Column("quantizer"), *map(number, next(iter(compared.values()), {}))), tuple(rows))
 
 
 def collect(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]], *, histograms: bool = True) -> Statistics:

@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +28,7 @@ from qdq_surgery.rules.quant_spec import LEAST_PERCENTILE, CalibratorSpec, doubt
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.model_state import plan_of, quantizers, set_state, state_of
 from qdq_surgery.text.progress import track
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
 __all__ = [
     "Calibration",
@@ -76,8 +73,8 @@ class FoundRange:
     how: Range
 
 
-@dataclass(frozen=True)
-class Calibration(Rendered):
+@dataclass(frozen=True, repr=False)
+class Calibration(Result):
     """What a calibration did.
 
     Attributes:
@@ -107,20 +104,15 @@ class Calibration(Rendered):
             ranges.append(each if top == each.amax else moved)
         return replace(self, ranges=tuple(ranges))
 
-    def __rich__(self) -> RenderableType:
-        title = Text(
-            f"{len(self.ranges)} ranges by {self.method}, from {self.tokens} tokens in {self.rows} rows "
-            f"({self.batches} batches)"
-        )
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("quantizer", overflow="fold")
-        table.add_column("method", no_wrap=True)
-        for column in ("amax", "error"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for each in self.ranges:
-            error = "" if each.error is None else f"{100 * each.error:.3f} %"
-            table.add_row(each.quantizer, each.method, f"{each.amax:.4g}", error)
-        return Group(title, table)
+    def _title(self) -> Line:
+        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        return line(f"{len(self.ranges)} ranges by {self.method}, from {data}")
+
+    def _parts(self) -> Iterable[Part]:
+        columns = (Column("quantizer"), Column("method", wraps=False), number("amax"), number("error"))
+        errors = ("" if each.error is None else f"{100 * each.error:.3f} %" for each in self.ranges)
+        rows = zip(self.ranges, errors, strict=True)
+        yield Table(columns, tuple((r.quantizer, r.method, f"{r.amax:.4g}", error) for r, error in rows))
 
 
 def calibrate(

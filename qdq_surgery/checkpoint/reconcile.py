@@ -17,7 +17,7 @@ from qdq_surgery.errors import MatchError, ModelError
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.apply import Implant
-from qdq_surgery.text.layer_names import fold
+from qdq_surgery.text.layer_names import fold, layer_in
 
 __all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "take_state"]
 
@@ -83,13 +83,9 @@ def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
 
 
 def _listed(sites: set[str], layers: Mapping[str, int | None]) -> list[str]:
-    folded = fold({name: layers.get(name, _number_in(name)) for name in sorted(sites)})
+    folded = fold({name: layers.get(name, layer_in(name)) for name in sorted(sites)})
     listed = [name if where is None else f"{name} (layers {where})" for name, where in folded.items()]
     return [*listed[:6], f"and {len(listed) - 6} more kinds"] if len(listed) > 6 else listed
-
-
-def _number_in(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from qdq_surgery.checkpoint.quantizer_states import versions
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.safety.untrusted import DamagedError, Item, parse_json, read_regular_file
 from qdq_surgery.surgery.model_state import CalibrationRecord, ModelState, plan_of, quantizers, set_state, state_of
-from qdq_surgery.text.layer_names import join_layers, star
+from qdq_surgery.text.layer_names import by_layers, star
 
 __all__ = ["REPORT_NAME", "calibration_of", "report_of", "restore_calibration", "write_report"]
 
@@ -44,17 +44,10 @@ def report_of(qmodel: nn.Module) -> dict[str, Any]:
 
 def _folded(plan: Plan) -> list[dict[str, Any]]:
     """The sites, those that differ only in their layer as one."""
-    found: dict[str, list[int]] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for site in plan.sites:
-        entry = {**site.to_json(), "quantizer": star(site.quantizer, site.layer), "layer": None}
-        key = json.dumps(entry)
-        entries[key] = entry
-        found.setdefault(key, []).extend([] if site.layer is None else [site.layer])
-    for key, entry in entries.items():
-        del entry["layer"]
-        entry["layers"] = join_layers(found[key]) if found[key] else None
-    return list(entries.values())
+    entries = [{**site.to_json(), "quantizer": star(site.quantizer, site.layer)} for site in plan.sites]
+    layers = [entry.pop("layer") for entry in entries]
+    found = by_layers(zip((tuple(entry.items()) for entry in entries), layers, strict=True))
+    return [{**dict(entry), "layers": where} for entry, where in found.items()]
 
 
 def write_report(qmodel: nn.Module, folder: Path) -> None:

@@ -7,10 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -32,7 +30,7 @@ from qdq_surgery.safety.interrupt import COMMAND
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 from qdq_surgery.text.optional_imports import require
 from qdq_surgery.text.progress import steps
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Result, Table
 from qdq_surgery.texts.batches import text_batches
 from qdq_surgery.texts.input_file import printable
 from qdq_surgery.texts.samples import read_samples
@@ -84,10 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("convert", help="convert a model and write it with its rules and a report")
-    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
+    _model_options(command)
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
-    _rules_option(command)
-    _class_option(command)
     command.set_defaults(run=_convert)
 
     command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
@@ -116,16 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("diff", help="show each block's graph before and after")
-    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
-    _rules_option(command)
-    _class_option(command)
+    _model_options(command)
     _output_options(command)
     command.set_defaults(run=_diff)
 
     command = commands.add_parser("plan", help="list the sites, the refusals and the counts; convert nothing")
-    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
-    _rules_option(command)
-    _class_option(command)
+    _model_options(command)
     _output_options(command)
     command.set_defaults(run=_plan)
 
@@ -164,8 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rules_option(command: argparse.ArgumentParser) -> None:
+def _model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL_DIR", help=_FOLDER_HELP)
     command.add_argument("--rules", default=_RULES, help="a shipped name or a file (default: %(default)s)")
+    _class_option(command)
 
 
 def _class_option(command: argparse.ArgumentParser) -> None:
@@ -236,7 +230,7 @@ def _diff(arguments: argparse.Namespace) -> None:
         qmodel = convert(model, arguments.rules)
         bar.next("comparing")
         made = diff(model, qmodel)
-    _show(made, made.to_json, arguments)
+    _show(made, arguments)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -245,12 +239,12 @@ def _plan(arguments: argparse.Namespace) -> None:
         model = _load(arguments)
         bar.next("matching")
         made = plan(model, arguments.rules)
-    _show(made, made.to_json, arguments)
+    _show(made, arguments)
 
 
-def _show(made: Rendered, to_json: Any, arguments: argparse.Namespace) -> None:
+def _show(made: Result, arguments: argparse.Namespace) -> None:
     if arguments.json:
-        print(json.dumps(to_json(), indent=2))
+        print(json.dumps(made.to_json(), indent=2))
     elif arguments.width is not None:
         print(made.to_text(arguments.width))
     else:
@@ -258,13 +252,9 @@ def _show(made: Rendered, to_json: Any, arguments: argparse.Namespace) -> None:
 
 
 def _rules_list(_: argparse.Namespace) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("name", "rules", "what"):
-        table.add_column(column, overflow="fold")
-    for name in shipped_rules():
-        rules = load_rules(name)
-        table.add_row(name, str(len(rules.rules)), rules.why)
-    Console(highlight=False).print(table)
+    found = ((name, load_rules(name)) for name in shipped_rules())
+    rows = tuple((name, str(len(rules.rules)), rules.why) for name, rules in found)
+    Console(highlight=False).print(Table((Column("name"), Column("rules"), Column("what")), rows))
 
 
 def _rules_show(arguments: argparse.Namespace) -> None:
@@ -309,11 +299,11 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _export_json(made, arguments)
         return
-    _show(made, made.to_json, arguments)
+    _show(made, arguments)
     if arguments.receipt:
         found = receipt(made.path)
         print()
-        _show(found, found.to_json, arguments)
+        _show(found, arguments)
 
 
 def _export_json(made: Export, arguments: argparse.Namespace) -> None:

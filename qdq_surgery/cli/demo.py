@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
@@ -38,6 +37,7 @@ from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantizers
 from qdq_surgery.text.optional_imports import require
 from qdq_surgery.text.progress import track
+from qdq_surgery.text.view import Column, Table, View, line, number
 
 __all__ = ["DEMO_TEXTS", "agreement", "checkpoint", "embed", "run_demo", "standard_library_texts", "token_batches"]
 
@@ -87,14 +87,7 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
     )
 
     wanted = embed(model, tokenizer, held_out, "float model")
-    table = Table(title=f"against the float model, {len(held_out)} held-out docstrings", title_justify="left", box=None)
-    for column, justify in (
-        ("calibration", "left"),
-        ("residual adds", "left"),
-        ("cosine", "right"),
-        ("same top-1 neighbour", "right"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    rows = []
     residuals = [each for name, each in quantizers(qmodel).items() if name.rpartition(".")[2].startswith("add_")]
     for method, words in ((name, each.in_words()) for name, each in RANGE_METHODS.items()):
         for residual in ("quantized", "float"):
@@ -103,8 +96,11 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
             calibrate(qmodel, statistics, method)
             embeddings = embed(qmodel, tokenizer, held_out, f"{words}, residual {residual}")
             cosine, neighbours = agreement(wanted, embeddings)
-            table.add_row(words, residual, f"{cosine:.4f}", f"{neighbours:.3f}")
-    console.print(table)  # the last one, with its residual adds in float, is saved and exported
+            rows.append((words, residual, f"{cosine:.4f}", f"{neighbours:.3f}"))
+    names = (Column("calibration"), Column("residual adds"), number("cosine"), number("same top-1 neighbour"))
+    title = line(f"against the float model, {len(held_out)} held-out docstrings")
+    # The last one, with its residual adds in float, is saved and exported.
+    console.print(View(title, (Table(names, tuple(rows)),)))
     with tempfile.TemporaryDirectory() as temporary:
         again = _reload(qmodel, Path(temporary) / "model", console)
         difference = float((embed(again, tokenizer, held_out, "loaded again") - embeddings).abs().max())

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from qdq_surgery.rules.quant_spec import QuantSpec
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.text.layer_names import star
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
 __all__ = ["COVERED", "Coverage", "Plan", "Refusal", "Site"]
 
@@ -113,8 +109,8 @@ class Coverage:
     refused: int
 
 
-@dataclass(frozen=True)
-class Plan(Rendered):
+@dataclass(frozen=True, repr=False)
+class Plan(Result):
     """What :func:`qdq_surgery.convert` would do to a model.
 
     Attributes:
@@ -169,32 +165,30 @@ class Plan(Rendered):
             "shared": [list(group) for group in self.shared],
         }
 
-    def __rich__(self) -> RenderableType:
-        title = Text.assemble(
-            (self.model, "bold"),
-            f": {len(self.sites)} quantizers by rule set ",
-            (self.rules.name, "bold"),
-            f" in {self.layers} layers",
-        )
-        parts: list[RenderableType] = [title]
-        if self.attention is not None:
-            parts.append(Text(f"attention implementation becomes {self.attention}"))
-        if self.shared:
-            parts.append(Text(f"{sum(map(len, self.shared))} quantizers share {len(self.shared)} ranges"))
-        return Group(*parts, *self.summary())
+    def _title(self) -> Line:
+        count, layers = f": {len(self.sites)} quantizers by rule set ", f" in {self.layers} layers"
+        return line((self.model, "bold"), count, (self.rules.name, "bold"), layers)
 
-    def summary(self) -> list[RenderableType]:
+    def _parts(self) -> Iterable[Part]:
+        if self.attention is not None:
+            yield f"attention implementation becomes {self.attention}"
+        if self.shared:
+            yield f"{sum(map(len, self.shared))} quantizers share {len(self.shared)} ranges"
+        yield from self.summary()
+
+    def summary(self) -> list[Table]:
         """Tables: quantizers by rule, coverage of the encoder layers, refusals."""
-        rules = _table("rule", "matches", "quantizers", "what")
-        for name, count in self.quantizers_by_rule().items():
-            rules.add_row(name, str(self.matches[name]), str(count), self.rules.rule(name).why)
-        covered = _table("in the encoder layers", "found", "quantized", "refused")
-        for kind, coverage in self.coverage.items():
-            covered.add_row(kind, str(coverage.found), str(coverage.quantized), str(coverage.refused))
-        refused = _table("left in float", "places", "reason")
-        for (where, reason), count in self._refusals_by_reason().items():
-            refused.add_row(where, str(count), reason)
-        return [rules, covered, refused] if refused.row_count else [rules, covered]
+        counts = self.quantizers_by_rule().items()
+        rules = tuple((name, str(self.matches[name]), str(count), self.rules.rule(name).why) for name, count in counts)
+        covered = tuple((kind, *map(str, vars(coverage).values())) for kind, coverage in self.coverage.items())
+        refused = tuple((where, str(count), why) for (where, why), count in self._refusals_by_reason().items())
+        where = Column("in the encoder layers", wraps=False)
+        tables = [
+            Table((Column("rule", wraps=False), number("matches"), number("quantizers"), Column("what")), rules),
+            Table((where, number("found"), number("quantized"), number("refused")), covered),
+            Table((Column("left in float"), number("places"), Column("reason")), refused),
+        ]
+        return tables if refused else tables[:2]
 
     def _refusals_by_reason(self) -> dict[tuple[str, str], int]:
         """Refusals that differ only in the layer's number count as one."""
@@ -204,16 +198,3 @@ class Plan(Rendered):
             key = (where, refusal.reason)
             groups[key] = groups.get(key, 0) + refusal.count
         return groups
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for index, column in enumerate(columns):
-        number = column in ("matches", "quantizers", "places", "found", "quantized", "refused")
-        table.add_column(
-            column,
-            justify="right" if number else "left",
-            overflow="fold",
-            no_wrap=number or (index == 0 and len(columns) == 4),
-        )
-    return table

@@ -16,7 +16,7 @@ from qdq_surgery.match.site_names import LINEAR_NAMES, MODULE_PATH, QUANTIZER_PA
 from qdq_surgery.rules.pattern import COMMUTATIVE, OPERATORS
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.safety.untrusted import DamagedError, Item, quoted
-from qdq_surgery.text.layer_names import join_layers, split_layers, star, unstar
+from qdq_surgery.text.layer_names import by_layers, split_layers, star, unstar
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 
 __all__ = ["folded_sites", "known_from_data", "known_to_data", "plan_from_data", "plan_to_data"]
@@ -41,17 +41,17 @@ _SITE = ("routine", "origin", "position", "role", "operator", "capture", "rule",
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
     """``plan`` as JSON-able data; its rules are not in it."""
-    sites: dict[tuple[Any, ...], list[int | None]] = {}
-    for site in plan.sites:
-        key = (star(site.quantizer, site.layer), *(getattr(site, name) for name in _SITE))
-        sites.setdefault(key, []).append(site.layer)
+    sites = by_layers(
+        ((star(site.quantizer, site.layer), *(getattr(site, name) for name in _SITE)), site.layer)
+        for site in plan.sites
+    )
     return {
         "model": plan.model,
         "model_type": plan.model_type,
         "matches": plan.matches,
         "coverage": {kind: [each.found, each.quantized, each.refused] for kind, each in plan.coverage.items()},
         "layers": plan.layers,
-        "sites": [[_layers(layers), *key] for key, layers in sites.items()],
+        "sites": [[layers, *key] for key, layers in sites.items()],
         "refusals": [[r.path, r.operator, r.reason, r.rule, r.layer, r.source, r.count] for r in plan.refusals],
     }
 
@@ -204,11 +204,8 @@ def _part_of_origin(item: Item) -> str | int:
 
 def folded_sites(data: Item) -> dict[str, str | None]:
     """The names of the sites in what :func:`plan_to_data` gave, folded as in :mod:`~qdq_surgery.text.layer_names`."""
-    found: dict[str, list[int]] = {}
-    for entry in data.fields(_PLAN)["sites"].items():
-        layers, name = _parts(entry, 10)[:2]
-        found.setdefault(name.text(), []).extend(each for each in _layers_of(layers) if each is not None)
-    return {name: join_layers(layers) if layers else None for name, layers in found.items()}
+    entries = (_parts(entry, 10)[:2] for entry in data.fields(_PLAN)["sites"].items())
+    return by_layers((name.text(), layer) for layers, name in entries for layer in _layers_of(layers))
 
 
 def known_to_data(known: Mapping[tuple[str, str], frozenset[Origin]], layers: Mapping[str, int | None]) -> list[Any]:
@@ -217,11 +214,11 @@ def known_to_data(known: Mapping[tuple[str, str], frozenset[Origin]], layers: Ma
     Args:
         layers: The encoder layer of each block.
     """
-    folded: dict[tuple[str, str, tuple[Origin, ...]], list[int | None]] = {}
-    for (owner, kind), origins in known.items():
-        layer = layers.get(owner)
-        folded.setdefault((star(owner, layer), kind, tuple(sorted(origins, key=repr))), []).append(layer)
-    return [[_layers(found), *key] for key, found in folded.items()]
+    found = by_layers(
+        ((star(owner, layers.get(owner)), kind, tuple(sorted(origins, key=repr))), layers.get(owner))
+        for (owner, kind), origins in known.items()
+    )
+    return [[where, *key] for key, where in found.items()]
 
 
 def known_from_data(data: Item) -> dict[tuple[str, str], frozenset[Origin]]:
@@ -238,7 +235,3 @@ def known_from_data(data: Item) -> dict[tuple[str, str], frozenset[Origin]]:
         which = kind.one_of(("forward", "attention"))
         known.update({(unstar(path, layer), which): found for layer in _layers_of(layers)})
     return known
-
-
-def _layers(layers: list[int | None]) -> str | None:
-    return None if layers[0] is None else join_layers(layer for layer in layers if layer is not None)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, line
 
 __all__ = ["VERDICTS", "Finding", "Findings"]
 
@@ -59,8 +54,8 @@ class Finding:
         return f"{first} (and {', '.join([*shown, *more])})" if others else first
 
 
-@dataclass(frozen=True)
-class Findings(Rendered):
+@dataclass(frozen=True, repr=False)
+class Findings(Result):
     """All that the linter found in one file, what blocks first.
 
     Attributes:
@@ -94,22 +89,18 @@ class Findings(Rendered):
             "findings": [asdict(finding) for finding in self.findings],
         }
 
-    def __rich__(self) -> RenderableType:
-        counts = {verdict: len(self.with_verdict(verdict)) for verdict in VERDICTS}
-        head = Text.assemble(
+    def _title(self) -> Line:
+        blocks, idle, enables = (len(self.with_verdict(verdict)) for verdict in VERDICTS[:3])
+        return line(
             (self.model, "bold"),
             " for ",
             (self.target, "bold"),
-            f": {self.sites} Q/DQ sites; {counts['blocks']} findings block a fusion, {counts['idle']} are only work, "
-            f"{counts['enables']} enable one",
+            f": {self.sites} Q/DQ sites; {blocks} findings block a fusion, {idle} are only work, {enables} enable one",
         )
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for finding, places in self._alike():
-            style = _STYLES[finding.verdict]
-            table.add_row(Text(finding.verdict, style=style), _words(finding, places, style))
-        return Group(head, table)
+
+    def _parts(self) -> Iterable[Part]:
+        rows = ((line((each.verdict, _STYLES[each.verdict])), _words(each, places)) for each, places in self._alike())
+        yield Table((Column("verdict", wraps=False), Column("finding")), tuple(rows), header=None)
 
     def _alike(self) -> list[tuple[Finding, dict[str, int]]]:
         """One finding for all that say the same, with its places; those that differ only in the layer count as one."""
@@ -121,14 +112,11 @@ class Findings(Rendered):
         return list(groups.values())
 
 
-def _words(finding: Finding, places: dict[str, int], style: str) -> RenderableType:
-    head = Text.assemble((finding.fusion, f"bold {style}"), f": {_starred(finding.reason)}")
-    parts: list[RenderableType] = [head]
-    if finding.remedy:
-        parts.append(Text(f"-> {_starred(finding.remedy)}", style="italic"))
-    for where, count in places.items():
-        parts.append(Padding(Text(f"{count} x {where}" if count > 1 else where), (0, 0, 0, 4)))
-    return Group(*parts)
+def _words(finding: Finding, places: dict[str, int]) -> tuple[Line, ...]:
+    head = line((finding.fusion, f"bold {_STYLES[finding.verdict]}"), f": {_starred(finding.reason)}")
+    remedy = [line((f"-> {_starred(finding.remedy)}", "italic"))] if finding.remedy else []
+    found = (line(f"{count} x {where}" if count > 1 else where, indent=4) for where, count in places.items())
+    return head, *remedy, *found
 
 
 def _starred_names(names: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ they differ by no more than half of that, or are as near to the float model's as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,7 +34,7 @@ from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
 from qdq_surgery.text.optional_imports import require
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, line
 
 __all__ = ["Check", "Parity", "SiteCheck", "certify"]
 
@@ -123,8 +120,8 @@ class Check:
         return f"every site agrees, and the output '{worst}' differs by {self.outputs[worst]:.1e} of its magnitude"
 
 
-@dataclass(frozen=True)
-class Parity(Rendered):
+@dataclass(frozen=True, repr=False)
+class Parity(Result):
     """The certificate of one file.
 
     Attributes:
@@ -158,29 +155,32 @@ class Parity(Rendered):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
-        return asdict(self)
+        """All of it, and the verdict; ``schema`` is the version of this form."""
+        return {"schema": 1, "agrees": self.agrees, **asdict(self)}
 
-    def __rich__(self) -> RenderableType:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("runtime", "sites", "values", "ties", "outputs differ by", "error", "verdict"):
-            table.add_column(column, justify="left" if column in ("runtime", "verdict") else "right", overflow="fold")
-        for check in self.checks:
-            table.add_row(
-                f"{check.runtime} {check.version}",
-                str(len(check.sites)) if check.sites else "fused",
-                f"{sum(site.elements for site in check.sites):,}" if check.sites else "",
-                f"{sum(site.ties for site in check.sites):,}" if check.sites else "",
-                f"{max(check.outputs.values()):.1e}",
-                "" if check.error is None else f"{check.error:.2f} x",
-                check.words(),
-            )
-        legend = Text(
+    def _title(self) -> Line:
+        return line((f"parity of {self.model} with PyTorch", "bold"))
+
+    def _parts(self) -> Iterable[Part]:
+        numbers = [Column(name, right=True) for name in ("sites", "values", "ties", "outputs differ by", "error")]
+        yield Table((Column("runtime"), *numbers, Column("verdict")), tuple(map(_row, self.checks)))
+        yield (
             "ties: values half-way between two steps, rounded the other way. error: distance to the float model over "
             "that of PyTorch's quantized one."
         )
-        notes = [Text(f"not checked: {reason}") for reason in self.left_out]
-        return Group(Text(f"parity of {self.model} with PyTorch", style="bold"), table, legend, *notes)
+        yield from (f"not checked: {reason}" for reason in self.left_out)
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    return (
+        f"{check.runtime} {check.version}",
+        str(len(check.sites)) if check.sites else "fused",
+        f"{sum(site.elements for site in check.sites):,}" if check.sites else "",
+        f"{sum(site.ties for site in check.sites):,}" if check.sites else "",
+        f"{max(check.outputs.values()):.1e}",
+        "" if check.error is None else f"{check.error:.2f} x",
+        check.words(),
+    )
 
 
 def certify(

@@ -9,10 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from qdq_surgery.errors import ModelError, ReceiptError
 from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_file.metadata import read_config
@@ -22,7 +18,7 @@ from qdq_surgery.prove.multiply_adds import count_multiply_adds
 from qdq_surgery.targets.onnxruntime.engine_graph import run_by_onnxruntime
 from qdq_surgery.targets.openvino.engine_graph import run_by_openvino
 from qdq_surgery.targets.tensorrt.engine_graph import run_by_tensorrt
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
 __all__ = ["Gemm", "Leftover", "Receipt", "receipt"]
 
@@ -66,8 +62,8 @@ class Gemm:
     reason: str | None
 
 
-@dataclass(frozen=True)
-class Receipt(Rendered):
+@dataclass(frozen=True, repr=False)
+class Receipt(Result):
     """What of a file runs in INT8 on one runtime.
 
     Attributes:
@@ -158,30 +154,29 @@ class Receipt(Rendered):
             "unclaimed": list(self.unclaimed),
         }
 
-    def __rich__(self) -> RenderableType:
+    def _title(self) -> Line:
         batch, tokens = self.shape
-        parts: list[RenderableType] = [
-            Text.assemble((self.path.name, "bold"), f" on {self._where()}, {batch} x {tokens} tokens"),
-            self._shares(),
-        ]
+        return line((self.path.name, "bold"), f" on {self._where()}, {batch} x {tokens} tokens")
+
+    def _parts(self) -> Iterable[Part]:
+        yield self._shares()
         if self.exceptions:
-            parts.append(self._exceptions())
+            yield self._exceptions()
         if self.leftover:
-            parts.append(self._leftover())
+            yield self._leftover()
         once = sum(not gemm.int8 and gemm.reason is None for gemm in self.gemms)
         if once:
-            parts.append(Text(f"{once} of the products are computed once, when the file is opened"))
+            yield f"{once} of the products are computed once, when the file is opened"
         if self.steps:
-            parts.append(Text(f"{len(self.steps)} quantizers are a pass of their own in front of an integer kernel"))
+            yield f"{len(self.steps)} quantizers are a pass of their own in front of an integer kernel"
         if self.unclaimed:
-            parts.append(Text(f"not in the file, but run: {', '.join(self.unclaimed)}"))
-        return Group(*parts)
+            yield f"not in the file, but run: {', '.join(self.unclaimed)}"
 
     def _where(self) -> str:
         return f"{self.runtime} {self.version}".strip()
 
     def _shares(self) -> Table:
-        table = _table("", "products", "in INT8", "multiply-adds", "share in INT8")
+        rows = []
         for kind in (*KINDS, None):
             of = [gemm for gemm in self.gemms if kind in (None, gemm.kind)]
             share = self.share(kind)
@@ -189,26 +184,28 @@ class Receipt(Rendered):
                 done = str(sum(gemm.int8 for gemm in of))
                 macs = f"{sum(gemm.macs for gemm in of) / 1e6:,.1f} M"
                 words = "all" if kind is None else _WORDS[kind]
-                table.add_row(words, str(len(of)), done, macs, "" if share is None else _percent(share))
-        return table
+                rows.append((words, str(len(of)), done, macs, "" if share is None else _percent(share)))
+        counts = map(number, ("products", "in INT8", "multiply-adds", "share in INT8"))
+        return Table((Column(""), *counts), tuple(rows))
 
     def _exceptions(self) -> Table:
-        table = _table("not in INT8", "products", "multiply-adds", "runs as", "why")
+        rows = []
         every = sum(gemm.macs for gemm in self.gemms)
         for (name, reason), group in _grouped(
             (_starred(gemm.name), _starred(gemm.reason or ""), gemm) for gemm in self.exceptions
         ):
             share = _percent(sum(gemm.macs for gemm in group) / every) if every else ""
             runs = ", ".join(dict.fromkeys(gemm.executed for gemm in group))
-            table.add_row(name, str(len(group)), share, runs, reason)
-        return table
+            rows.append((name, str(len(group)), share, runs, reason))
+        counts = map(number, ("products", "multiply-adds"))
+        return Table((Column("not in INT8"), *counts, Column("runs as"), Column("why")), tuple(rows))
 
     def _leftover(self) -> Table:
-        table = _table("left over", "places", "why")
-        rows = ((_starred(", ".join(each.quantizers) or each.node), _starred(each.why), each) for each in self.leftover)
-        for (name, why), group in _grouped(rows):
-            table.add_row(name, str(len(group)), why)
-        return table
+        named = (
+            (_starred(", ".join(each.quantizers) or each.node), _starred(each.why), each) for each in self.leftover
+        )
+        rows = tuple((name, str(len(group)), why) for (name, why), group in _grouped(named))
+        return Table((Column("left over"), number("places"), Column("why")), rows)
 
 
 def receipt(
@@ -323,11 +320,3 @@ def _grouped(rows: Iterable[tuple[str, Any, Any]]) -> Sequence[tuple[tuple[str, 
 def _starred(text: str) -> str:
     """Names without the numbers of layers and of repeated nodes."""
     return ".".join("*" if part.isdecimal() else part for part in text.split("."))
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        number = column in ("products", "in INT8", "multiply-adds", "share in INT8", "places")
-        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    return table

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.rule import Rule as Line_
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError
@@ -19,13 +15,13 @@ from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_example
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.report.graph_listing import Line, list_routine
 from qdq_surgery.surgery.model_state import is_converted, plan_of
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Column, Part, Result, Table, View, line
+from qdq_surgery.text.view import Line as Words
 from qdq_surgery.trace.units import LoneLeaf, Survey, survey
 
 __all__ = ["BlockDiff", "Diff", "Row", "diff"]
 
-#: Below this many columns the two sides stand under each other.
-_WIDE = 100
+_STYLES = {" ": "", "+": "green", "-": "red", "~": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,18 @@ class BlockDiff:
         blocks = f", {len(self.paths)} blocks" if len(self.paths) != count else ""
         return f"{self.paths[0]}, in {count} layer{'s' if count > 1 else ''}{blocks}"
 
+    def view(self) -> View:
+        """Both sides beside each other, or one line under the other where there is no room."""
+        names = ("before", "", "after", "rule: descriptor")
+        columns = tuple(Column(name, wraps=bool(name)) for name in names)
+        rows = tuple(_cells(row) for row in self.rows)
+        narrow = tuple(each for row in self.rows for each in _lines(row))
+        table = Table(columns, rows, header="dim", gap=1, narrow=narrow)
+        return View(line((self.block, "bold"), f"  {self.where()}"), (table,), ruled=True)
 
-@dataclass(frozen=True)
-class Diff(Rendered):
+
+@dataclass(frozen=True, repr=False)
+class Diff(Result):
     """Before and after of a whole model.
 
     Attributes:
@@ -86,23 +91,23 @@ class Diff(Rendered):
     plan: Plan
     blocks: tuple[BlockDiff, ...]
 
-    def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [
-            Text.assemble(
-                (self.plan.model, "bold"),
-                f": {len(self.plan.sites)} quantizers by rule set ",
-                (self.plan.rules.name, "bold"),
-            )
-        ]
-        parts += [_BlockView(block) for block in self.blocks if block.changed]
+    def _title(self) -> Words:
+        count = f": {len(self.plan.sites)} quantizers by rule set "
+        return line((self.plan.model, "bold"), count, (self.plan.rules.name, "bold"))
+
+    def _parts(self) -> Iterable[Part]:
+        for block in self.blocks:
+            if block.changed:
+                yield from ("", block.view())
         unchanged = list(dict.fromkeys(block.block for block in self.blocks if not block.changed))
         if unchanged:
-            parts.append(Text(f"\nunchanged: {', '.join(unchanged)}\n"))
+            yield from ("", f"unchanged: {', '.join(unchanged)}", "")
         if self.plan.attention is not None:
-            parts.append(Text(f"attention implementation: {self.plan.attention}\n"))
-        for table in self.plan.summary():
-            parts += [table, Text()]
-        return Group(*parts[:-1])
+            yield from (f"attention implementation: {self.plan.attention}", "")
+        first, *others = self.plan.summary()
+        yield first
+        for table in others:
+            yield from ("", table)
 
     def to_json(self) -> dict[str, Any]:
         """The diff as plain data; ``schema`` is the version of this form."""
@@ -189,11 +194,8 @@ def _align(before: tuple[Line, ...], after: tuple[Line, ...]) -> Iterator[Row]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "mark": row.mark,
-        "before": None if row.before is None else row.before.text,
-        "after": None if row.after is None else row.after.text,
-    }
+    before, after = (None if side is None else side.text for side in (row.before, row.after))
+    made: dict[str, Any] = {"mark": row.mark, "before": before, "after": after}
     if row.after is not None and row.after.quantizer is not None:
         made["quantizer"] = row.after.quantizer
         if row.after.provenance is not None:
@@ -201,48 +203,20 @@ def _row_json(row: Row) -> dict[str, Any]:
     return made
 
 
-@dataclass(frozen=True)
-class _BlockView:
-    """Draws one block type: in two columns where there is room, else one line under the other."""
-
-    block: BlockDiff
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text()
-        yield Line_(Text.assemble((self.block.block, "bold"), f"  {self.block.where()}"), align="left", characters="-")
-        yield self._two_columns() if options.max_width >= _WIDE else self._one_column()
-
-    def _two_columns(self) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), expand=False, header_style="dim")
-        table.add_column("before", ratio=4, overflow="fold")
-        table.add_column("", width=1)
-        table.add_column("after", ratio=5, overflow="fold")
-        table.add_column("rule: descriptor", ratio=3, overflow="fold")
-        for row in self.block.rows:
-            style = _STYLES[row.mark]
-            table.add_row(
-                Text("" if row.before is None else row.before.text, style="red" if row.mark == "-" else ""),
-                Text(row.mark, style=style),
-                Text("" if row.after is None else row.after.text, style=style),
-                Text(_reason(row.after), style=style),
-            )
-        return table
-
-    def _one_column(self) -> Text:
-        text = Text()
-        for row in self.block.rows:
-            if row.mark in ("-", "~") and row.before is not None:
-                text.append(f"- {row.before.text}\n", style="red")
-            if row.after is not None:
-                mark = "+" if row.mark in ("+", "~") else " "
-                text.append(f"{mark} {row.after.text}\n", style=_STYLES[mark])
-                if reason := _reason(row.after):
-                    text.append(f"    {reason}\n", style="dim green")
-        text.rstrip()
-        return text
+def _cells(row: Row) -> tuple[Words, ...]:
+    style, before = _STYLES[row.mark], "" if row.before is None else row.before.text
+    after = (row.mark, "" if row.after is None else row.after.text, _reason(row.after))
+    return line((before, "red" if row.mark == "-" else "")), *(line((text, style)) for text in after)
 
 
-_STYLES = {" ": "", "+": "green", "-": "red", "~": "yellow"}
+def _lines(row: Row) -> Iterator[Words]:
+    if row.mark in ("-", "~") and row.before is not None:
+        yield line((f"- {row.before.text}", "red"))
+    if row.after is not None:
+        mark = "+" if row.mark in ("+", "~") else " "
+        yield line((f"{mark} {row.after.text}", _STYLES[mark]))
+        if reason := _reason(row.after):
+            yield line((f"    {reason}", "dim green"))
 
 
 def _reason(line: Line | None) -> str:

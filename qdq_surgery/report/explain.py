@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
 from torch import nn
 
 from qdq_surgery.errors import ModelError
 from qdq_surgery.match.plan import Refusal
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import plan_of, quantizers
-from qdq_surgery.text.render import Rendered
+from qdq_surgery.text.view import Line, Part, Result, line
 
 __all__ = ["Explanation", "explain"]
 
 
-@dataclass(frozen=True)
-class Explanation(Rendered):
+@dataclass(frozen=True, repr=False)
+class Explanation(Result):
     """Quantizers and refusals at and below one module.
 
     Attributes:
@@ -33,29 +32,28 @@ class Explanation(Rendered):
     found: dict[str, TensorQuantizer]
     refusals: tuple[Refusal, ...]
 
-    def __rich__(self) -> RenderableType:
-        lines = [Text(self.path or "the whole model", style="bold")]
+    def _title(self) -> Line:
+        return line((self.path or "the whole model", "bold"))
+
+    def _parts(self) -> Iterable[Part]:
         for name, quantizer in self.found.items():
             origin = quantizer.provenance
-            lines.append(Text(f"+ {name}", style="green"))
-            lines.append(Text(f"    {quantizer.extra_repr()}"))
+            yield from (line((f"+ {name}", "green")), f"    {quantizer.extra_repr()}")
             if origin is not None:
                 declared = f", {origin.declared}" if origin.declared else ""
-                lines.append(
-                    Text(f"    {origin.operand} at {origin.source}, by rule {origin.rule} of {origin.rules}{declared}")
-                )
-                lines.append(Text(f"    because: {origin.why}"))
+                yield f"    {origin.operand} at {origin.source}, by rule {origin.rule} of {origin.rules}{declared}"
+                yield f"    because: {origin.why}"
         for refusal in self.refusals:
             place = f" at {refusal.source}" if refusal.source else ""
-            lines.append(Text(f"- {refusal.path}: {refusal.operator}{place}", style="yellow"))
-            lines.append(Text(f"    because: {refusal.reason}"))
-        if len(lines) == 1:
-            lines.append(Text("  nothing here: no operator that a rule is about"))
-        return Group(*lines)
+            yield line((f"- {refusal.path}: {refusal.operator}{place}", "yellow"))
+            yield f"    because: {refusal.reason}"
+        if not self.found and not self.refusals:
+            yield "  nothing here: no operator that a rule is about"
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """The same as plain data; ``schema`` is the version of this form."""
         return {
+            "schema": 1,
             "path": self.path,
             "quantizers": {
                 name: None if quantizer.provenance is None else quantizer.provenance._asdict()

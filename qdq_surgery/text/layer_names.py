@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
 
-__all__ = ["expand", "fold", "join_layers", "split_layers", "star", "unstar"]
+__all__ = ["by_layers", "expand", "fold", "join_layers", "layer_in", "split_layers", "star", "unstar"]
 
 #: No model has more layers, or names that are folded, than this: a text that says so would fill the memory.
 _MOST_LAYERS, _MOST_NAMES = 10_000, 100_000
@@ -14,6 +15,8 @@ _RUN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", re.ASCII)
 
 #: Stands for the number of the encoder layer.
 _STAR = "*"
+
+_K = TypeVar("_K", bound=Hashable)
 
 
 def star(name: str, layer: int | None) -> str:
@@ -27,6 +30,11 @@ def star(name: str, layer: int | None) -> str:
 def unstar(name: str, layer: int | None) -> str:
     """The name that :func:`star` was given."""
     return name if layer is None else name.replace(_STAR, str(layer))
+
+
+def layer_in(name: str) -> int | None:
+    """The first number in a name: its layer, where nothing else tells it."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def join_layers(layers: Iterable[int]) -> str:
@@ -65,12 +73,15 @@ def _runs(text: str) -> list[range]:
 
 def fold(names: Mapping[str, int | None]) -> dict[str, str | None]:
     """Names with their layers, folded: starred name to layers; ``None`` for a name outside the layers."""
-    layers: dict[str, list[int]] = {}
-    for name, layer in names.items():
-        found = layers.setdefault(star(name, layer), [])
-        if layer is not None:
-            found.append(layer)
-    return {name: join_layers(found) if found else None for name, found in layers.items()}
+    return by_layers((star(name, layer), layer) for name, layer in names.items())
+
+
+def by_layers(items: Iterable[tuple[_K, int | None]]) -> dict[_K, str | None]:
+    """Things that several layers have, each once, with these layers joined; ``None`` for what is outside of them."""
+    layers: dict[_K, list[int]] = {}
+    for key, layer in items:
+        layers.setdefault(key, []).extend(() if layer is None else (layer,))
+    return {key: join_layers(found) if found else None for key, found in layers.items()}
 
 
 def expand(folded: Mapping[str, str | None]) -> list[str]:

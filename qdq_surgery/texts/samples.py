@@ -24,7 +24,6 @@ _TOKENS = "tokens"
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _ROWS = (".jsonl", ".ndjson")
-_FORMATS = ".txt (a text in each line), .jsonl, .csv or .tsv"
 
 #: Headers of tables that are met most, in a file that is called a text.
 _HEADERS = frozenset("text sentence sentence1 sentence2 question premise hypothesis label labels id idx index".split())

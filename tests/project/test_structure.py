@@ -50,6 +50,7 @@ HOMES = {
     "onnx": {"prove"},
     "onnx_ir": {"onnx_file", "onnx_graph", "serve", "export", "targets", "prove", "onnx_export"},
     "onnxruntime": {"serve"},
+    "rich": {"text", "cli"},
 }
 
 #: Rooms that know neither Hugging Face's models nor their configs.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdq_surgery.text.layer_names import expand, fold, join_layers, split_layers, star, unstar
+from qdq_surgery.text.layer_names import by_layers, expand, fold, join_layers, layer_in, split_layers, star, unstar
 
 PROPERTY = settings(max_examples=200, deadline=None, database=None, derandomize=True)
 
@@ -54,6 +54,19 @@ def test_names_go_back(names: dict[str, int | None]) -> None:
 def test_what_it_looks_like(names: dict[str, int | None], folded: dict[str, str | None]) -> None:
     assert fold(names) == folded
     assert expand(folded) == list(names)
+
+
+def test_things_of_several_layers_are_one() -> None:
+    items = [(("q", 1), 2), (("q", 1), 0), (("q", 2), 1), (("p", 0), None), (("q", 1), 1)]
+    assert by_layers(items) == {("q", 1): "0-2", ("q", 2): "1", ("p", 0): None}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("encoder.layer.3.output.1", 3), ("layer.10", 10), ("dense_1.q", None), ("", None), ("a.²", None)],
+)
+def test_the_layer_in_a_name(name: str, layer: int | None) -> None:
+    assert layer_in(name) == layer
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "3-1", "0,1", "0-99999999999", "1e3", "0--2"])
