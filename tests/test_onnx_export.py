@@ -36,7 +36,7 @@ from qdq_surgery.export.qparams import read_grids
 from qdq_surgery.hf.example_inputs import make_examples
 from qdq_surgery.hf.sample_inputs import sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
-from qdq_surgery.onnx_file.stored import read_metadata, read_sites, stored_weights
+from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.onnx_file.writer import LARGEST
 
 onnx = pytest.importorskip("onnx")
@@ -169,7 +169,7 @@ def test_every_head(model_type: str, head: str, options: dict[str, Any]) -> None
     settings = {name: value for name, value in settings.items() if value is not None}
     qmodel, file = exported(model_type, head, **settings)
     assert_same(qmodel, file, (3, 12) if "chunk_size_feed_forward" in options else SHAPES[0])
-    metadata = read_metadata(file.path)
+    metadata = open_exported(file.path).metadata
     assert metadata["class"] == head
     with torch.no_grad():
         returned = type(qmodel(**inputs_for(qmodel, SHAPES[0] if "chunk" not in str(options) else (3, 12))))
@@ -283,8 +283,8 @@ def test_the_scores_factor_is_in_the_queries(model_type: str) -> None:
 
 def stored_as(qmodel: PreTrainedModel, file: Export) -> dict[str, tuple[Any, Any]]:
     """For each weight: what the file holds, and what PyTorch's quantizer gives."""
-    weights, found = stored_weights(file.path), {}
-    for site in read_sites(file.path):
+    weights, found = open_exported(file.path).weights, {}
+    for site in open_exported(file.path).sites:
         if site.role == "weight":
             linear = qmodel.get_submodule(site.name.removesuffix("._weight_quantizer"))
             with torch.no_grad():
@@ -429,7 +429,7 @@ def test_shared_ranges(tmp_path: Path) -> None:
     qmodel = calibrated(rules="fuse-qkv", num_hidden_layers=1)
     file = export_onnx(qmodel, tmp_path / "model.onnx", target="tensorrt")
     assert_same(qmodel, file, SHAPES[0])
-    weights = {name: value for name, value in stored_weights(file.path).items() if "self" in name}
+    weights = {name: value for name, value in open_exported(file.path).weights.items() if "self" in name}
     assert len(weights) == 3
 
 
@@ -451,7 +451,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert not model.functions
     assert model.producer_name == "qdq_surgery"
     assert model.graph.name == "BertForQuestionAnswering"
-    metadata = read_metadata(file.path)
+    metadata = open_exported(file.path).metadata
     assert {name: metadata[name] for name in ("version", "target", "rules", "class", "outputs")} == {
         "version": qs.__version__,
         "target": "onnxruntime",
@@ -463,7 +463,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert config["model_type"] == "bert"
     assert config["num_hidden_layers"] == 1
     assert "_name_or_path" not in config
-    assert tuple(read_sites(file.path)) == file.sites
+    assert tuple(open_exported(file.path).sites) == file.sites
     onnx.checker.check_model(model, full_check=True)
 
 

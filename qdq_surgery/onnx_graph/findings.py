@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from qdq_surgery.text.layer_names import star_numbers
 from qdq_surgery.text.render import Rendered
 
 __all__ = ["VERDICTS", "Finding", "Findings"]
@@ -20,7 +19,6 @@ __all__ = ["VERDICTS", "Finding", "Findings"]
 VERDICTS = ("blocks", "idle", "enables", "note")
 
 _STYLES = {"blocks": "bold red", "idle": "yellow", "enables": "green", "note": "cyan"}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|/)")
 _SHOWN = 6
 
 
@@ -48,7 +46,7 @@ class Finding:
     @property
     def where(self) -> str:
         """The site, or else the nodes, with a star for the layer's number."""
-        names = _starred_names(self.sites or self.nodes)
+        names = list(dict.fromkeys(map(star_numbers, self.sites or self.nodes)))
         if not names:
             return "the model"
         first, *others = names
@@ -115,25 +113,17 @@ class Findings(Rendered):
         """One finding for all that say the same, with its places; those that differ only in the layer count as one."""
         groups: dict[tuple[str, ...], tuple[Finding, dict[str, int]]] = {}
         for finding in self.findings:
-            key = (finding.verdict, finding.fusion, _starred(finding.reason), _starred(finding.remedy))
+            key = (finding.verdict, finding.fusion, star_numbers(finding.reason), star_numbers(finding.remedy))
             places = groups.setdefault(key, (finding, {}))[1]
             places[finding.where] = places.get(finding.where, 0) + 1
         return list(groups.values())
 
 
 def _words(finding: Finding, places: dict[str, int], style: str) -> RenderableType:
-    head = Text.assemble((finding.fusion, f"bold {style}"), f": {_starred(finding.reason)}")
+    head = Text.assemble((finding.fusion, f"bold {style}"), f": {star_numbers(finding.reason)}")
     parts: list[RenderableType] = [head]
     if finding.remedy:
-        parts.append(Text(f"-> {_starred(finding.remedy)}", style="italic"))
+        parts.append(Text(f"-> {star_numbers(finding.remedy)}", style="italic"))
     for where, count in places.items():
         parts.append(Padding(Text(f"{count} x {where}" if count > 1 else where), (0, 0, 0, 4)))
     return Group(*parts)
-
-
-def _starred_names(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(map(_starred, names)))
-
-
-def _starred(text: str) -> str:
-    return _NUMBER.sub("*", text)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["expand", "fold", "join_layers", "split_layers", "star", "unstar"]
+__all__ = ["expand", "fold", "join_layers", "split_layers", "star", "star_numbers", "unstar"]
 
 #: No model has more layers, or names that are folded, than this: a text that says so would fill the memory.
 _MOST_LAYERS, _MOST_NAMES = 10_000, 100_000
 
 _RUN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", re.ASCII)
+#: The path of a module in a text; a decimal number is none.
+_PATH = re.compile(r"(?<![\w.])[^\W\d]\w*(?:\.\w+)+")
 
 #: Stands for the number of the encoder layer.
 _STAR = "*"
@@ -22,6 +24,11 @@ def star(name: str, layer: int | None) -> str:
     if layer is not None and str(layer) in parts:
         parts[parts.index(str(layer))] = _STAR
     return ".".join(parts)
+
+
+def star_numbers(text: str) -> str:
+    """``text`` with every number of a module replaced, in all paths in it: of names whose layer is not known."""
+    return _PATH.sub(lambda path: ".".join(_STAR if part.isdecimal() else part for part in path[0].split(".")), text)
 
 
 def unstar(name: str, layer: int | None) -> str:

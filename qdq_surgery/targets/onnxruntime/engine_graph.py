@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
-from qdq_surgery.onnx_graph.products import MOVES, FileGemm, FileGraph, module_of
+from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.onnx_graph.products import Product, module_of
+from qdq_surgery.onnx_graph.qdq_pairs import MOVES
 from qdq_surgery.text.optional_imports import require
 
 __all__ = ["run_by_onnxruntime"]
@@ -43,7 +45,7 @@ _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _LARGE = 1024
 
 
-def run_by_onnxruntime(graph: FileGraph) -> Executed:
+def run_by_onnxruntime(graph: OnnxGraph) -> Executed:
     """What ONNX Runtime made of the file, on the CPU with all its optimizations.
 
     Raises:
@@ -81,7 +83,7 @@ def _optimize(path: Path, runtime: Any) -> Any:
 
 
 class _Optimized:
-    def __init__(self, graph: FileGraph, model: Any) -> None:
+    def __init__(self, graph: OnnxGraph, model: Any) -> None:
         self.graph = graph
         self.nodes = list(model.graph.node)
         self.constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -94,14 +96,14 @@ class _Optimized:
         self._sites = {name: site for site in graph.sites for name in (site.quantize, site.dequantize) if name}
         # The integers of a pair keep their name wherever its QuantizeLinear goes.
         self._integers = {
-            value: site
+            str(value.name): site
             for site in graph.sites
             if site.quantize in graph.nodes
-            for value in graph.nodes[site.quantize].output
+            for value in graph.nodes[site.quantize].outputs
         }
 
     def kernels(self) -> dict[str, Kernel]:
-        return {gemm.name: self._kernel(gemm) for gemm in self.graph.gemms}
+        return {gemm.name: self._kernel(gemm) for gemm in self.graph.products}
 
     def unclaimed(self) -> Iterator[str]:
         """Products that the file does not have."""
@@ -133,7 +135,7 @@ class _Optimized:
             taken = {id(node) for node in claimed.values()}
             found: dict[str, list[Any]] = {
                 gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
-                for gemm in self.graph.gemms
+                for gemm in self.graph.products
                 if gemm.name not in claimed
             }
             wanted = [id(node) for nodes in found.values() for node in nodes]
@@ -143,7 +145,7 @@ class _Optimized:
                     claimed[name] = nodes[0]
         return claimed
 
-    def _kernel(self, gemm: FileGemm) -> Kernel:
+    def _kernel(self, gemm: Product) -> Kernel:
         node = self._claimed.get(gemm.name)
         if node is None and gemm.constant and not any(self.unclaimed()):
             return Kernel("constant", "computed when the file is opened")
@@ -221,14 +223,14 @@ def _base(node: Any) -> str:
     return str(node.name).removeprefix("fused ")
 
 
-def _same_name(node: Any, gemm: FileGemm) -> bool:
+def _same_name(node: Any, gemm: Product) -> bool:
     return _base(node) == gemm.name
 
 
-def _longer_name(node: Any, gemm: FileGemm) -> bool:
+def _longer_name(node: Any, gemm: Product) -> bool:
     return node.op_type in _GEMMS and _base(node).startswith(f"{gemm.name}/")
 
 
-def _same_value(node: Any, gemm: FileGemm) -> bool:
+def _same_value(node: Any, gemm: Product) -> bool:
     outputs: Sequence[str] = node.output
     return node.op_type in _GEMMS and any(value in gemm.aliases for value in outputs)

@@ -14,8 +14,9 @@ pytest.importorskip("onnxruntime")
 from exported import compute, graph, operators  # noqa: E402
 
 from qdq_surgery.errors import ExportError  # noqa: E402
-from qdq_surgery.export.passes.lower_qdq import Lowered, lower, typed_scale  # noqa: E402
+from qdq_surgery.export.passes.lower_qdq import lower, typed_scale  # noqa: E402
 from qdq_surgery.export.qparams import Grid  # noqa: E402
+from qdq_surgery.onnx_graph.qdq_pairs import Pair  # noqa: E402
 from qdq_surgery.quantize.export_node import FAKE_QUANT_DOMAIN  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
@@ -40,7 +41,7 @@ def weight(name: str = "l._weight_quantizer", axis: int | None = 0, amax: Any = 
     return Grid(name, "weight", None if amax is None else np.asarray(amax, np.float32), axis, False, False, False)
 
 
-def lowered(model: ir.Model, *grids: Grid, activations: str = "int8", **weights: Any) -> list[Lowered]:
+def lowered(model: ir.Model, *grids: Grid, activations: str = "int8", **weights: Any) -> list[Pair]:
     return lower(model.graph, {grid.name: grid for grid in grids}, activations, weights)
 
 
