@@ -36,6 +36,7 @@ from qdq_surgery.export.qparams import read_grids
 from qdq_surgery.hf.example_inputs import make_examples
 from qdq_surgery.hf.sample_inputs import sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
+from qdq_surgery.onnx_file import opened, reader
 from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.onnx_file.writer import LARGEST
 
@@ -734,6 +735,20 @@ def test_a_runtime_that_is_not_installed_is_told_of(
     assert file.parity is not None
     assert {check.runtime.partition(",")[0] for check in file.parity.checks} == {"onnxruntime"}
     assert "not checked: OpenVINO, which is not installed; pip install 'qdq-surgery[openvino]'" in file.parity.to_text()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("parity", [True, False])
+def test_what_was_built_is_passed_along(
+    parity: bool, tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificate reads the file once; nobody reads the list of sites that was just written."""
+    calls: list[Path] = []
+    right = reader.open_proto
+    monkeypatch.setattr(reader, "open_proto", lambda path: calls.append(Path(path)) or right(path))
+    monkeypatch.setattr(opened, "load_sites", lambda *_: pytest.fail("the sites were parsed"))
+    export_onnx(tiny, tmp_path / "model.onnx", parity=parity)
+    assert [path.name for path in calls] == ["model.onnx"] * parity
 
 
 def wrong_scales(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,13 +114,13 @@ class OnnxGraph:
         pair = None if source is None else self._by_value.get(source)
         return Operand(value, pair, tuple(reversed(moves)), source)
 
-    def upstream(self, value: ir.Value) -> Iterator[ir.Node]:
+    def upstream(self, value: ir.Value | None) -> Iterator[ir.Node]:
         """The nodes that ``value`` comes from: pairs, moves, a bias or a factor, and the first node that does more."""
         queue: list[ir.Value | None] = [value]
         seen: set[ir.Node] = set()
         while queue:
-            value_above = queue.pop(0)
-            node = None if value_above is None else value_above.producer()
+            value = queue.pop(0)
+            node = None if value is None else value.producer()
             if node is None or node in seen:
                 continue
             seen.add(node)
@@ -217,7 +217,7 @@ class OnnxGraph:
         """The GEMM with weights whose output a value is, quantized or not, but for its bias."""
         pair = None if value is None else self._by_value.get(value)
         if pair is not None and pair.quantize is not None:
-            value = pair.quantize.inputs[0]
+            value = pair.source
         node = None if value is None else value.producer()
         if node is not None and node.op_type == "Add" and sum(map(stored, node.inputs)) == 1:
             value = next(each for each in node.inputs if not stored(each))
@@ -230,8 +230,8 @@ class OnnxGraph:
         """Pairs that read one value with different scales."""
         by_source: dict[ir.Value, list[Pair]] = {}
         for pair in self.pairs:
-            if pair.quantize is not None and pair.quantize.inputs[0] is not None:
-                by_source.setdefault(pair.quantize.inputs[0], []).append(pair)
+            if pair.quantize is not None and pair.source is not None:
+                by_source.setdefault(pair.source, []).append(pair)
         return tuple(
             tuple(pairs)
             for pairs in by_source.values()

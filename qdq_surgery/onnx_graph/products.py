@@ -67,7 +67,7 @@ class Product:
     @property
     def weighted(self) -> bool:
         """Whether a factor is stored in the file."""
-        return any(operand.constant for operand in self.operands)
+        return self.kind != "attention"
 
     @property
     def aliases(self) -> frozenset[str]:

@@ -45,9 +45,14 @@ class Pair:
         return tuple(self.site.quantizers)
 
     @property
+    def source(self) -> ir.Value | None:
+        """What is quantized, or the integers that are stored."""
+        return (self.dequantize if self.quantize is None else self.quantize).inputs[0]
+
+    @property
     def constant(self) -> bool:
-        """Whether what is quantized is stored."""
-        return stored((self.quantize or self.dequantize).inputs[0])
+        """Whether that is stored."""
+        return stored(self.source)
 
     @property
     def value(self) -> ir.Value:

@@ -328,7 +328,7 @@ def renamed(edit: Callable[[Any], None]) -> Callable[[Path, Any], Any]:
 
     def changed(path: Path, runtime: Any) -> Any:
         model = optimize(path, runtime)
-        for node in model.graph.node:
+        for node in model.graph:
             edit(node)
         return model
 
@@ -338,7 +338,7 @@ def renamed(edit: Callable[[Any], None]) -> Callable[[Path, Any], Any]:
 def test_a_kernel_that_cannot_be_told_is_unknown(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(node: Any) -> None:
         if node.name.endswith("layer.0.output.dense/MatMul"):
-            node.name, node.output[0] = "another", "value"
+            node.name, node.outputs[0].name = "another", "value"
 
     monkeypatch.setattr(optimized_onnxruntime, "_optimize", renamed(edit))
     found = receipt(files.bert("onnxruntime"), shape=SHAPE)
@@ -354,7 +354,7 @@ def test_a_kernel_that_cannot_be_told_is_unknown(files: Files, monkeypatch: pyte
 def test_a_name_that_two_kernels_have_is_none(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(node: Any) -> None:
         if node.name.endswith(("layer.0.attention.self.key/MatMul", "layer.0.attention.self.query/MatMul")):
-            node.name, node.output[0] = node.name.replace("key", "query"), f"of {node.name}"
+            node.name, node.outputs[0].name = node.name.replace("key", "query"), f"of {node.name}"
 
     monkeypatch.setattr(optimized_onnxruntime, "_optimize", renamed(edit))
     found = receipt(files.bert("onnxruntime"), shape=SHAPE)

@@ -274,16 +274,11 @@ class _Runtime:
             # Moved up over moves: the one that comes behind what is near.
             moves = [each for each in _behind(node) if each.kind in _MOVES]
             near = {self._base(name) for each in (node, *moves) for name in each.names} - {None}
-            gone = [site for site in self._quantizers.values() if site.quantize not in self._inside]
-            sites = [site for site in gone if near & {each.name for each in self._in_front(site)}]
+            gone = [pair for pair in self.graph.pairs if pair.quantize and pair.site.quantize not in self._inside]
+            sites = [pair.site for pair in gone if near & {each.name for each in self.graph.upstream(pair.source)}]
             if len(sites) != 1:
                 return ()
         return tuple(name for site in sites for name in named(site))
-
-    def _in_front(self, site: Site) -> Iterator[ir.Node]:
-        node = self.graph.nodes.get(site.quantize or "")
-        value = None if node is None else node.inputs[0]
-        return iter(()) if value is None else self.graph.upstream(value)
 
 
 def _by_name(node: _Node, gemm: Product) -> bool:
