@@ -23,7 +23,7 @@ from qdq_surgery.export.shared_copy import twin
 from qdq_surgery.hf.sample_inputs import sample_inputs
 from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_file.opened import OnnxFile, open_file
-from qdq_surgery.onnx_file.writer import LARGEST, Draft, data_beside, draft, writable
+from qdq_surgery.onnx_file.writer import data_beside, draft, writable
 from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.lint import lint
 from qdq_surgery.surgery.model_state import plan_of
@@ -152,19 +152,12 @@ def export_onnx(
     built = build(trace(source, inputs, opset, dynamic), qmodel, grids, chosen, activations, weights)
     findings = lint(built)
     with draft(file, overwrite) as temporary:
-        _save(built, temporary)
-        # What the certificate compares is read back, once: the graph, its values and its weights are those of the file
-        # on the disk, which the runtimes open, too. Only which value is which quantizer's is told by what was built: of
-        # a value of another one, the comparison says so.
+        built.save(temporary.graph, temporary.data.name)
+        # The certificate is about the file: its graph, with all values and weights, is read back from the disk, once,
+        # and the runtimes open the same file. Only the list of sites is the built one: it says which value is compared
+        # with which quantizer, and a wrong entry shows as a difference.
         certificate = _certified(source, open_file(temporary.graph, built.sites), inputs, chosen) if parity else None
     return Export(file, target, opset, built.sites, findings, certificate)
-
-
-def _save(built: OnnxFile, file: Draft) -> None:
-    import onnx_ir as ir
-
-    size = sum(value.const_value.nbytes for value in built.model.graph.initializers.values() if value.const_value)
-    ir.save(built.model, file.graph, external_data=file.data.name if size > LARGEST else None)
 
 
 def _certified(model: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], target: Target) -> Parity:

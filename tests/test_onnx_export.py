@@ -30,7 +30,6 @@ from transformers import (
 )
 
 import qdq_surgery as qs
-from qdq_surgery import onnx_export as module
 from qdq_surgery.export.profile import TARGETS
 from qdq_surgery.export.qparams import read_grids
 from qdq_surgery.hf.example_inputs import make_examples
@@ -50,7 +49,6 @@ from exported import assert_parity, calibrated, exported, inputs_for, run, trace
 from qdq_surgery.export import onnx_trace as tracing  # noqa: E402
 from qdq_surgery.export.passes import lower_qdq as lowering  # noqa: E402
 from qdq_surgery.export.pipeline import build as build_graph  # noqa: E402
-from qdq_surgery.serve import intermediates as probing  # noqa: E402
 
 #: Values half-way between two steps may go either way, which moves what comes after; more than this on average is more.
 TIES = 0.02
@@ -496,8 +494,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if protobuf ended early."""
-    monkeypatch.setattr(module, "LARGEST", 1000)
-    monkeypatch.setattr(probing, "LARGEST", 1000)
+    monkeypatch.setattr(opened, "LARGEST", 1000)
 
 
 @pytest.mark.usefixtures("large", "quick")
@@ -529,8 +526,7 @@ def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypa
     assert not np.allclose(again["last_hidden_state"], wanted["last_hidden_state"])
     assert_parity(tiny, moved / "model.onnx", inputs)
     # A small one needs no second file.
-    for each in (module, probing):
-        monkeypatch.setattr(each, "LARGEST", LARGEST)
+    monkeypatch.setattr(opened, "LARGEST", LARGEST)
     export_onnx(tiny, moved / "model.onnx", overwrite=True)
     assert sorted(listing(moved)) == ["model.onnx"]
     assert np.array_equal(run(moved / "model.onnx", inputs)["last_hidden_state"], again["last_hidden_state"])

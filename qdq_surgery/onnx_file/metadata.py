@@ -139,22 +139,22 @@ def read_config(text: str, where: str) -> dict[str, Any]:
     """
     try:
         config = read_json_text(text, where="it")
+        _check_config(config)
     except ValueError as error:
         raise ExportError(f"{where} holds no config that can be read: {error}; export the model again") from error
+    return dict(config)
+
+
+def _check_config(config: Any) -> None:
     if not isinstance(config, dict):
-        raise ExportError(f"{where} holds no config that can be read: it is no object; export the model again")
+        raise ValueError("it is no object")
     for name in _NUMBERS:
         value = config.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST):
-            raise ExportError(
-                f"{where} holds no config that can be read: '{name}' is {quoted(value)}; export the model again"
-            )
+            raise ValueError(f"'{name}' is {quoted(value)}")
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
-        raise ExportError(
-            f"{where} holds no config that can be read: 'model_type' is {quoted(kind)}; export the model again"
-        )
-    return config
+        raise ValueError(f"'model_type' is {quoted(kind)}")
 
 
 def _site(entry: Any, where: str) -> Site:

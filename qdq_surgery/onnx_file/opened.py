@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qdq_surgery.errors import ExportError
 from qdq_surgery.onnx_file.metadata import METADATA, Site, check_sites, load_sites, own_entries, read_config
 from qdq_surgery.onnx_file.reader import open_graph
+from qdq_surgery.onnx_file.writer import LARGEST
 from qdq_surgery.safety.untrusted import quoted
 
 if TYPE_CHECKING:
@@ -87,6 +88,17 @@ class OnnxFile:
             if found is not None:
                 made[name] = found
         return made
+
+    def save(self, path: Path, data: str) -> None:
+        """Write the graph as it is by now.
+
+        Args:
+            data: Name of a file beside it, for weights that are too large to be in it.
+        """
+        import onnx_ir as ir
+
+        size = sum(value.const_value.nbytes for value in self.model.graph.initializers.values() if value.const_value)
+        ir.save(self.model, path, external_data=data if size > LARGEST else None)
 
 
 def open_file(path: str | Path, sites: Sequence[Site] | None = None) -> OnnxFile:

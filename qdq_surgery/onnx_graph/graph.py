@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_file.opened import OnnxFile
@@ -169,15 +169,18 @@ class OnnxGraph:
         return tuple(product for product in self.products if len(product.operands) == 2)
 
     @cached_property
+    def _by_node(self) -> dict[ir.Node, Product]:
+        return {product.node: product for product in self.matmuls}
+
+    @cached_property
     def attentions(self) -> tuple[Attention, ...]:
         """In the order of the graph."""
-        products = {product.node: product for product in self.matmuls}
-        found = (self._attention(node, products) for node in self.graph if node.op_type == "Softmax")
+        found = (self._attention(node) for node in self.graph if node.op_type == "Softmax")
         return tuple(attention for attention in found if attention is not None)
 
-    def _attention(self, softmax: ir.Node, products: dict[ir.Node, Product]) -> Attention | None:
-        above = _path_up(softmax, lambda node: node in products and not products[node].weighted)
-        below = _path_down(softmax, lambda node: node in products and not products[node].weighted)
+    def _attention(self, softmax: ir.Node) -> Attention | None:
+        products = {node: product for node, product in self._by_node.items() if not product.weighted}
+        above, below = _path_up(softmax, products), _path_down(softmax, products)
         if above is None or below is None:
             return None
         context = products[below]
@@ -201,17 +204,15 @@ class OnnxGraph:
         # Read by nothing else: the sum of a GEMM's output and something made of it is part of an activation.
         gemms = [self.gemm_behind(each.source) if _read_once(each.source) else None for each in operands]
         # The identity may be the sum of a GEMM and something itself; the last GEMM in the graph is the local one.
-        order = {product.node: at for at, product in enumerate(self.matmuls)}
-        known = [(order[gemm], at) for at, gemm in enumerate(gemms) if gemm is not None and self._quantized(gemm)]
+        order = list(self._by_node)
+        quantized = ((at, gemm) for at, gemm in enumerate(gemms) if gemm is not None and self._by_node[gemm].pairs)
+        known = [(order.index(gemm), at) for at, gemm in quantized]
         if not known:
             return None
         local = max(known)[1]
         gemm = gemms[local]
         assert gemm is not None
         return Residual(node, gemm, operands[local].pair, operands[1 - local].pair)
-
-    def _quantized(self, gemm: ir.Node) -> bool:
-        return any(product.pairs for product in self.matmuls if product.node is gemm)
 
     def gemm_behind(self, value: ir.Value | None) -> ir.Node | None:
         """The GEMM with weights whose output a value is, quantized or not, but for its bias."""
@@ -222,8 +223,8 @@ class OnnxGraph:
         if node is not None and node.op_type == "Add" and sum(map(stored, node.inputs)) == 1:
             value = next(each for each in node.inputs if not stored(each))
             node = None if value is None else value.producer()
-        weighted = {product.node for product in self.matmuls if product.weighted}
-        return node if node in weighted else None
+        product = None if node is None else self._by_node.get(node)
+        return node if product is not None and product.weighted else None
 
     @cached_property
     def requantized(self) -> tuple[tuple[Pair, ...], ...]:
@@ -244,15 +245,12 @@ def _pair(node: ir.Node, known: Mapping[str, Site]) -> Pair:
     above = None if integers is None else integers.producer()
     quantize = above if above is not None and above.op_type == "QuantizeLinear" else None
     name, value = node.name or "", str(node.outputs[0].name)
-    role = "weight" if quantize is None else "input"
-    return Pair(
-        known.get(name) or Site([name or value], role, None if quantize is None else quantize.name, name, value),
-        node,
-        quantize,
-    )
+    if quantize is None:
+        return Pair(known.get(name) or Site([name or value], "weight", None, name, value), node)
+    return Pair(known.get(name) or Site([name or value], "input", quantize.name, name, value), node, quantize)
 
 
-def _path_up(start: ir.Node, wanted: Any) -> tuple[ir.Node, ...] | None:
+def _path_up(start: ir.Node, wanted: Collection[ir.Node]) -> tuple[ir.Node, ...] | None:
     """The nodes from ``start``, without it, up to the nearest that is wanted."""
     paths: list[tuple[ir.Node, ...]] = [()]
     for _ in range(_DEPTH):
@@ -260,7 +258,7 @@ def _path_up(start: ir.Node, wanted: Any) -> tuple[ir.Node, ...] | None:
         for path in paths:
             for value in (path[-1] if path else start).inputs:
                 node = None if value is None else value.producer()
-                if node is not None and wanted(node):
+                if node is not None and node in wanted:
                     return (*path, node)
                 if node is not None and node.op_type in _ELEMENTWISE:
                     further.append((*path, node))
@@ -268,12 +266,12 @@ def _path_up(start: ir.Node, wanted: Any) -> tuple[ir.Node, ...] | None:
     return None
 
 
-def _path_down(start: ir.Node, wanted: Any) -> ir.Node | None:
+def _path_down(start: ir.Node, wanted: Collection[ir.Node]) -> ir.Node | None:
     """The nearest node below ``start`` that is wanted; Q/DQ pairs are between."""
     values = list(start.outputs)
     for _ in range(_DEPTH):
         nodes = [use.node for value in values for use in value.uses()]
-        found = next((node for node in nodes if wanted(node)), None)
+        found = next((node for node in nodes if node in wanted), None)
         if found is not None:
             return found
         through = (*_ELEMENTWISE, "QuantizeLinear", "DequantizeLinear", "Dropout")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qdq_surgery.errors import ExportError
 from qdq_surgery.onnx_file.opened import OnnxFile
 from qdq_surgery.onnx_file.reader import check_file
-from qdq_surgery.onnx_file.writer import DATA_SUFFIX, LARGEST
+from qdq_surgery.onnx_file.writer import DATA_SUFFIX
 from qdq_surgery.safety.untrusted import quoted
 from qdq_surgery.text.optional_imports import require
 
@@ -106,17 +106,14 @@ def _taken(path: Path, names: Sequence[str], inputs: Mapping[str, NDArray[Any]])
 
 def _with_outputs(file: OnnxFile, values: Sequence[str], folder: Path) -> Path:
     """A copy of the file in ``folder`` with ``values`` among its outputs."""
-    import onnx_ir as ir
-
     graph, path = file.model.graph, folder / file.path.name
     made = {value.name: value for node in graph for value in node.outputs}
     absent = [name for name in values if name not in made]
     if absent:
         raise ExportError(f"{path.name} has no value {quoted(absent[0])}, which it says that it has")
-    size = sum(each.const_value.nbytes for each in graph.initializers.values() if each.const_value)
     graph.outputs.extend(made[name] for name in values)
     try:
-        ir.save(file.model, path, external_data=f"{path.name}{DATA_SUFFIX}" if size > LARGEST else None)
+        file.save(path, f"{path.name}{DATA_SUFFIX}")
     finally:
         for _ in values:
             graph.outputs.pop()
