@@ -19,8 +19,9 @@ from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, Target, get_targ
 from qdq_surgery.export.qparams import read_qparams
 from qdq_surgery.export.shared_copy import twin
 from qdq_surgery.hf.example_inputs import sample_inputs
-from qdq_surgery.onnx_file.sites import Site
-from qdq_surgery.onnx_file.writer import LARGEST, Draft, data_beside, draft, writable
+from qdq_surgery.onnx_file.metadata import Site
+from qdq_surgery.onnx_file.opened import OnnxFile, open_file
+from qdq_surgery.onnx_file.writer import data_beside, draft, writable
 from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.lint import lint
 from qdq_surgery.surgery.model_state import plan_of
@@ -28,7 +29,6 @@ from qdq_surgery.text.optional_imports import require
 from qdq_surgery.text.view import Line, Part, Result, line
 
 if TYPE_CHECKING:
-    from qdq_surgery.export.pipeline import Built
     from qdq_surgery.prove.parity import Parity
 
 __all__ = ["Export", "export_onnx"]
@@ -152,21 +152,17 @@ def export_onnx(
             for name, value in inputs.items()
         }
     built = build(trace(source, inputs, opset, dynamic), qmodel, qparams, chosen, activations, weights)
-    findings = lint(built.model)
+    findings = lint(built)
     with draft(file, overwrite) as temporary:
-        _save(built, temporary)
-        certificate = _certified(source, temporary.graph, inputs, chosen) if parity else None
+        built.save(temporary.graph, temporary.data.name)
+        # The certificate is about the file: its graph, with all values and weights, is read back from the disk, once,
+        # and the runtimes open the same file. Only the list of sites is the built one: it says which value is compared
+        # with which quantizer, and a wrong entry shows as a difference.
+        certificate = _certified(source, open_file(temporary.graph, built.sites), inputs, chosen) if parity else None
     return Export(file, target, opset, built.sites, findings, certificate)
 
 
-def _save(built: Built, file: Draft) -> None:
-    import onnx_ir as ir
-
-    size = sum(value.const_value.nbytes for value in built.model.graph.initializers.values() if value.const_value)
-    ir.save(built.model, file.graph, external_data=file.data.name if size > LARGEST else None)
-
-
-def _certified(model: PreTrainedModel, file: Path, inputs: Mapping[str, Any], target: Target) -> Parity:
+def _certified(model: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], target: Target) -> Parity:
     from qdq_surgery.prove.parity import certify
 
     asked, left_out = ["onnxruntime"], []

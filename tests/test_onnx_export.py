@@ -30,12 +30,12 @@ from transformers import (
 )
 
 import qdq_surgery as qs
-from qdq_surgery import onnx_export as module
 from qdq_surgery.export.profile import TARGETS
 from qdq_surgery.export.qparams import read_qparams
 from qdq_surgery.hf.example_inputs import make_examples, sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
-from qdq_surgery.onnx_file.stored import read_metadata, read_sites, stored_weights
+from qdq_surgery.onnx_file import opened, reader
+from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.onnx_file.writer import LARGEST
 
 onnx = pytest.importorskip("onnx")
@@ -48,7 +48,6 @@ from exported import assert_parity, calibrated, exported, inputs_for, run, trace
 from qdq_surgery.export import onnx_trace as tracing  # noqa: E402
 from qdq_surgery.export.passes import lower_qdq as lowering  # noqa: E402
 from qdq_surgery.export.pipeline import build as build_graph  # noqa: E402
-from qdq_surgery.serve import intermediates as probing  # noqa: E402
 
 #: Values half-way between two steps may go either way, which moves what comes after; more than this on average is more.
 TIES = 0.02
@@ -168,7 +167,7 @@ def test_every_head(model_type: str, head: str, options: dict[str, Any]) -> None
     settings = {name: value for name, value in settings.items() if value is not None}
     qmodel, file = exported(model_type, head, **settings)
     assert_same(qmodel, file, (3, 12) if "chunk_size_feed_forward" in options else SHAPES[0])
-    metadata = read_metadata(file.path)
+    metadata = open_exported(file.path).metadata
     assert metadata["class"] == head
     with torch.no_grad():
         returned = type(qmodel(**inputs_for(qmodel, SHAPES[0] if "chunk" not in str(options) else (3, 12))))
@@ -282,8 +281,8 @@ def test_the_scores_factor_is_in_the_queries(model_type: str) -> None:
 
 def stored_as(qmodel: PreTrainedModel, file: Export) -> dict[str, tuple[Any, Any]]:
     """For each weight: what the file holds, and what PyTorch's quantizer gives."""
-    weights, found = stored_weights(file.path), {}
-    for site in read_sites(file.path):
+    weights, found = open_exported(file.path).weights, {}
+    for site in open_exported(file.path).sites:
         if site.role == "weight":
             linear = qmodel.get_submodule(site.name.removesuffix("._weight_quantizer"))
             with torch.no_grad():
@@ -428,7 +427,7 @@ def test_shared_ranges(tmp_path: Path) -> None:
     qmodel = calibrated(rules="fuse-qkv", num_hidden_layers=1)
     file = export_onnx(qmodel, tmp_path / "model.onnx", target="tensorrt")
     assert_same(qmodel, file, SHAPES[0])
-    weights = {name: value for name, value in stored_weights(file.path).items() if "self" in name}
+    weights = {name: value for name, value in open_exported(file.path).weights.items() if "self" in name}
     assert len(weights) == 3
 
 
@@ -450,7 +449,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert not model.functions
     assert model.producer_name == "qdq_surgery"
     assert model.graph.name == "BertForQuestionAnswering"
-    metadata = read_metadata(file.path)
+    metadata = open_exported(file.path).metadata
     assert {name: metadata[name] for name in ("version", "target", "rules", "class", "outputs")} == {
         "version": qs.__version__,
         "target": "onnxruntime",
@@ -462,7 +461,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
     assert config["model_type"] == "bert"
     assert config["num_hidden_layers"] == 1
     assert "_name_or_path" not in config
-    assert tuple(read_sites(file.path)) == file.sites
+    assert tuple(open_exported(file.path).sites) == file.sites
     onnx.checker.check_model(model, full_check=True)
 
 
@@ -494,8 +493,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if protobuf ended early."""
-    monkeypatch.setattr(module, "LARGEST", 1000)
-    monkeypatch.setattr(probing, "LARGEST", 1000)
+    monkeypatch.setattr(opened, "LARGEST", 1000)
 
 
 @pytest.mark.usefixtures("large", "quick")
@@ -527,8 +525,7 @@ def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypa
     assert not np.allclose(again["last_hidden_state"], wanted["last_hidden_state"])
     assert_parity(tiny, moved / "model.onnx", inputs)
     # A small one needs no second file.
-    for each in (module, probing):
-        monkeypatch.setattr(each, "LARGEST", LARGEST)
+    monkeypatch.setattr(opened, "LARGEST", LARGEST)
     export_onnx(tiny, moved / "model.onnx", overwrite=True)
     assert sorted(listing(moved)) == ["model.onnx"]
     assert np.array_equal(run(moved / "model.onnx", inputs)["last_hidden_state"], again["last_hidden_state"])
@@ -733,6 +730,20 @@ def test_a_runtime_that_is_not_installed_is_told_of(
     assert file.parity is not None
     assert {check.runtime.partition(",")[0] for check in file.parity.checks} == {"onnxruntime"}
     assert "not checked: OpenVINO, which is not installed; pip install 'qdq-surgery[openvino]'" in file.parity.to_text()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("parity", [True, False])
+def test_what_was_built_is_passed_along(
+    parity: bool, tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificate reads the file once; nobody reads the list of sites that was just written."""
+    calls: list[Path] = []
+    right = reader.open_proto
+    monkeypatch.setattr(reader, "open_proto", lambda path: calls.append(Path(path)) or right(path))
+    monkeypatch.setattr(opened, "load_sites", lambda *_: pytest.fail("the sites were parsed"))
+    export_onnx(tiny, tmp_path / "model.onnx", parity=parity)
+    assert [path.name for path in calls] == ["model.onnx"] * parity
 
 
 def wrong_scales(monkeypatch: pytest.MonkeyPatch) -> None:

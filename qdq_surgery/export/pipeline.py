@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
@@ -18,20 +16,13 @@ from qdq_surgery.export.passes.name_nodes import name_nodes
 from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm
 from qdq_surgery.export.profile import Target
 from qdq_surgery.export.qparams import QParams
+from qdq_surgery.onnx_file.metadata import METADATA, dump_sites
+from qdq_surgery.onnx_file.opened import OnnxFile
 from qdq_surgery.onnx_file.origin import describe
-from qdq_surgery.onnx_file.sites import METADATA, Site, dump_sites
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.version import __version__
 
-__all__ = ["Built", "build"]
-
-
-@dataclass(frozen=True)
-class Built:
-    """A finished graph and its pairs."""
-
-    model: ir.Model
-    sites: tuple[Site, ...]
+__all__ = ["build"]
 
 
 def build(
@@ -41,7 +32,7 @@ def build(
     target: Target,
     activations: str,
     weights: Mapping[str, NDArray[np.float32]],
-) -> Built:
+) -> OnnxFile:
     """Lower ``traced`` for ``target``, in place.
 
     Args:
@@ -74,4 +65,4 @@ def build(
             f"{METADATA}sites": dump_sites(sites),
         }
     )
-    return Built(model, sites)
+    return OnnxFile(model, sites=sites)

@@ -18,8 +18,7 @@ from transformers.utils import ModelOutput
 
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.hf.config_facts import max_tokens
-from qdq_surgery.onnx_file.metadata import own_entries, read_config
-from qdq_surgery.onnx_file.sites import METADATA
+from qdq_surgery.onnx_file.metadata import METADATA, own_entries, read_config
 from qdq_surgery.safety.untrusted import quoted
 
 __all__ = ["Origin", "describe", "read_origin"]

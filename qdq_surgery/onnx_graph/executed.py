@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_file.metadata import Site
 
 __all__ = ["Executed", "Kernel", "Leftover", "named"]
 

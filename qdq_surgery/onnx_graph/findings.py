@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qdq_surgery.text.layer_names import star_numbers
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line
 
 __all__ = ["VERDICTS", "Finding", "Findings"]
@@ -15,7 +15,6 @@ __all__ = ["VERDICTS", "Finding", "Findings"]
 VERDICTS = ("blocks", "idle", "enables", "note")
 
 _STYLES = {"blocks": "bold red", "idle": "yellow", "enables": "green", "note": "cyan"}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|/)")
 _SHOWN = 6
 
 
@@ -43,7 +42,7 @@ class Finding:
     @property
     def where(self) -> str:
         """The site, or else the nodes, with a star for the layer's number."""
-        names = _starred_names(self.sites or self.nodes)
+        names = list(dict.fromkeys(map(star_numbers, self.sites or self.nodes)))
         if not names:
             return "the model"
         first, *others = names
@@ -106,22 +105,14 @@ class Findings(Result):
         """One finding for all that say the same, with its places; those that differ only in the layer count as one."""
         groups: dict[tuple[str, ...], tuple[Finding, dict[str, int]]] = {}
         for finding in self.findings:
-            key = (finding.verdict, finding.fusion, _starred(finding.reason), _starred(finding.remedy))
+            key = (finding.verdict, finding.fusion, star_numbers(finding.reason), star_numbers(finding.remedy))
             places = groups.setdefault(key, (finding, {}))[1]
             places[finding.where] = places.get(finding.where, 0) + 1
         return list(groups.values())
 
 
 def _words(finding: Finding, places: dict[str, int]) -> tuple[Line, ...]:
-    head = line((finding.fusion, f"bold {_STYLES[finding.verdict]}"), f": {_starred(finding.reason)}")
-    remedy = [line((f"-> {_starred(finding.remedy)}", "italic"))] if finding.remedy else []
+    head = line((finding.fusion, f"bold {_STYLES[finding.verdict]}"), f": {star_numbers(finding.reason)}")
+    remedy = [line((f"-> {star_numbers(finding.remedy)}", "italic"))] if finding.remedy else []
     found = (line(f"{count} x {where}" if count > 1 else where, indent=4) for where, count in places.items())
     return head, *remedy, *found
-
-
-def _starred_names(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(map(_starred, names)))
-
-
-def _starred(text: str) -> str:
-    return _NUMBER.sub("*", text)

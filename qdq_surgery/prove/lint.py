@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from qdq_surgery.errors import ExportError
 from qdq_surgery.export.profile import get_target
 from qdq_surgery.onnx_file.graph_checks import check_structure
-from qdq_surgery.onnx_file.metadata import own_entries, read_config
-from qdq_surgery.onnx_file.reader import open_graph
-from qdq_surgery.onnx_file.sites import METADATA, check_sites, load_sites
+from qdq_surgery.onnx_file.opened import OnnxFile, open_file
 from qdq_surgery.onnx_graph.findings import VERDICTS, Finding, Findings
+from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.text.optional_imports import require
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "Findings", "lint"]
 
 
-def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model, target: str | None = None) -> Findings:
+def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model | OnnxFile, target: str | None = None) -> Findings:
     """Say for each Q/DQ of an ONNX file which fusion it enables or blocks on a runtime, and why.
 
     Args:
@@ -40,55 +39,48 @@ def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model, target: str | N
         ExportError: There is no such file or target, it is no ONNX file, or it does not tell its target.
         ModelError: onnx_ir is not installed.
     """
-    model = _load(path_or_model)
-    what = str(path_or_model) if isinstance(path_or_model, (str, Path)) else "this model"
-    metadata = own_entries(model.metadata_props.items(), what)
+    file = _opened(path_or_model)
+    metadata, graph = file.metadata, file.model.graph
     if target is None and "target" not in metadata:
         raise ExportError(
             "this model does not tell what it was exported for; give target='onnxruntime', 'openvino' or 'tensorrt'"
         )
     name = get_target(metadata["target"] if target is None else target).name
-    sites = load_sites(metadata.get("sites", "[]"), f"{what}, '{METADATA}sites' of its metadata")
-    nodes = {str(node.name): (node.op_type, [str(value.name) for value in node.outputs]) for node in model.graph}
-    check_sites(sites, nodes, what)
-    config = read_config(metadata.get("config", "{}"), what)
     try:
-        found = list(_check(name, model, sites, config))
+        found = list(_check(name, file))
     except (OSError, ValueError) as error:  # of NumPy and onnx_ir: a constant is not what it says
-        raise ExportError(f"{what} has a constant that cannot be read: {error}") from error
+        raise ExportError(f"{file.path} has a constant that cannot be read: {error}") from error
     merged = sorted(_merged(found), key=lambda finding: VERDICTS.index(finding.verdict))
-    pairs = sum(node.op_type == "DequantizeLinear" for node in model.graph)
-    return Findings(metadata.get("class") or model.graph.name or "the model", name, pairs, tuple(merged))
+    pairs = sum(node.op_type == "DequantizeLinear" for node in graph)
+    return Findings(metadata.get("class") or graph.name or "the model", name, pairs, tuple(merged))
 
 
-def _load(path_or_model: Any) -> ir.Model:
+def _opened(path_or_model: Any) -> OnnxFile:
+    if isinstance(path_or_model, OnnxFile):
+        return path_or_model
+    if isinstance(path_or_model, (str, Path)):
+        return open_file(path_or_model)
     onnx_ir = require("onnx_ir", "looking at an ONNX file")
-    made: ir.Model
     if isinstance(path_or_model, onnx_ir.Model):
-        made = path_or_model
-    elif isinstance(path_or_model, (str, Path)):
-        made = open_graph(path_or_model)
-    else:
-        try:
-            check_structure(path_or_model)
-            made = onnx_ir.from_proto(path_or_model)
-        except ValueError as error:
-            raise ExportError(f"this model is no ONNX graph that can be looked at: {error}") from error
-    return made
+        return OnnxFile(path_or_model)
+    try:
+        check_structure(path_or_model)
+        return OnnxFile(onnx_ir.from_proto(path_or_model))
+    except ValueError as error:
+        raise ExportError(f"this model is no ONNX graph that can be looked at: {error}") from error
 
 
-def _check(name: str, model: ir.Model, sites: list[Any], config: dict[str, Any]) -> Iterator[Finding]:
-    from qdq_surgery.onnx_graph.qdq_pairs import Placement
+def _check(name: str, file: OnnxFile) -> Iterator[Finding]:
     from qdq_surgery.targets.onnxruntime import lint as lint_onnxruntime
     from qdq_surgery.targets.openvino import lint as lint_openvino
     from qdq_surgery.targets.tensorrt import lint as lint_tensorrt
 
     if name == "tensorrt":
-        placement = Placement(model.graph, sites, config, lint_tensorrt.MOVES)
-        return lint_tensorrt.check(placement, model.opset_imports.get("", 0))
+        graph = OnnxGraph(file, lint_tensorrt.MOVES)
+        return lint_tensorrt.check(graph, file.model.opset_imports.get("", 0))
     if name == "openvino":
-        return lint_openvino.check(Placement(model.graph, sites, config, lint_openvino.MOVES, lint_openvino.FACTORS))
-    return lint_onnxruntime.check(Placement(model.graph, sites, config, lint_onnxruntime.MOVES))
+        return lint_openvino.check(OnnxGraph(file, lint_openvino.MOVES, lint_openvino.FACTORS))
+    return lint_onnxruntime.check(OnnxGraph(file, lint_onnxruntime.MOVES))
 
 
 def _merged(findings: list[Finding]) -> list[Finding]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.onnx_graph.products import FileGemm, FileGraph
+from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.onnx_graph.products import Product
 from qdq_surgery.safety.untrusted import quoted
 from qdq_surgery.text.optional_imports import require
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["count_multiply_adds"]
 
@@ -30,7 +34,7 @@ _LARGEST = 2**28
 Shape = tuple[int, ...]
 
 
-def count_multiply_adds(graph: FileGraph, shape: tuple[int, int]) -> tuple[dict[str, int], tuple[int, int]]:
+def count_multiply_adds(graph: OnnxGraph, shape: tuple[int, int]) -> tuple[dict[str, int], tuple[int, int]]:
     """Multiply-adds by the name of the product, and the batch and the tokens that they are for.
 
     The file is run once, on ONNX Runtime without optimizations, and tells its shapes on the way: shape inference stops
@@ -42,7 +46,7 @@ def count_multiply_adds(graph: FileGraph, shape: tuple[int, int]) -> tuple[dict[
     Raises:
         ModelError: The file cannot be run in that shape.
     """
-    feed = {value.name: _input(graph, value, shape) for value in graph.model.graph.input}
+    feed = {str(value.name): _input(graph, value, shape) for value in graph.graph.inputs}
     if not feed:
         raise ModelError(f"{graph.path} takes no inputs, so that nothing can be counted; export the model again")
     shapes = _run(graph, feed, shape)
@@ -50,38 +54,36 @@ def count_multiply_adds(graph: FileGraph, shape: tuple[int, int]) -> tuple[dict[
     sizes = next((each.shape for each in feed.values() if each.dtype.kind != "f"), next(iter(feed.values())).shape[:2])
     if not sizes:
         raise ModelError(f"{graph.path} takes no tokens, so that nothing can be counted; export the model again")
-    return {gemm.name: _counted(graph, gemm, shapes) for gemm in graph.gemms}, (sizes[0], sizes[-1])
+    return {gemm.name: _counted(graph, gemm, shapes) for gemm in graph.products}, (sizes[0], sizes[-1])
 
 
-def _input(graph: FileGraph, value: Any, shape: tuple[int, int]) -> NDArray[Any]:
-    onnx = require("onnx", "a receipt")
-    kind = value.type.tensor_type
-    sizes = [_size(axis, shape) for axis in kind.shape.dim]
-    if kind.elem_type not in _TYPES or min(sizes, default=1) < 1 or math.prod(sizes) > _LARGEST:
+def _input(graph: OnnxGraph, value: ir.Value, shape: tuple[int, int]) -> NDArray[Any]:
+    sizes = [_size(axis, shape) for axis in value.shape or ()]
+    if value.dtype is None or value.dtype not in _TYPES or min(sizes, default=1) < 1 or math.prod(sizes) > _LARGEST:
         raise ModelError(
-            f"{graph.path} takes {quoted(value.name)} as {'x'.join(map(str, sizes))} of type {kind.elem_type}, which "
-            "no file of qdq_surgery does; export the model again"
+            f"{graph.path} takes {quoted(value.name)} as {'x'.join(map(str, sizes))} of type {int(value.dtype or 0)}, "
+            "which no file of qdq_surgery does; export the model again"
         )
     # No padding: a mask of zeros would be another model's run. Everything else may be zero.
-    filler = np.ones if "mask" in value.name else np.zeros
-    return filler(sizes, dtype=onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    filler = np.ones if "mask" in str(value.name) else np.zeros
+    return filler(sizes, dtype=value.dtype.numpy())
 
 
-def _size(axis: Any, shape: tuple[int, int]) -> int:
-    if axis.HasField("dim_value"):
-        return int(axis.dim_value)
+def _size(axis: int | ir.SymbolicDim, shape: tuple[int, int]) -> int:
+    if isinstance(axis, int):
+        return axis
     # As qdq_surgery.export.onnx_trace names them.
-    name = axis.dim_param.partition("_of_")[0]
+    name = (axis.value or "").partition("_of_")[0]
     return shape[0] if name == "batch" else _CHOICES if name == "choices" else shape[1]
 
 
-def _run(graph: FileGraph, feed: Mapping[str, NDArray[Any]], shape: tuple[int, int]) -> dict[str, Shape]:
+def _run(graph: OnnxGraph, feed: Mapping[str, NDArray[Any]], shape: tuple[int, int]) -> dict[str, Shape]:
     """Shapes of all that is multiplied and of the results, by the value's name."""
     onnx = require("onnx", "a receipt")
     runtime = require("onnxruntime", "a receipt")
-    values = list(dict.fromkeys(value for gemm in graph.gemms for value in (*gemm.factors, gemm.output) if value))
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
+    multiplied = (value for gemm in graph.products for value in (*gemm.factors, gemm.node.outputs[0]))
+    values = list(dict.fromkeys(str(value.name) for value in multiplied))
+    model = require("onnx_ir", "a receipt").to_proto(graph.file.model)
     del model.graph.output[:]
     for value in values:
         model.graph.node.append(onnx.helper.make_node("Shape", [value], [_PREFIX + value], name=_PREFIX + value))
@@ -103,31 +105,27 @@ def _run(graph: FileGraph, feed: Mapping[str, NDArray[Any]], shape: tuple[int, i
     return {value: tuple(map(int, each)) for value, each in zip(values, found, strict=True)}
 
 
-def _counted(graph: FileGraph, gemm: FileGemm, shapes: Mapping[str, Shape]) -> int:
+def _counted(graph: OnnxGraph, gemm: Product, shapes: Mapping[str, Shape]) -> int:
     try:
-        return _count(graph, gemm, shapes)
-    except (AssertionError, KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        return _count(gemm.node, [shapes[str(factor.name)] for factor in gemm.factors], shapes)
+    except (AssertionError, KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelError(
             f"{graph.path} has a product {quoted(gemm.name)} whose multiply-adds cannot be counted: its shapes are "
-            f"{[shapes[factor] for factor in gemm.factors if factor in shapes]}; export the model again"
+            f"{[shapes.get(str(factor.name)) for factor in gemm.factors]}; export the model again"
         ) from error
 
 
-def _count(graph: FileGraph, gemm: FileGemm, shapes: Mapping[str, Shape]) -> int:
-    factors = [shapes[factor] for factor in gemm.factors]
-    attributes = {each.name: each for each in graph.nodes[gemm.name].attribute}
-    size = math.prod(shapes[gemm.output])
-    if gemm.op == "MatMul":
+def _count(node: ir.Node, factors: Sequence[Shape], shapes: Mapping[str, Shape]) -> int:
+    size, attributes = math.prod(shapes[str(node.outputs[0].name)]), node.attributes
+    if node.op_type == "MatMul":
         return size * factors[0][-1]
-    if gemm.op == "Gemm":
-        turned = "transA" in attributes and attributes["transA"].i
-        return size * factors[0][0 if turned else 1]
-    if gemm.op == "Conv":
+    if node.op_type == "Gemm":
+        return size * factors[0][0 if attributes.get_int("transA", 0) else 1]
+    if node.op_type == "Conv":
         return size * math.prod(factors[1][1:])  # the weight's: output channels, input channels of a group, kernel
-    if gemm.op == "Einsum":
-        return size * _summed(attributes["equation"].s.decode(), factors)
-    heads = attributes["q_num_heads"].i if "q_num_heads" in attributes else None
-    return _attention(factors, heads, attributes["kv_num_heads"].i if "kv_num_heads" in attributes else None)
+    if node.op_type == "Einsum":
+        return size * _summed(attributes["equation"].as_string(), factors)
+    return _attention(factors, attributes.get_int("q_num_heads"), attributes.get_int("kv_num_heads"))
 
 
 def _summed(equation: str, factors: Sequence[Shape]) -> int:

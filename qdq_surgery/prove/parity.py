@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError, ParityError
 from qdq_surgery.hf.config_facts import without_ffn_chunking
-from qdq_surgery.onnx_file.sites import Site
-from qdq_surgery.onnx_file.stored import read_sites, stored_weights
+from qdq_surgery.onnx_file.metadata import Site
+from qdq_surgery.onnx_file.opened import OnnxFile, open_exported
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
@@ -184,13 +184,16 @@ def _row(check: Check) -> tuple[str, ...]:
 
 
 def certify(
-    qmodel: PreTrainedModel, path: str | Path, inputs: Mapping[str, Any], asked: Sequence[str] = ("onnxruntime",)
+    qmodel: PreTrainedModel,
+    path: str | Path | OnnxFile,
+    inputs: Mapping[str, Any],
+    asked: Sequence[str] = ("onnxruntime",),
 ) -> Parity:
     """Compare a file with the model it was exported from.
 
     Args:
         qmodel: The model, in eval mode, in the precision of the file.
-        path: The file.
+        path: The file, or one that is opened.
         inputs: Keyword arguments for both.
         asked: Names of runtimes.
 
@@ -201,36 +204,38 @@ def certify(
         ModelError: A runtime is not installed.
         ExportError: A runtime cannot run the file, or the file is of another model.
     """
-    file = Path(path)
     for name in asked:
         require(name, "the parity certificate")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-    sites = read_sites(file)
-    missing = sorted({name for site in sites for name in site.quantizers} - set(quantizers(qmodel)))
+    file = path if isinstance(path, OnnxFile) else open_exported(path)
+    missing = sorted({name for site in file.sites for name in site.quantizers} - set(quantizers(qmodel)))
     if missing:
-        raise ExportError(f"{file} is of another model: this {type(qmodel).__name__} has no quantizer {missing[0]}")
+        raise ExportError(
+            f"{file.path} is of another model: this {type(qmodel).__name__} has no quantizer {missing[0]}"
+        )
     checks = []
     for name in asked:
         for mode in runtimes(name):
             if mode.optimised:
                 checks.append(_outputs_alone(qmodel, file, inputs, arrays, mode))
             if not mode.optimised or name != "onnxruntime":
-                checks.append(_site_by_site(qmodel, file, inputs, arrays, sites, mode))
+                checks.append(_site_by_site(qmodel, file, inputs, arrays, mode))
     return Parity(type(qmodel).__name__, tuple(checks))
 
 
 def _site_by_site(
     qmodel: PreTrainedModel,
-    file: Path,
+    file: OnnxFile,
     inputs: Mapping[str, Any],
     arrays: Mapping[str, NDArray[Any]],
-    sites: Sequence[Site],
     runtime: Runtime,
 ) -> Check:
-    values = list(dict.fromkeys(site.value for site in sites if site.role != "weight" or site.quantize is not None))
-    found = {**probe(file, arrays, values, runtime), **stored_weights(file)}
-    forced = _Forced(qmodel, sites, found)
+    values = list(
+        dict.fromkeys(site.value for site in file.sites if site.role != "weight" or site.quantize is not None)
+    )
+    found = {**probe(file, arrays, values, runtime), **file.weights}
+    forced = _Forced(qmodel, file.sites, found)
     with forced:
         outputs = _differences(_run(qmodel, inputs), found)
     tolerance = _OUTPUT[_precision(qmodel)]
@@ -242,7 +247,7 @@ def _site_by_site(
 
 def _outputs_alone(
     qmodel: PreTrainedModel,
-    file: Path,
+    file: OnnxFile,
     inputs: Mapping[str, Any],
     arrays: Mapping[str, NDArray[Any]],
     runtime: Runtime,

@@ -9,15 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from qdq_surgery.errors import ModelError, ReceiptError
+from qdq_surgery.errors import ExportError, ModelError, ReceiptError
 from qdq_surgery.hf.config_facts import max_tokens
-from qdq_surgery.onnx_file.metadata import read_config
+from qdq_surgery.onnx_file.opened import OnnxFile, open_exported
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover
-from qdq_surgery.onnx_graph.products import KINDS, FileGemm, FileGraph
+from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.onnx_graph.products import FACTORS, KINDS, Product
 from qdq_surgery.prove.multiply_adds import count_multiply_adds
 from qdq_surgery.targets.onnxruntime.engine_graph import run_by_onnxruntime
 from qdq_surgery.targets.openvino.engine_graph import run_by_openvino
 from qdq_surgery.targets.tensorrt.engine_graph import run_by_tensorrt
+from qdq_surgery.text.layer_names import star_numbers
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
 __all__ = ["Gemm", "Leftover", "Receipt", "receipt"]
@@ -192,7 +194,7 @@ class Receipt(Result):
         rows = []
         every = sum(gemm.macs for gemm in self.gemms)
         for (name, reason), group in _grouped(
-            (_starred(gemm.name), _starred(gemm.reason or ""), gemm) for gemm in self.exceptions
+            (star_numbers(gemm.name), star_numbers(gemm.reason or ""), gemm) for gemm in self.exceptions
         ):
             share = _percent(sum(gemm.macs for gemm in group) / every) if every else ""
             runs = ", ".join(dict.fromkeys(gemm.executed for gemm in group))
@@ -202,7 +204,8 @@ class Receipt(Result):
 
     def _leftover(self) -> Table:
         named = (
-            (_starred(", ".join(each.quantizers) or each.node), _starred(each.why), each) for each in self.leftover
+            (star_numbers(", ".join(each.quantizers) or each.node), star_numbers(each.why), each)
+            for each in self.leftover
         )
         rows = tuple((name, str(len(group)), why) for (name, why), group in _grouped(named))
         return Table((Column("left over"), number("places"), Column("why")), rows)
@@ -238,30 +241,42 @@ def receipt(
     """
     if shape is not None and (len(shape) != 2 or min(shape) < 1):
         raise ModelError(f"shape is {shape}; give batch and tokens, such as (1, 128)")
-    graph = FileGraph(Path(path))
-    asked = runtime or ("tensorrt" if layers is not None else graph.metadata.get("target", _RUNTIMES[0]))
+    file = open_exported(path)
+    graph = OnnxGraph(file)
+    _check_countable(graph)
+    asked = runtime or ("tensorrt" if layers is not None else file.metadata.get("target", _RUNTIMES[0]))
     executed = _executed(graph, asked, layers, precision)
-    macs, counted = count_multiply_adds(graph, shape or (1, min(_TOKENS, _longest(graph) or _TOKENS)))
+    macs, counted = count_multiply_adds(graph, shape or (1, min(_TOKENS, _longest(file) or _TOKENS)))
     return Receipt(
         graph.path,
         asked,
         executed.version,
         counted,
-        tuple(_gemm(graph, gemm, executed.kernels[gemm.name], macs[gemm.name], asked) for gemm in graph.gemms),
+        tuple(_gemm(graph, gemm, executed.kernels[gemm.name], macs[gemm.name], asked) for gemm in graph.products),
         tuple(executed.leftover),
         tuple(executed.steps),
         tuple(executed.unclaimed),
     )
 
 
-def _longest(graph: FileGraph) -> int | None:
-    config = read_config(graph.metadata.get("config", "{}"), str(graph.path))
-    pad = config.get("pad_token_id") or 0
-    return max_tokens(SimpleNamespace(**{"model_type": "", **config, "pad_token_id": pad}))
+def _check_countable(graph: OnnxGraph) -> None:
+    nested = [node.name for node in graph.graph if any(each.type.name == "GRAPH" for each in node.attributes.values())]
+    functions = [function.name for function in graph.file.model.functions.values()]
+    if nested or functions:
+        where = f"the branch or loop '{nested[0]}'" if nested else f"the function '{functions[0]}'"
+        raise ExportError(f"{graph.path} has {where}, in which a receipt cannot count; export the model again")
+    unnamed = [node for node in graph.graph if node.op_type in FACTORS and not node.name]
+    if unnamed or len(graph.nodes) != len(graph.graph):
+        raise ExportError(f"{graph.path} has nodes without a name of their own; export the model again")
+
+
+def _longest(file: OnnxFile) -> int | None:
+    pad = file.config.get("pad_token_id") or 0
+    return max_tokens(SimpleNamespace(**{"model_type": "", **file.config, "pad_token_id": pad}))
 
 
 def _executed(
-    graph: FileGraph, runtime: str, layers: str | Path | Mapping[str, Any] | None, precision: str | None
+    graph: OnnxGraph, runtime: str, layers: str | Path | Mapping[str, Any] | None, precision: str | None
 ) -> Executed:
     if runtime not in _RUNTIMES:
         raise ModelError(f"there is no runtime '{runtime}'; use {', '.join(map(repr, _RUNTIMES))}")
@@ -281,14 +296,14 @@ def _executed(
     return run_by_tensorrt(graph, layers)
 
 
-def _gemm(graph: FileGraph, gemm: FileGemm, kernel: Kernel, macs: int, runtime: str) -> Gemm:
+def _gemm(graph: OnnxGraph, gemm: Product, kernel: Kernel, macs: int, runtime: str) -> Gemm:
     fixed = kernel.precision == "constant"
     fine = fixed or kernel.precision == "int8"
     reason = None if fine else _reason(graph, gemm, kernel, runtime)
     return Gemm(gemm.name, gemm.module, gemm.kind, 0 if fixed else macs, kernel.executed, not fixed and fine, reason)
 
 
-def _reason(graph: FileGraph, gemm: FileGemm, kernel: Kernel, runtime: str) -> str:
+def _reason(graph: OnnxGraph, gemm: Product, kernel: Kernel, runtime: str) -> str:
     if kernel.precision in ("unknown", "hidden"):
         return f"cannot be told, so it does not count: {kernel.why}"
     lost = graph.lost(gemm.module)
@@ -315,8 +330,3 @@ def _grouped(rows: Iterable[tuple[str, Any, Any]]) -> Sequence[tuple[tuple[str, 
     for name, why, each in rows:
         groups.setdefault((name, why), []).append(each)
     return list(groups.items())
-
-
-def _starred(text: str) -> str:
-    """Names without the numbers of layers and of repeated nodes."""
-    return ".".join("*" if part.isdecimal() else part for part in text.split("."))

@@ -6,12 +6,24 @@ import re
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
-__all__ = ["by_layers", "expand", "fold", "join_layers", "layer_in", "split_layers", "star", "unstar"]
+__all__ = [
+    "by_layers",
+    "expand",
+    "fold",
+    "join_layers",
+    "layer_in",
+    "split_layers",
+    "star",
+    "star_numbers",
+    "unstar",
+]
 
 #: No model has more layers, or names that are folded, than this: a text that says so would fill the memory.
 _MOST_LAYERS, _MOST_NAMES = 10_000, 100_000
 
 _RUN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", re.ASCII)
+#: The path of a module in a text; a decimal number is none.
+_PATH = re.compile(r"(?<![\w.])[^\W\d]\w*(?:\.\w+)+")
 
 #: Stands for the number of the encoder layer.
 _STAR = "*"
@@ -25,6 +37,11 @@ def star(name: str, layer: int | None) -> str:
     if layer is not None and str(layer) in parts:
         parts[parts.index(str(layer))] = _STAR
     return ".".join(parts)
+
+
+def star_numbers(text: str) -> str:
+    """``text`` with every number of a module replaced, in all paths in it: of names whose layer is not known."""
+    return _PATH.sub(lambda path: ".".join(_STAR if part.isdecimal() else part for part in path[0].split(".")), text)
 
 
 def unstar(name: str, layer: int | None) -> str:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qdq_surgery as qs
 from qdq_surgery.onnx_file import reader as opening
+from qdq_surgery.onnx_file.opened import open_file
 from qdq_surgery.onnx_file.reader import MESSAGES, check_file, open_graph, open_proto
 from qdq_surgery.prove.parity import certify
 from qdq_surgery.serve.intermediates import probe, runtimes
@@ -73,7 +74,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     "lint": lambda path: qs.lint(path, "onnxruntime"),
     "receipt": qs.receipt,
     "certify": lambda path: certify(calibrated("bert"), path, {}),
-    "probe": lambda path: probe(path, {"x": np.zeros(2, np.float32)}, (), runtimes("onnxruntime")[0]),
+    "probe": lambda path: probe(open_file(path), {"x": np.zeros(2, np.float32)}, (), runtimes("onnxruntime")[0]),
 }
 
 

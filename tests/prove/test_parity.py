@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.onnx_file.sites import Site, dump_sites, load_sites
-from qdq_surgery.onnx_file.stored import read_metadata, read_sites, stored_weights
+from qdq_surgery.onnx_file.metadata import Site, dump_sites, load_sites
+from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.prove import parity
 from qdq_surgery.prove.parity import Check, Parity, SiteCheck, certify
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
@@ -41,7 +41,7 @@ def model_of(model_type: str) -> tuple[PreTrainedModel, Path]:
 
 
 def site_of(path: Path, ending: str) -> Site:
-    return next(site for site in read_sites(path) if any(name.endswith(ending) for name in site.quantizers))
+    return next(site for site in open_exported(path).sites if any(name.endswith(ending) for name in site.quantizers))
 
 
 # --- what does not belong there -----------------------------------------------------------------------------------
@@ -337,16 +337,16 @@ def test_sites_there_and_back() -> None:
 
 def test_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(qs.ExportError, match=r"^there is no file "):
-        read_metadata(tmp_path / "nowhere.onnx")
+        open_exported(tmp_path / "nowhere.onnx")
     (tmp_path / "text.onnx").write_text("this is no graph")
     with pytest.raises(qs.ExportError, match=r"text\.onnx is no ONNX file that can be opened: "):
-        read_metadata(tmp_path / "text.onnx")
+        open_exported(tmp_path / "text.onnx")
     _, path = model_of("bert")
     model = ir.load(path)
     model.metadata_props.clear()
     ir.save(model, tmp_path / "plain.onnx")
     with pytest.raises(qs.ExportError, match=r"plain\.onnx was not written by qdq_surgery\.export_onnx"):
-        read_metadata(tmp_path / "plain.onnx")
+        open_exported(tmp_path / "plain.onnx")
 
 
 def test_a_file_of_another_model() -> None:
@@ -368,8 +368,8 @@ def test_an_input_that_is_missing() -> None:
 
 def test_stored_weights() -> None:
     qmodel, path = model_of("bert")
-    found = stored_weights(path)
-    weights = [site for site in read_sites(path) if site.role == "weight"]
+    found = open_exported(path).weights
+    weights = [site for site in open_exported(path).sites if site.role == "weight"]
     assert set(found) == {site.value for site in weights}
     for site in weights:
         linear = qmodel.get_submodule(site.name.removesuffix("._weight_quantizer"))
@@ -394,9 +394,9 @@ def test_modes() -> None:
 def test_values_inside(name: str) -> None:
     pytest.importorskip(name)
     qmodel, path = model_of("bert")
-    values = [site.value for site in read_sites(path) if site.role != "weight"]
+    values = [site.value for site in open_exported(path).sites if site.role != "weight"]
     for mode in runtimes(name):
-        found = probe(path, arrays(inputs_for(qmodel, (3, 17))), values, mode)
+        found = probe(open_exported(path), arrays(inputs_for(qmodel, (3, 17))), values, mode)
         assert set(found) == {*values, "last_hidden_state", "pooler_output"}
         assert mode.version.count(".") >= 1
     before = path.read_bytes()
@@ -411,7 +411,7 @@ def test_a_file_that_a_runtime_cannot_run(tmp_path: Path) -> None:
     for name in ("onnxruntime", "openvino"):
         pytest.importorskip(name)
         with pytest.raises(qs.ExportError, match=rf"^{name}.* cannot run model\.onnx: .*somewhere\.else"):
-            probe(tmp_path / "model.onnx", arrays(inputs_for(qmodel, (2, 9))), (), Runtime(name, True))
+            probe(open_exported(tmp_path / "model.onnx"), arrays(inputs_for(qmodel, (2, 9))), (), Runtime(name, True))
 
 
 def test_the_model_stays_as_it_is() -> None:
@@ -430,7 +430,7 @@ def test_the_model_stays_as_it_is() -> None:
 def test_hooks_go_with_an_error() -> None:
     qmodel, path = model_of("bert")
     inputs = inputs_for(qmodel, (3, 17))
-    values = read_sites(path)
+    values = open_exported(path).sites
     with pytest.raises(RuntimeError, match="in the middle"), parity._Forced(qmodel, values, {}):
         raise RuntimeError("in the middle")
     assert not any(each._forward_hooks for each in qs.quantizers(qmodel).values())

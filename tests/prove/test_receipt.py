@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import qdq_surgery as qs
 from qdq_surgery.errors import ExportError, ReceiptError
 from qdq_surgery.onnx_export import export_onnx
+from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.onnx_graph.executed import Leftover
-from qdq_surgery.onnx_graph.products import FileGraph
+from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.prove.multiply_adds import count_multiply_adds
 from qdq_surgery.prove.receipt import Gemm, Receipt, receipt
 from qdq_surgery.targets.onnxruntime import engine_graph as optimized_onnxruntime
@@ -297,7 +298,7 @@ def test_a_file_for_another_runtime(files: Files) -> None:
 def test_steps_are_quantizers(target: str, files: Files) -> None:
     path = files.bert(target)
     found = receipt(path, shape=SHAPE)
-    sites = {name for site in FileGraph(path).sites for name in site.quantizers}
+    sites = {name for site in open_exported(path).sites for name in site.quantizers}
     assert found.steps
     assert set(found.steps) <= sites
 
@@ -327,7 +328,7 @@ def renamed(edit: Callable[[Any], None]) -> Callable[[Path, Any], Any]:
 
     def changed(path: Path, runtime: Any) -> Any:
         model = optimize(path, runtime)
-        for node in model.graph.node:
+        for node in model.graph:
             edit(node)
         return model
 
@@ -337,7 +338,7 @@ def renamed(edit: Callable[[Any], None]) -> Callable[[Path, Any], Any]:
 def test_a_kernel_that_cannot_be_told_is_unknown(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(node: Any) -> None:
         if node.name.endswith("layer.0.output.dense/MatMul"):
-            node.name, node.output[0] = "another", "value"
+            node.name, node.outputs[0].name = "another", "value"
 
     monkeypatch.setattr(optimized_onnxruntime, "_optimize", renamed(edit))
     found = receipt(files.bert("onnxruntime"), shape=SHAPE)
@@ -353,7 +354,7 @@ def test_a_kernel_that_cannot_be_told_is_unknown(files: Files, monkeypatch: pyte
 def test_a_name_that_two_kernels_have_is_none(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     def edit(node: Any) -> None:
         if node.name.endswith(("layer.0.attention.self.key/MatMul", "layer.0.attention.self.query/MatMul")):
-            node.name, node.output[0] = node.name.replace("key", "query"), f"of {node.name}"
+            node.name, node.outputs[0].name = node.name.replace("key", "query"), f"of {node.name}"
 
     monkeypatch.setattr(optimized_onnxruntime, "_optimize", renamed(edit))
     found = receipt(files.bert("onnxruntime"), shape=SHAPE)
@@ -469,7 +470,7 @@ def test_layers_of_tensorrt(form: str, files: Files, tmp_path: Path) -> None:
 
 def test_what_tensorrt_8_hides_is_not_counted(files: Files) -> None:
     path = files.bert("tensorrt")
-    nodes = [gemm.name for gemm in FileGraph(path).gemms]
+    nodes = [gemm.name for gemm in OnnxGraph(open_exported(path)).products]
     found = receipt(path, layers={"Layers": [layer("{ForeignNode[a...b]}", "Myelin", ["Int8"], nodes)]}, shape=SHAPE)
     assert found.total == 0.0
     assert all("build with 10 or later" in (gemm.reason or "") for gemm in found.gemms)
@@ -577,7 +578,7 @@ def node(op: str, inputs: Sequence[str], **attributes: Any) -> Any:
     ids=lambda value: value.op_type if hasattr(value, "op_type") else None,
 )
 def test_every_operator_is_counted(product: Any, inputs: dict[str, list[Any]], expected: int, tmp_path: Path) -> None:
-    graph = FileGraph(file_of([product], inputs, tmp_path, opset=23, sites="[]"))
+    graph = OnnxGraph(open_exported(file_of([product], inputs, tmp_path, opset=23, sites="[]")))
     counts, _ = count_multiply_adds(graph, SHAPE)
     assert counts == {product.name: expected}
 

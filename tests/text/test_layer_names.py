@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdq_surgery.text.layer_names import by_layers, expand, fold, join_layers, layer_in, split_layers, star, unstar
+from qdq_surgery.text.layer_names import (
+    by_layers,
+    expand,
+    fold,
+    join_layers,
+    layer_in,
+    split_layers,
+    star,
+    star_numbers,
+    unstar,
+)
 
 PROPERTY = settings(max_examples=200, deadline=None, database=None, derandomize=True)
 
@@ -67,6 +77,25 @@ def test_things_of_several_layers_are_one() -> None:
 )
 def test_the_layer_in_a_name(name: str, layer: int | None) -> None:
     assert layer_in(name) == layer
+
+
+@pytest.mark.parametrize(
+    ("text", "starred"),
+    [
+        ("encoder.layer.0", "encoder.layer.*"),
+        ("encoder.layer.0/MatMul", "encoder.layer.*/MatMul"),
+        ("encoder.layer.10.output.dense._input_quantizer", "encoder.layer.*.output.dense._input_quantizer"),
+        ("a.0.b, c.1.2.d and (e.3)", "a.*.b, c.*.*.d and (e.*)"),
+        ("inside MatMul layers.0.attn/MatMul_2: 2 of 3", "inside MatMul layers.*.attn/MatMul_2: 2 of 3"),
+        # No path, or no number in it.
+        ("0.5 of 1.31.1 in dense_1", "0.5 of 1.31.1 in dense_1"),
+        ("a sentence. 12 more", "a sentence. 12 more"),
+        ("", ""),
+    ],
+)
+def test_numbers_of_all_modules_in_a_text(text: str, starred: str) -> None:
+    assert star_numbers(text) == starred
+    assert star_numbers(starred) == starred
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "3-1", "0,1", "0-99999999999", "1e3", "0--2"])

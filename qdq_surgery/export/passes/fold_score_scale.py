@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qdq_surgery.export.passes.lower_qdq import Lowered, typed_scale
+from qdq_surgery.export.passes.lower_qdq import typed_scale
+from qdq_surgery.onnx_graph.qdq_pairs import Pair
 
 __all__ = ["fold_score_factors"]
 
@@ -24,7 +25,7 @@ __all__ = ["fold_score_factors"]
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
-def fold_score_factors(graph: ir.Graph, pairs: Sequence[Lowered]) -> int:
+def fold_score_factors(graph: ir.Graph, pairs: Sequence[Pair]) -> int:
     """Fold every factor that can be, in place; returns how many."""
     by_value = {pair.dequantize.outputs[0]: pair for pair in pairs}
     return sum(
@@ -32,7 +33,7 @@ def fold_score_factors(graph: ir.Graph, pairs: Sequence[Lowered]) -> int:
     )
 
 
-def _fold(graph: ir.Graph, product: ir.Node, pairs: dict[ir.Value, Lowered]) -> bool:
+def _fold(graph: ir.Graph, product: ir.Node, pairs: dict[ir.Value, Pair]) -> bool:
     query, key = (pairs.get(value) if value is not None else None for value in product.inputs)
     if query is None or key is None or query.quantize is None or key.quantize is None:
         return False
@@ -60,9 +61,7 @@ def _fold(graph: ir.Graph, product: ir.Node, pairs: dict[ir.Value, Lowered]) -> 
     return True
 
 
-def _into_linear(
-    graph: ir.Graph, value: ir.Value, reader: ir.Node, factor: float, pairs: dict[ir.Value, Lowered]
-) -> bool:
+def _into_linear(graph: ir.Graph, value: ir.Value, reader: ir.Node, factor: float, pairs: dict[ir.Value, Pair]) -> bool:
     """Scale weight and bias, if ``value`` is a linear's output, moved about, for ``reader`` alone; whether it was."""
     while True:
         node = value.producer()

@@ -10,7 +10,6 @@ there keeps ONNX Runtime, OpenVINO and others from an integer kernel (microsoft/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -19,30 +18,16 @@ from numpy.typing import NDArray
 from qdq_surgery.errors import ExportError
 from qdq_surgery.export.qparams import QParams, integer_type
 from qdq_surgery.numerics.grid import Grid
-from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_file.metadata import Site
+from qdq_surgery.onnx_graph.qdq_pairs import Pair
 from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
-__all__ = ["Lowered", "lower", "typed_scale"]
-
-
-@dataclass
-class Lowered:
-    """A pair in the graph and the record of it.
-
-    Attributes:
-        site: The record.
-        dequantize: The DequantizeLinear.
-        quantize: The QuantizeLinear; ``None`` for a weight.
-    """
-
-    site: Site
-    dequantize: ir.Node
-    quantize: ir.Node | None = None
+__all__ = ["lower", "typed_scale"]
 
 
 def lower(
     graph: ir.Graph, qparams: Mapping[str, QParams], activations: str, weights: Mapping[str, NDArray[np.float32]]
-) -> list[Lowered]:
+) -> list[Pair]:
     """Replace every ``qdq_surgery::FakeQuant`` of ``graph``, in place.
 
     Args:
@@ -69,8 +54,8 @@ def lower(
 class _Lowering:
     def __init__(self, graph: ir.Graph, activations: str, weights: Mapping[str, NDArray[np.float32]]) -> None:
         self.graph, self.unsigned, self.weights = graph, activations == "uint8", weights
-        self.pairs: list[Lowered] = []
-        self._activations: dict[tuple[object, ...], Lowered] = {}
+        self.pairs: list[Pair] = []
+        self._activations: dict[tuple[object, ...], Pair] = {}
         self._weights: dict[tuple[str, str], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._names: dict[str, int] = {}
 
@@ -101,9 +86,8 @@ class _Lowering:
         dequantize = self._dequantize(name, [quantize.outputs[0], *parameters], attributes, node.outputs[0])
         self.graph.insert_before(node, [quantize, dequantize])
         self._replace(node, dequantize.outputs[0])
-        self._record(
-            Lowered(Site([qparams.name], qparams.role, quantize.name, *_named(dequantize)), dequantize, quantize)
-        )
+        site = Site([qparams.name], qparams.role, quantize.name, *_named(dequantize))
+        self.pairs.append(Pair(site, dequantize, quantize))
         self._activations[key] = self.pairs[-1]
 
     def _stored_grid(self, grid: Grid) -> tuple[Grid, int]:
@@ -134,7 +118,7 @@ class _Lowering:
             ir.convenience.replace_all_uses_with(node.outputs[0], dequantize.outputs[0])
         self.graph.remove(node, safe=True)
         site = Site([qparams.name], "weight", None, *_named(dequantize), transposed=turned)
-        self._record(Lowered(site, dequantize))
+        self.pairs.append(Pair(site, dequantize))
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
         """Everyone reads ``value`` instead of what ``node`` gives; an output of the graph keeps its name."""
@@ -193,9 +177,6 @@ class _Lowering:
         """A layer that runs several times (ALBERT's) leaves the same quantizer at several places."""
         count = self._names[name] = self._names.get(name, 0) + 1
         return name if count == 1 else f"{name}@{count}"
-
-    def _record(self, pair: Lowered) -> None:
-        self.pairs.append(pair)
 
 
 def _named(dequantize: ir.Node) -> tuple[str, str]:

@@ -10,15 +10,20 @@ weight alone is quantized becomes MatMulNBits, which rounds the other factor by 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
-from qdq_surgery.onnx_graph.products import MOVES, FileGemm, FileGraph, module_of
+from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.onnx_graph.products import Product, module_of
+from qdq_surgery.onnx_graph.qdq_pairs import MOVES
 from qdq_surgery.text.optional_imports import require
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["run_by_onnxruntime"]
 
@@ -43,7 +48,7 @@ _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _LARGE = 1024
 
 
-def run_by_onnxruntime(graph: FileGraph) -> Executed:
+def run_by_onnxruntime(graph: OnnxGraph) -> Executed:
     """What ONNX Runtime made of the file, on the CPU with all its optimizations.
 
     Raises:
@@ -60,8 +65,8 @@ def run_by_onnxruntime(graph: FileGraph) -> Executed:
     )
 
 
-def _optimize(path: Path, runtime: Any) -> Any:
-    onnx = require("onnx", "a receipt")
+def _optimize(path: Path, runtime: Any) -> ir.Model:
+    onnx_ir = require("onnx_ir", "a receipt")
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4  # errors come as exceptions, too
@@ -77,31 +82,25 @@ def _optimize(path: Path, runtime: Any) -> Any:
             raise ModelError(
                 f"{path} cannot be opened by onnxruntime {runtime.__version__}: {str(error).splitlines()[0]}"
             ) from error
-        return onnx.load(str(file), load_external_data=False)
+        optimized: ir.Model = onnx_ir.load(file)  # the large constants are not read
+        return optimized
 
 
 class _Optimized:
-    def __init__(self, graph: FileGraph, model: Any) -> None:
-        self.graph = graph
-        self.nodes = list(model.graph.node)
-        self.constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-        self.producers = {value: node for node in self.nodes for value in node.output}
-        self.readers: dict[str, list[Any]] = {}
-        for node in self.nodes:
-            for value in dict.fromkeys(node.input):
-                self.readers.setdefault(value, []).append(node)
+    def __init__(self, graph: OnnxGraph, model: ir.Model) -> None:
+        self.graph, self.nodes = graph, list(model.graph)
         self._claimed = self._claim()
         self._sites = {name: site for site in graph.sites for name in (site.quantize, site.dequantize) if name}
         # The integers of a pair keep their name wherever its QuantizeLinear goes.
         self._integers = {
-            value: site
+            str(value.name): site
             for site in graph.sites
             if site.quantize in graph.nodes
-            for value in graph.nodes[site.quantize].output
+            for value in graph.nodes[site.quantize].outputs
         }
 
     def kernels(self) -> dict[str, Kernel]:
-        return {gemm.name: self._kernel(gemm) for gemm in self.graph.gemms}
+        return {gemm.name: self._kernel(gemm) for gemm in self.graph.products}
 
     def unclaimed(self) -> Iterator[str]:
         """Products that the file does not have."""
@@ -124,16 +123,16 @@ class _Optimized:
             elif node.op_type == _QUANTIZE:
                 integer, dequantized = self._feeds(node)
                 if not integer and not dequantized:
-                    yield Leftover(named(self._site(node)), node.name, "its integers reach no integer kernel")
+                    yield Leftover(named(self._site(node)), node.name or "", "its integers reach no integer kernel")
 
-    def _claim(self) -> dict[str, Any]:
+    def _claim(self) -> dict[str, ir.Node]:
         """The node that runs each product; each node runs one."""
-        claimed: dict[str, Any] = {}
+        claimed: dict[str, ir.Node] = {}
         for rank in (_same_name, _longer_name, _same_value):
             taken = {id(node) for node in claimed.values()}
-            found: dict[str, list[Any]] = {
+            found: dict[str, list[ir.Node]] = {
                 gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
-                for gemm in self.graph.gemms
+                for gemm in self.graph.products
                 if gemm.name not in claimed
             }
             wanted = [id(node) for nodes in found.values() for node in nodes]
@@ -143,7 +142,7 @@ class _Optimized:
                     claimed[name] = nodes[0]
         return claimed
 
-    def _kernel(self, gemm: FileGemm) -> Kernel:
+    def _kernel(self, gemm: Product) -> Kernel:
         node = self._claimed.get(gemm.name)
         if node is None and gemm.constant and not any(self.unclaimed()):
             return Kernel("constant", "computed when the file is opened")
@@ -157,78 +156,74 @@ class _Optimized:
             return Kernel("float", node.op_type)
         return Kernel("hidden", node.op_type, f"inside {node.op_type}, which does not tell how it multiplies")
 
-    def _types(self, node: Any) -> str:
+    def _types(self, node: ir.Node) -> str:
         """``u8 x i8 in``, as far as it is told."""
-        told = [node.input[at] for at in _ZERO_POINTS.get(node.op_type, ()) if at < len(node.input)]
-        types = [_TYPES.get(self.constants.get(name, 0)) for name in told]
+        told = [node.inputs[at] for at in _ZERO_POINTS.get(node.op_type, ()) if at < len(node.inputs)]
+        types = [None if value is None or value.dtype is None else _TYPES.get(value.dtype) for value in told]
         return f"{types[0]} x {types[1]} in " if len(types) == 2 and all(types) else ""
 
-    def _left(self, node: Any) -> Leftover:
+    def _left(self, node: ir.Node) -> Leftover:
         readers = [each for each in self._behind(node) if each.op_type not in MOVES]
         what = ", ".join(f"{each.op_type} {each.name}" for each in readers) or "an output of the file"
-        module = module_of(readers[0].name) if readers else ""
-        source = node.input[0]
-        if source in self.constants:
+        module = module_of(readers[0].name or "") if readers else ""
+        source = node.inputs[0]
+        if source is not None and source.is_initializer():
             why = f"a constant, dequantized in every run for {what}"
         else:
-            quantize = self._source(source)
+            *_, first = self._back(source)
+            quantize = None if first is None else first.producer()
             shared = quantize is not None and quantize.op_type == _QUANTIZE and self._feeds(quantize)[0]
             why = f"dequantized for {what}, which takes floats"
             why += "; integer kernels read the same integers" if shared else "; quantized for nothing else"
-        return Leftover(named(self._site(node), module), node.name, why)
+        return Leftover(named(self._site(node), module), node.name or "", why)
 
-    def _source(self, value: str) -> Any:
-        """The node in front of the moves that ``value`` went through."""
-        *_, first = self._back(value)
-        return self.producers.get(first)
-
-    def _back(self, value: str) -> Iterator[str]:
+    def _back(self, value: ir.Value | None) -> Iterator[ir.Value | None]:
         """``value``, and what it was before the moves that it went through."""
         yield value
-        node = self.producers.get(value)
+        node = None if value is None else value.producer()
         if node is not None and node.op_type in MOVES:
-            yield from self._back(node.input[0])
+            yield from self._back(node.inputs[0])
 
-    def _feeds(self, quantize: Any) -> tuple[bool, bool]:
+    def _feeds(self, quantize: ir.Node) -> tuple[bool, bool]:
         """Whether its integers reach an integer kernel, and whether a DequantizeLinear."""
         readers = list(self._behind(quantize))
         integer = any(each.op_type in _INTEGER or each.op_type.startswith("QLinear") for each in readers)
         return integer, any(each.op_type == _DEQUANTIZE for each in readers)
 
-    def _behind(self, node: Any) -> Iterator[Any]:
+    def _behind(self, node: ir.Node) -> Iterator[ir.Node]:
         """What reads the node's result, behind moves; the moves, too."""
-        for value in node.output:
-            for reader in self.readers.get(value, []):
+        for value in node.outputs:
+            for reader in dict.fromkeys(use.node for use in value.uses()):
                 yield reader
                 if reader.op_type in MOVES:
                     yield from self._behind(reader)
 
-    def _site(self, node: Any) -> Site | None:
-        base = node.name.partition("/duplicated")[0]
+    def _site(self, node: ir.Node) -> Site | None:
+        base = (node.name or "").partition("/duplicated")[0]
         if base in self._sites:
             return self._sites[base]
         # A DequantizeLinear reads them, a QuantizeLinear makes them, both perhaps with moves between.
-        behind = (value for each in self._behind(node) for value in each.output)
-        values = self._back(node.input[0]) if node.op_type == _DEQUANTIZE else (*node.output, *behind)
-        return next((self._integers[value] for value in values if value in self._integers), None)
+        behind = (value for each in self._behind(node) for value in each.outputs)
+        values = self._back(node.inputs[0]) if node.op_type == _DEQUANTIZE else (*node.outputs, *behind)
+        names = (str(value.name) for value in values if value is not None)
+        return next((self._integers[name] for name in names if name in self._integers), None)
 
-    def _name(self, node: Any) -> str:
+    def _name(self, node: ir.Node) -> str:
         site = self._site(node)
-        return node.name if site is None else site.name
+        return node.name or "" if site is None else site.name
 
 
-def _base(node: Any) -> str:
-    return str(node.name).removeprefix("fused ")
+def _base(node: ir.Node) -> str:
+    return (node.name or "").removeprefix("fused ")
 
 
-def _same_name(node: Any, gemm: FileGemm) -> bool:
+def _same_name(node: ir.Node, gemm: Product) -> bool:
     return _base(node) == gemm.name
 
 
-def _longer_name(node: Any, gemm: FileGemm) -> bool:
+def _longer_name(node: ir.Node, gemm: Product) -> bool:
     return node.op_type in _GEMMS and _base(node).startswith(f"{gemm.name}/")
 
 
-def _same_value(node: Any, gemm: FileGemm) -> bool:
-    outputs: Sequence[str] = node.output
-    return node.op_type in _GEMMS and any(value in gemm.aliases for value in outputs)
+def _same_value(node: ir.Node, gemm: Product) -> bool:
+    return node.op_type in _GEMMS and any(value.name in gemm.aliases for value in node.outputs)

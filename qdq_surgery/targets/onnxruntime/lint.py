@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from qdq_surgery.onnx_graph.findings import Finding
-from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair, Placement, Product, Reader
+from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.onnx_graph.products import Product
+from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair, Reader
 
 __all__ = ["MOVES", "check"]
 
@@ -34,7 +36,7 @@ _X86 = ("x86_64", "amd64", "i386", "i686", "x86")
 _NO_ADDS = 'in the rule file: exclude: [{sites: "add_*", why: "the sum is float"}], or rules onnxruntime'
 
 
-def check(placement: Placement) -> Iterator[Finding]:
+def check(placement: OnnxGraph) -> Iterator[Finding]:
     """The findings, site by site, then those about the whole."""
     rules = _Rules(placement)
     for pair in placement.pairs:
@@ -43,9 +45,9 @@ def check(placement: Placement) -> Iterator[Finding]:
 
 
 class _Rules:
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: OnnxGraph) -> None:
         self.placement, self.x86 = placement, platform.machine().lower() in _X86
-        self.products = {product.node: product for product in placement.products}
+        self.products = {product.node: product for product in placement.matmuls}
         self.residuals = {residual.node for residual in placement.residuals}
 
     def site(self, pair: Pair) -> Iterator[Finding]:
@@ -195,11 +197,11 @@ class _Rules:
             )
             remedy = "in the rule file: share: [{sites: [...], why: one range}]"
             yield Finding("idle", "one QuantizeLinear for all readers", reason, remedy, names)
-        left_out = tuple(product.node.name or "" for product in self.placement.products if not product.pairs)
+        left_out = tuple(product.node.name or "" for product in self.placement.matmuls if not product.pairs)
         if left_out:
             reason = "neither input comes from a DequantizeLinear; they run in float"
             yield Finding("note", "GEMMs without Q/DQ", reason, nodes=left_out)
-        unsigned = any(pair.integers == "uint8" for product in self.placement.products for pair in product.pairs)
+        unsigned = any(pair.integers == "uint8" for product in self.placement.matmuls for pair in product.pairs)
         if unsigned and self.x86:
             yield Finding(
                 "note",

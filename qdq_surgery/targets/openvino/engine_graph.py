@@ -19,12 +19,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
-from qdq_surgery.onnx_graph.products import FileGemm, FileGraph
+from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.onnx_graph.products import Product
 from qdq_surgery.serve.engines import OpenVinoEngine, open_engine
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["run_by_openvino"]
 
@@ -66,7 +70,7 @@ class _Node:
     readers: list[_Node] = field(default_factory=list)
 
 
-def run_by_openvino(graph: FileGraph, precision: str | None = None) -> Executed:
+def run_by_openvino(graph: OnnxGraph, precision: str | None = None) -> Executed:
     """What OpenVINO made of the file, on the CPU, set for latency.
 
     Args:
@@ -103,14 +107,14 @@ def _read(model: Any) -> list[_Node]:
 
 
 class _Runtime:
-    def __init__(self, graph: FileGraph, nodes: list[_Node]) -> None:
+    def __init__(self, graph: OnnxGraph, nodes: list[_Node]) -> None:
         self.graph, self.nodes = graph, nodes
         self._quantizers = {site.quantize: site for site in graph.sites if site.quantize}
         self._inside = {name: node for node in nodes for name in node.names}
         self._claimed = self._claim()
 
     def kernels(self) -> dict[str, Kernel]:
-        return {gemm.name: self._kernel(gemm) for gemm in self.graph.gemms}
+        return {gemm.name: self._kernel(gemm) for gemm in self.graph.products}
 
     def unclaimed(self) -> Iterator[str]:
         """Products that the file does not have."""
@@ -146,7 +150,7 @@ class _Runtime:
             taken = {id(node) for node in claimed.values() if node.kind != "Subgraph"}
             found = {
                 gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
-                for gemm in self.graph.gemms
+                for gemm in self.graph.products
                 if gemm.name not in claimed
             }
             wanted = [id(node) for nodes in found.values() for node in nodes if node.kind != "Subgraph"]
@@ -156,7 +160,7 @@ class _Runtime:
                     claimed[name] = nodes[0]
         return claimed
 
-    def _by_weight(self, node: _Node, gemm: FileGemm) -> bool:
+    def _by_weight(self, node: _Node, gemm: Product) -> bool:
         if node.kind not in _PLAIN or len(node.inputs) < 2:
             return False
         weight = node.inputs[1]
@@ -166,21 +170,9 @@ class _Runtime:
             if weight.kind not in (*_MOVES, "Convert") or not weight.inputs:
                 break
             weight = weight.inputs[0]
-        return weight.kind == "Const" and any(name in self._own_constants(gemm) for name in weight.names)
+        return weight.kind == "Const" and any(name in _own_constants(gemm) for name in weight.names)
 
-    def _own_constants(self, gemm: FileGemm) -> set[str]:
-        """Stored values of the file that come to this product alone."""
-        found: set[str] = set()
-        for value in gemm.factors:
-            while len(self.graph.readers[value]) == 1:
-                if value in self.graph.constants:
-                    found.add(value)
-                if value not in self.graph.producers:
-                    break
-                value = self.graph.producers[value].input[0]
-        return found
-
-    def _by_factors(self, node: _Node, gemm: FileGemm) -> bool:
+    def _by_factors(self, node: _Node, gemm: Product) -> bool:
         """A fused attention that every factor goes into."""
         return node.kind == "Subgraph" and all(
             self._port(node, factor) is not None or self._computed_in(node, factor) for factor in gemm.factors
@@ -188,7 +180,7 @@ class _Runtime:
 
     # What it multiplies.
 
-    def _kernel(self, gemm: FileGemm) -> Kernel:
+    def _kernel(self, gemm: Product) -> Kernel:
         node = self._claimed.get(gemm.name)
         if node is None:
             if gemm.name in self._inside:
@@ -209,7 +201,7 @@ class _Runtime:
             return Kernel("weights", executed)
         return Kernel("float", executed)
 
-    def _fused(self, node: _Node, gemm: FileGemm) -> Kernel:
+    def _fused(self, node: _Node, gemm: Product) -> Kernel:
         types: list[str | None] = []
         for factor, site in zip(gemm.factors, gemm.sites, strict=True):
             if site is not None and site.quantize in node.names:
@@ -227,9 +219,9 @@ class _Runtime:
             return Kernel("hidden", executed, f"inside {node.kind} {node.name}, which does not tell its types")
         return Kernel("int8", executed)
 
-    def _port(self, node: _Node, factor: str) -> int | None:
+    def _port(self, node: _Node, factor: ir.Value) -> int | None:
         """Which input of a fused node a factor of the file comes in by."""
-        known = {each.name for each in self.graph.upstream(factor)}
+        known = {each.name or "" for each in self.graph.upstream(factor)}
         fits = [at for at, source in enumerate(node.inputs) if self._comes_from(source, known)]
         return fits[0] if len(fits) == 1 else None
 
@@ -243,7 +235,7 @@ class _Runtime:
                 return False
             source = source.inputs[0]
 
-    def _computed_in(self, node: _Node, factor: str) -> bool:
+    def _computed_in(self, node: _Node, factor: ir.Value) -> bool:
         """Whether what gives a factor is inside ``node``, with or without a quantizer."""
         return any(
             each.name in node.names and each.op_type not in ("Transpose", "Reshape")
@@ -268,7 +260,9 @@ class _Runtime:
             site = self._quantizers.get(name)
             if site is None:
                 continue
-            reads = [gemm for gemm in self.graph.gemms if site in gemm.sites and self._claimed.get(gemm.name) is node]
+            reads = [
+                gemm for gemm in self.graph.products if site in gemm.sites and self._claimed.get(gemm.name) is node
+            ]
             if reads and all(self._kernel(gemm).precision == "float" for gemm in reads):
                 why = f"rounds inside {node.kind} {node.name} for {reads[0].name}, which multiplies floats"
                 yield Leftover(named(site, reads[0].module), name, why)
@@ -280,31 +274,39 @@ class _Runtime:
             # Moved up over moves: the one that comes behind what is near.
             moves = [each for each in _behind(node) if each.kind in _MOVES]
             near = {self._base(name) for each in (node, *moves) for name in each.names} - {None}
-            gone = [site for site in self._quantizers.values() if site.quantize not in self._inside]
-            sites = [site for site in gone if near & {each.name for each in self.graph.upstream(self._input(site))}]
+            gone = [pair for pair in self.graph.pairs if pair.quantize and pair.site.quantize not in self._inside]
+            sites = [pair.site for pair in gone if near & {each.name for each in self.graph.upstream(pair.source)}]
             if len(sites) != 1:
                 return ()
         return tuple(name for site in sites for name in named(site))
 
-    def _input(self, site: Site) -> str:
-        assert site.quantize is not None
-        node = self.graph.nodes.get(site.quantize)
-        return "" if node is None else str(node.input[0])
 
-
-def _by_name(node: _Node, gemm: FileGemm) -> bool:
+def _by_name(node: _Node, gemm: Product) -> bool:
     return node.kind in _GEMMS and gemm.name in node.names
 
 
-def _by_longer_name(node: _Node, gemm: FileGemm) -> bool:
+def _by_longer_name(node: _Node, gemm: Product) -> bool:
     return node.kind in _kinds(gemm) and any(name.startswith(f"{gemm.name}/") for name in node.names)
 
 
-def _by_alias(node: _Node, gemm: FileGemm) -> bool:
+def _by_alias(node: _Node, gemm: Product) -> bool:
     return node.kind in _kinds(gemm) and any(name in gemm.aliases for name in node.names)
 
 
-def _kinds(gemm: FileGemm) -> tuple[str, ...]:
+def _own_constants(gemm: Product) -> set[str]:
+    """Stored values of the file that come to this product alone."""
+    found: set[str] = set()
+    for factor in gemm.factors:
+        value: ir.Value | None = factor
+        while value is not None and len({use.node for use in value.uses()}) == 1:
+            if value.is_initializer():
+                found.add(str(value.name))
+            node = value.producer()
+            value = node.inputs[0] if node is not None and node.inputs else None
+    return found
+
+
+def _kinds(gemm: Product) -> tuple[str, ...]:
     """What may run it: a linear's result is moved and scaled inside a fused attention, and not computed there."""
     return _GEMMS if gemm.kind == "attention" else _PLAIN
 

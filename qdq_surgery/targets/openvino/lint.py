@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qdq_surgery.onnx_graph.findings import Finding
-from qdq_surgery.onnx_graph.qdq_pairs import Attention, Operand, Pair, Placement, Product, Reader
+from qdq_surgery.onnx_graph.graph import Attention, OnnxGraph
+from qdq_surgery.onnx_graph.products import Product
+from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair, Reader
 
 __all__ = ["FACTORS", "MOVES", "check"]
 
@@ -27,7 +29,7 @@ _PLACES = ("queries", "keys", "probabilities", "values")
 _NO_ADDS = 'in the rule file: exclude: [{sites: "add_*", why: "the sum is float"}], or rules openvino'
 
 
-def check(placement: Placement) -> Iterator[Finding]:
+def check(placement: OnnxGraph) -> Iterator[Finding]:
     """The findings, site by site, then those about the whole."""
     rules = _Rules(placement)
     for pair in placement.pairs:
@@ -36,9 +38,9 @@ def check(placement: Placement) -> Iterator[Finding]:
 
 
 class _Rules:
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: OnnxGraph) -> None:
         self.placement = placement
-        self.products = {product.node: product for product in placement.products}
+        self.products = {product.node: product for product in placement.matmuls}
         self.attentions = {
             product.node: attention
             for attention in placement.attentions
@@ -127,7 +129,7 @@ class _Rules:
             reason = f"{len(pairs)} pairs quantize one tensor with different scales, each with a pass of its own"
             remedy = "in the rule file: share: [{sites: [...], why: one range}]"
             yield Finding("idle", "one pass for all readers", reason, remedy, names)
-        left_out = tuple(product.node.name or "" for product in self.placement.products if not product.pairs)
+        left_out = tuple(product.node.name or "" for product in self.placement.matmuls if not product.pairs)
         if left_out:
             reason = "neither input comes from a DequantizeLinear; they run in float or bf16"
             yield Finding("note", "GEMMs without Q/DQ", reason, nodes=left_out)

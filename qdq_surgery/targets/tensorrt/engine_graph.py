@@ -19,7 +19,9 @@ from typing import Any
 
 from qdq_surgery.errors import ExportError
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
-from qdq_surgery.onnx_graph.products import MOVES, FileGemm, FileGraph
+from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.onnx_graph.products import Product
+from qdq_surgery.onnx_graph.qdq_pairs import MOVES
 from qdq_surgery.safety.untrusted import quoted, read_json_text, read_regular_file
 
 __all__ = ["run_by_tensorrt"]
@@ -72,7 +74,7 @@ class _Layer:
         return f"{' x '.join(self.types) or 'no type'} in {self.kind or 'layer'} {self.name}"
 
 
-def run_by_tensorrt(graph: FileGraph, layers: str | Path | Mapping[str, Any]) -> Executed:
+def run_by_tensorrt(graph: OnnxGraph, layers: str | Path | Mapping[str, Any]) -> Executed:
     """What TensorRT made of the file.
 
     Args:
@@ -85,7 +87,7 @@ def run_by_tensorrt(graph: FileGraph, layers: str | Path | Mapping[str, Any]) ->
     known = {node for layer in found for node in layer.nodes}
     if not known & set(graph.nodes):
         raise ExportError(f"the layers are not of {graph.path}: none of its nodes is in their Metadata; {_HOW}")
-    kernels = {gemm.name: _kernel(gemm, found) for gemm in graph.gemms}
+    kernels = {gemm.name: _kernel(gemm, found) for gemm in graph.products}
     pairs = {name: site for site in graph.sites for name in (site.quantize, site.dequantize) if name}
     leftover: list[Leftover] = []
     steps: list[str] = []
@@ -102,7 +104,7 @@ def run_by_tensorrt(graph: FileGraph, layers: str | Path | Mapping[str, Any]) ->
     return Executed("", kernels, leftover, steps)
 
 
-def _kernel(gemm: FileGemm, layers: list[_Layer]) -> Kernel:
+def _kernel(gemm: Product, layers: list[_Layer]) -> Kernel:
     having = [layer for layer in layers if gemm.name in layer.nodes]
     if not having:
         if gemm.constant:

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from qdq_surgery.onnx_graph.findings import Finding
-from qdq_surgery.onnx_graph.qdq_pairs import Attention, Operand, Pair, Placement, Product, Reader, Residual
+from qdq_surgery.onnx_graph.graph import Attention, OnnxGraph, Residual
+from qdq_surgery.onnx_graph.products import Product
+from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair, Reader
 
 __all__ = ["HEAD_SIZES", "LONGEST", "MOVES", "check"]
 
@@ -29,7 +31,7 @@ _ACTIVATIONS = ("Gelu", "Erf", "Relu", "Tanh", "Sigmoid", "Div", "Mul", "Pow")
 _HALF_SCALES = 19
 
 
-def check(placement: Placement, opset: int) -> Iterator[Finding]:
+def check(placement: OnnxGraph, opset: int) -> Iterator[Finding]:
     """The findings, site by site, then those about the whole."""
     rules = _Rules(placement)
     for pair in placement.pairs:
@@ -38,9 +40,9 @@ def check(placement: Placement, opset: int) -> Iterator[Finding]:
 
 
 class _Rules:
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: OnnxGraph) -> None:
         self.placement = placement
-        self.products = {product.node: product for product in placement.products}
+        self.products = {product.node: product for product in placement.matmuls}
         self.residuals = {residual.node: residual for residual in placement.residuals}
         self.problems = {attention.scores.node: self._problems(attention) for attention in placement.attentions}
         self.fused = {
@@ -211,7 +213,7 @@ class _Rules:
             names = tuple(node.name or node.op_type for node in nodes)
             reason = f"{nodes[0].op_type} and its like are not read by TensorRT's parser"
             yield Finding("blocks", "the model", reason, "give it the file with Q/DQ, as exported", nodes=names)
-        left_out = tuple(product.node.name or "" for product in self.placement.products if not product.pairs)
+        left_out = tuple(product.node.name or "" for product in self.placement.matmuls if not product.pairs)
         if left_out:
             yield Finding("note", "GEMMs without Q/DQ", "they run in the file's float", nodes=left_out)
 

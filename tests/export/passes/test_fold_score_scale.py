@@ -14,9 +14,10 @@ pytest.importorskip("onnxruntime")
 from exported import compute, graph, operators  # noqa: E402
 
 from qdq_surgery.export.passes.fold_score_scale import fold_score_factors  # noqa: E402
-from qdq_surgery.export.passes.lower_qdq import Lowered, lower  # noqa: E402
+from qdq_surgery.export.passes.lower_qdq import lower  # noqa: E402
 from qdq_surgery.export.qparams import QParams  # noqa: E402
 from qdq_surgery.numerics.grid import INT8  # noqa: E402
+from qdq_surgery.onnx_graph.qdq_pairs import Pair  # noqa: E402
 
 #: Two heads; what is behind the scores reads them once.
 ATTENTION = """
@@ -64,12 +65,12 @@ QUERY, WEIGHT = "matmul_q_input_quantizer", "query._weight_quantizer"
 
 def made(
     text: str = ATTENTION, size: int = 16, factor: float = 0.25, kind: str = "int8"
-) -> tuple[ir.Model, list[Lowered]]:
+) -> tuple[ir.Model, list[Pair]]:
     model = graph(text.replace("WIDTH", str(2 * size)), **constants(size, factor))
     return model, lower(model.graph, QPARAMS, kind, {})
 
 
-def outputs(text: str, size: int, factor: float, kind: str = "int8") -> tuple[Any, Any, int, dict[str, Lowered]]:
+def outputs(text: str, size: int, factor: float, kind: str = "int8") -> tuple[Any, Any, int, dict[str, Pair]]:
     """The graph's output before and after, how many were folded, and the pairs."""
     global RANDOM
     x = np.random.default_rng(1).normal(size=(2, 5, 2 * size)).astype(np.float32)

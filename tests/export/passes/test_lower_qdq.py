@@ -14,9 +14,10 @@ pytest.importorskip("onnxruntime")
 from exported import compute, graph, operators  # noqa: E402
 
 from qdq_surgery.errors import ExportError  # noqa: E402
-from qdq_surgery.export.passes.lower_qdq import Lowered, lower, typed_scale  # noqa: E402
+from qdq_surgery.export.passes.lower_qdq import lower, typed_scale  # noqa: E402
 from qdq_surgery.export.qparams import QParams  # noqa: E402
 from qdq_surgery.numerics.grid import INT8, Grid  # noqa: E402
+from qdq_surgery.onnx_graph.qdq_pairs import Pair  # noqa: E402
 from qdq_surgery.quantize.export_node import FAKE_QUANT_DOMAIN  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
@@ -41,7 +42,7 @@ def weight(name: str = "l._weight_quantizer", axis: int | None = 0, amax: Any = 
     return QParams(name, "weight", None if amax is None else np.asarray(amax, np.float32), axis, INT8, False)
 
 
-def lowered(model: ir.Model, *qparams: QParams, activations: str = "int8", **weights: Any) -> list[Lowered]:
+def lowered(model: ir.Model, *qparams: QParams, activations: str = "int8", **weights: Any) -> list[Pair]:
     return lower(model.graph, {each.name: each for each in qparams}, activations, weights)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import qdq_surgery as qs
-from qdq_surgery.onnx_file.metadata import own_entries, read_config
-from qdq_surgery.onnx_file.sites import Site, check_sites, dump_sites, load_sites
+from qdq_surgery.onnx_file.metadata import Site, check_sites, dump_sites, load_sites, own_entries, read_config
 
 SITES = [Site(["a", "b"], "input", "q", "d", "v", 0.25), Site(["w"], "weight", None, "e", "u", transposed=True)]
 GOOD: dict[str, Any] = json.loads(dump_sites(SITES))[0]
