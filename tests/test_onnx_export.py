@@ -31,13 +31,13 @@ from transformers import (
 
 import qdq_surgery as qs
 from qdq_surgery import onnx_export as module
-from qdq_surgery.export.profile import TARGETS
 from qdq_surgery.export.qparams import read_grids
 from qdq_surgery.hf.example_inputs import make_examples
 from qdq_surgery.hf.sample_inputs import sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_file.stored import read_metadata, read_sites, stored_weights
 from qdq_surgery.onnx_file.writer import LARGEST
+from qdq_surgery.targets.registry import TARGETS
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -49,7 +49,7 @@ from exported import assert_parity, calibrated, exported, inputs_for, run, trace
 from qdq_surgery.export import onnx_trace as tracing  # noqa: E402
 from qdq_surgery.export.passes import lower_qdq as lowering  # noqa: E402
 from qdq_surgery.export.pipeline import build as build_graph  # noqa: E402
-from qdq_surgery.serve import intermediates as probing  # noqa: E402
+from qdq_surgery.targets.onnxruntime import session as probing  # noqa: E402
 
 #: Values half-way between two steps may go either way, which moves what comes after; more than this on average is more.
 TIES = 0.02
@@ -626,7 +626,9 @@ def refusal(qmodel: Any, folder: Path, kind: type[Exception] = qs.ExportError, *
             {"activations": "uint8", "target": "openvino"},
             "activations 'uint8' is not supported for openvino; choose int8",
         ),
-        ({"precision": "bfloat16"}, "there is no precision 'bfloat16'; choose one of float32, float16"),
+        ({"precision": "half"}, "there is no precision 'half'; choose one of float32, float16, bfloat16"),
+        ({"precision": "bfloat16"}, "precision 'bfloat16' is not supported for onnxruntime; choose float32"),
+        ({"precision": "bf16"}, "precision 'bfloat16' is not supported for onnxruntime; choose float32"),
         ({"precision": "float16"}, "precision 'float16' is not supported for onnxruntime; choose float32"),
     ],
 )  # fmt: skip

@@ -5,17 +5,16 @@ It looks at the graph alone. What the runtime did in the end is told by :mod:`qd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdq_surgery.errors import ExportError
-from qdq_surgery.export.profile import get_target
 from qdq_surgery.onnx_file.graph_checks import check_structure
 from qdq_surgery.onnx_file.metadata import own_entries, read_config
 from qdq_surgery.onnx_file.reader import open_graph
 from qdq_surgery.onnx_file.sites import METADATA, check_sites, load_sites
 from qdq_surgery.onnx_graph.findings import VERDICTS, Finding, Findings
+from qdq_surgery.targets.registry import TARGETS, get_target
 from qdq_surgery.text.optional_imports import require
 
 if TYPE_CHECKING:
@@ -44,21 +43,22 @@ def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model, target: str | N
     what = str(path_or_model) if isinstance(path_or_model, (str, Path)) else "this model"
     metadata = own_entries(model.metadata_props.items(), what)
     if target is None and "target" not in metadata:
+        *others, last = map(repr, TARGETS)
         raise ExportError(
-            "this model does not tell what it was exported for; give target='onnxruntime', 'openvino' or 'tensorrt'"
+            f"this model does not tell what it was exported for; give target={', '.join(others)} or {last}"
         )
-    name = get_target(metadata["target"] if target is None else target).name
+    chosen = get_target(metadata["target"] if target is None else target)
     sites = load_sites(metadata.get("sites", "[]"), f"{what}, '{METADATA}sites' of its metadata")
     nodes = {str(node.name): (node.op_type, [str(value.name) for value in node.outputs]) for node in model.graph}
     check_sites(sites, nodes, what)
     config = read_config(metadata.get("config", "{}"), what)
     try:
-        found = list(_check(name, model, sites, config))
+        found = list(chosen.rules().check(model, sites, config))
     except (OSError, ValueError) as error:  # of NumPy and onnx_ir: a constant is not what it says
         raise ExportError(f"{what} has a constant that cannot be read: {error}") from error
     merged = sorted(_merged(found), key=lambda finding: VERDICTS.index(finding.verdict))
     pairs = sum(node.op_type == "DequantizeLinear" for node in model.graph)
-    return Findings(metadata.get("class") or model.graph.name or "the model", name, pairs, tuple(merged))
+    return Findings(metadata.get("class") or model.graph.name or "the model", chosen.name, pairs, tuple(merged))
 
 
 def _load(path_or_model: Any) -> ir.Model:
@@ -75,20 +75,6 @@ def _load(path_or_model: Any) -> ir.Model:
         except ValueError as error:
             raise ExportError(f"this model is no ONNX graph that can be looked at: {error}") from error
     return made
-
-
-def _check(name: str, model: ir.Model, sites: list[Any], config: dict[str, Any]) -> Iterator[Finding]:
-    from qdq_surgery.onnx_graph.qdq_pairs import Placement
-    from qdq_surgery.targets.onnxruntime import lint as lint_onnxruntime
-    from qdq_surgery.targets.openvino import lint as lint_openvino
-    from qdq_surgery.targets.tensorrt import lint as lint_tensorrt
-
-    if name == "tensorrt":
-        placement = Placement(model.graph, sites, config, lint_tensorrt.MOVES)
-        return lint_tensorrt.check(placement, model.opset_imports.get("", 0))
-    if name == "openvino":
-        return lint_openvino.check(Placement(model.graph, sites, config, lint_openvino.MOVES, lint_openvino.FACTORS))
-    return lint_onnxruntime.check(Placement(model.graph, sites, config, lint_onnxruntime.MOVES))
 
 
 def _merged(findings: list[Finding]) -> list[Finding]:

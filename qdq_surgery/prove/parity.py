@@ -36,7 +36,7 @@ from qdq_surgery.onnx_file.stored import read_sites, stored_weights
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
-from qdq_surgery.text.optional_imports import require
+from qdq_surgery.targets.registry import DEFAULT, session_on
 from qdq_surgery.text.render import Rendered
 
 __all__ = ["Check", "Parity", "SiteCheck", "certify"]
@@ -184,7 +184,7 @@ class Parity(Rendered):
 
 
 def certify(
-    qmodel: PreTrainedModel, path: str | Path, inputs: Mapping[str, Any], asked: Sequence[str] = ("onnxruntime",)
+    qmodel: PreTrainedModel, path: str | Path, inputs: Mapping[str, Any], asked: Sequence[str] = (DEFAULT,)
 ) -> Parity:
     """Compare a file with the model it was exported from.
 
@@ -200,7 +200,7 @@ def certify(
     """
     file = Path(path)
     for name in asked:
-        require(name, "the parity certificate")
+        session_on(name).package("the parity certificate")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
     sites = read_sites(file)
@@ -209,10 +209,11 @@ def certify(
         raise ExportError(f"{file} is of another model: this {type(qmodel).__name__} has no quantizer {missing[0]}")
     checks = []
     for name in asked:
-        for mode in runtimes(name):
+        modes = runtimes(name)
+        for mode in modes:
             if mode.optimised:
                 checks.append(_outputs_alone(qmodel, file, inputs, arrays, mode))
-            if not mode.optimised or name != "onnxruntime":
+            if mode is modes[0]:
                 checks.append(_site_by_site(qmodel, file, inputs, arrays, sites, mode))
     return Parity(type(qmodel).__name__, tuple(checks))
 

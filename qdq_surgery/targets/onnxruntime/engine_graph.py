@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdq_surgery.errors import ModelError
 from qdq_surgery.onnx_file.sites import Site
+from qdq_surgery.onnx_graph.claim import claim
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
 from qdq_surgery.onnx_graph.products import MOVES, FileGemm, FileGraph, module_of
+from qdq_surgery.targets.onnxruntime.session import OnnxRuntimeSession
 from qdq_surgery.text.optional_imports import require
 
 __all__ = ["run_by_onnxruntime"]
@@ -43,16 +44,15 @@ _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _LARGE = 1024
 
 
-def run_by_onnxruntime(graph: FileGraph) -> Executed:
+def run_by_onnxruntime(graph: FileGraph, *_: object) -> Executed:
     """What ONNX Runtime made of the file, on the CPU with all its optimizations.
 
     Raises:
         ModelError: It cannot open the file.
     """
-    runtime = require("onnxruntime", "a receipt of ONNX Runtime")
-    optimized = _Optimized(graph, _optimize(graph.path, runtime))
+    optimized = _Optimized(graph, _optimize(graph.path))
     return Executed(
-        str(runtime.__version__),
+        OnnxRuntimeSession.installed(),
         optimized.kernels(),
         tuple(optimized.leftover()),
         tuple(optimized.steps()),
@@ -60,23 +60,11 @@ def run_by_onnxruntime(graph: FileGraph) -> Executed:
     )
 
 
-def _optimize(path: Path, runtime: Any) -> Any:
+def _optimize(path: Path) -> Any:
     onnx = require("onnx", "a receipt")
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 4  # errors come as exceptions, too
     with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
         file = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(file)
-        entry = "session.optimized_model_external_initializers"
-        options.add_session_config_entry(f"{entry}_file_name", "optimized.data")
-        options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(_LARGE))
-        try:
-            runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions share no base
-            raise ModelError(
-                f"{path} cannot be opened by onnxruntime {runtime.__version__}: {str(error).splitlines()[0]}"
-            ) from error
+        OnnxRuntimeSession.write_optimized(path, file, _LARGE)
         return onnx.load(str(file), load_external_data=False)
 
 
@@ -90,7 +78,7 @@ class _Optimized:
         for node in self.nodes:
             for value in dict.fromkeys(node.input):
                 self.readers.setdefault(value, []).append(node)
-        self._claimed = self._claim()
+        self._claimed = claim(graph.gemms, self.nodes, (_same_name, _longer_name, _same_value))
         self._sites = {name: site for site in graph.sites for name in (site.quantize, site.dequantize) if name}
         # The integers of a pair keep their name wherever its QuantizeLinear goes.
         self._integers = {
@@ -125,23 +113,6 @@ class _Optimized:
                 integer, dequantized = self._feeds(node)
                 if not integer and not dequantized:
                     yield Leftover(named(self._site(node)), node.name, "its integers reach no integer kernel")
-
-    def _claim(self) -> dict[str, Any]:
-        """The node that runs each product; each node runs one."""
-        claimed: dict[str, Any] = {}
-        for rank in (_same_name, _longer_name, _same_value):
-            taken = {id(node) for node in claimed.values()}
-            found: dict[str, list[Any]] = {
-                gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
-                for gemm in self.graph.gemms
-                if gemm.name not in claimed
-            }
-            wanted = [id(node) for nodes in found.values() for node in nodes]
-            for name, nodes in found.items():
-                # Two that fit are as bad as none.
-                if len(nodes) == 1 and wanted.count(id(nodes[0])) == 1:
-                    claimed[name] = nodes[0]
-        return claimed
 
     def _kernel(self, gemm: FileGemm) -> Kernel:
         node = self._claimed.get(gemm.name)

@@ -1,0 +1,162 @@
+"""ONNX Runtime on the CPU: a file opened, run, probed, and optimized."""
+
+from __future__ import annotations
+
+import platform
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdq_surgery.errors import ExportError, ModelError
+from qdq_surgery.onnx_file.reader import open_graph
+from qdq_surgery.onnx_file.writer import DATA_SUFFIX, LARGEST
+from qdq_surgery.safety.untrusted import quoted
+from qdq_surgery.targets.session import Arrays, Port, Session, taken
+
+__all__ = ["OnnxRuntimeSession", "on_x86"]
+
+_TYPES = {
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
+
+
+class OnnxRuntimeSession(Session):
+    """ONNX Runtime on the CPU, with all its optimizations."""
+
+    runtime = "onnxruntime"
+    modes = (False, True)
+    noise = re.compile(r"\A\s*\[ONNXRuntimeError\] : \d+ : \w+ : ")
+    lacking = (
+        re.compile(
+            r'In Node, \("(?P<node>[^"]*)", (?P<op>[^,]+), "(?P<domain>[^"]*)", -?\d+\).*No Op registered', re.DOTALL
+        ),
+        re.compile(r"Fatal error: (?P<domain>[\w.]*):(?P<op>\w+)\(-?\d+\) is not a registered function/op"),
+        re.compile(r"Could not find an implementation for (?P<op>\w+)\(\d+\) node with name '(?P<node>[^']*)'"),
+    )
+
+    def __init__(self, path: Path, threads: int | None = None, precision: str | None = None) -> None:
+        super().__init__(path, threads, precision)
+        try:
+            self.session = self._open(path, threads=self.threads)
+            self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        except Exception as error:  # its exceptions share no base
+            raise self.unopened(path, error) from error
+        self.inputs = tuple(_port(path, each) for each in self.session.get_inputs())
+        self.outputs = tuple(_port(path, each) for each in self.session.get_outputs())
+
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> Arrays:
+        """See the base."""
+        try:
+            found = self.session.run(None, dict(feed))
+        except Exception as error:
+            raise self.failed(error) from error
+        return {each.name: array for each, array in zip(self.outputs, found, strict=True)}
+
+    @classmethod
+    def probe(cls, path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], optimized: bool) -> Arrays:
+        """See the base."""
+        with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
+            file = _with_outputs(path, values, Path(folder)) if values else path
+            session = cls._open(file, optimized=optimized)
+            names = [each.name for each in session.get_outputs()]
+            feed = taken(path, [each.name for each in session.get_inputs()], inputs)
+            return dict(zip(names, session.run(names, feed), strict=True))
+
+    @classmethod
+    def run_as_written(cls, model: bytes, folder: Path, feed: Mapping[str, NDArray[Any]]) -> Arrays:
+        """All outputs of a model that is in memory, by name.
+
+        Args:
+            model: Of ``onnx.ModelProto``.
+            folder: Has the files of its weights.
+            feed: One array for each input.
+
+        Raises:
+            Exception: Any of ONNX Runtime's own.
+        """
+        entries = {"session.model_external_initializers_file_folder_path": str(folder)}
+        session = cls._open(model, optimized=False, entries=entries)
+        names = [each.name for each in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(feed)), strict=True))
+
+    @classmethod
+    def write_optimized(cls, path: Path, optimized: Path, largest: int) -> None:
+        """Have the optimized graph written.
+
+        Args:
+            path: The file.
+            optimized: What to write.
+            largest: Most bytes of a constant that is kept in the graph.
+
+        Raises:
+            ModelError: It cannot open the file.
+        """
+        stored = "session.optimized_model_external_initializers"
+        entries = {f"{stored}_file_name": "optimized.data", f"{stored}_min_size_in_bytes": str(largest)}
+        cls.package("a receipt of ONNX Runtime")
+        try:
+            cls._open(path, entries=entries, written=optimized)
+        except Exception as error:
+            raise cls.unopened(path, error) from error
+
+    @classmethod
+    def _open(
+        cls,
+        model: Path | bytes,
+        *,
+        optimized: bool = True,
+        threads: int | None = None,
+        entries: Mapping[str, str] | None = None,
+        written: Path | None = None,
+    ) -> Any:
+        """An ``onnxruntime.InferenceSession``; the optimized graph goes to the file ``written``."""
+        runtime = cls.package("running on ONNX Runtime")
+        options, level = runtime.SessionOptions(), runtime.GraphOptimizationLevel
+        options.log_severity_level = 4  # errors come as exceptions, too
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if written is not None:
+            options.optimized_model_filepath = str(written)
+        for name, value in (entries or {}).items():
+            options.add_session_config_entry(name, value)
+        source = model if isinstance(model, bytes) else str(model)
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def on_x86() -> bool:
+    """Whether this machine's kernels are those for x86."""
+    return platform.machine().lower() in ("x86_64", "amd64", "i386", "i686", "x86")
+
+
+def _port(path: Path, found: Any) -> Port:
+    if found.type not in _TYPES:
+        raise ModelError(f"{path} has '{found.name}' of type {found.type}, which no file of qdq_surgery has")
+    shape = tuple(size if isinstance(size, int) else None for size in found.shape)
+    return Port(found.name, np.dtype(_TYPES[found.type]), shape)
+
+
+def _with_outputs(path: Path, values: Sequence[str], folder: Path) -> Path:
+    """A copy of the file in ``folder`` with ``values`` among its outputs."""
+    import onnx_ir as ir
+
+    model = open_graph(path)
+    made = {value.name: value for node in model.graph for value in node.outputs}
+    absent = [name for name in values if name not in made]
+    if absent:
+        raise ExportError(f"{path.name} has no value {quoted(absent[0])}, which it says that it has")
+    model.graph.outputs.extend(made[name] for name in values)
+    size = sum(each.const_value.nbytes for each in model.graph.initializers.values() if each.const_value)
+    file = folder / path.name
+    ir.save(model, file, external_data=f"{path.name}{DATA_SUFFIX}" if size > LARGEST else None)
+    return file
