@@ -85,13 +85,14 @@ def _run(graph: FileGraph, feed: Mapping[str, NDArray[Any]], shape: tuple[int, i
         model.graph.node.append(onnx.helper.make_node("Shape", [value], [_PREFIX + value], name=_PREFIX + value))
         model.graph.output.append(onnx.helper.make_tensor_value_info(_PREFIX + value, onnx.TensorProto.INT64, [None]))
     try:
-        found = REFERENCE.run_as_written(model.SerializeToString(), graph.path.resolve().parent, feed)
+        session = REFERENCE.open(model.SerializeToString(), optimized=False, folder=graph.path.resolve().parent)
+        found = session.run([_PREFIX + value for value in values], dict(feed))
     except Exception as error:  # its exceptions share no base
         raise ModelError(
             f"{graph.path} cannot be run with {shape[0]} x {shape[1]} tokens, to count its multiply-adds: "
             f"{REFERENCE.reason(error)}; give shape=(batch, tokens) that the model takes"
         ) from error
-    return {value: tuple(map(int, found[_PREFIX + value])) for value in values}
+    return {value: tuple(map(int, each)) for value, each in zip(values, found, strict=True)}
 
 
 def _counted(graph: FileGraph, gemm: FileGemm, shapes: Mapping[str, Shape]) -> int:

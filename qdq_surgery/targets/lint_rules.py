@@ -28,6 +28,8 @@ class LintRules(ABC):
         placement: The graph.
         opset: Its version of ONNX's operators.
         products: Its matrix products, by node.
+        residuals: Its residual adds, by node.
+        attentions: Its attentions, by each of their two products' nodes.
     """
 
     moves: ClassVar[tuple[str, ...]]
@@ -37,6 +39,10 @@ class LintRules(ABC):
     def __init__(self, placement: Placement, opset: int) -> None:
         self.placement, self.opset = placement, opset
         self.products = {product.node: product for product in placement.products}
+        self.residuals = {residual.node: residual for residual in placement.residuals}
+        self.attentions = {
+            product.node: each for each in placement.attentions for product in (each.scores, each.context)
+        }
 
     @classmethod
     def check(cls, model: ir.Model, sites: Sequence[Site], config: dict[str, Any]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ import torch
 from repository import PACKAGE
 
 import qdq_surgery as qs
+from qdq_surgery.cli.commands import _parser
 from qdq_surgery.onnx_graph.executed import Executed, Kernel
 from qdq_surgery.onnx_graph.findings import Finding
 from qdq_surgery.onnx_graph.products import FileGraph
@@ -202,7 +203,7 @@ def test_a_target_that_is_registered_goes_all_the_way(
     assert made.parity is not None
     assert [check.runtime for check in made.parity.checks][2:] == ["toy, optimisations off", "toy"]
     assert ToySession.calls == ["probe False", "probe True"]
-    assert {finding.fusion for finding in qs.lint(made.path).findings} == {"toy GEMM", "GEMMs without Q/DQ"}
+    assert {finding.fusion for finding in qs.lint(made.path).findings} == {"toy GEMM", "nothing", "GEMMs without Q/DQ"}
     with pytest.raises(qs.ExportError, match="opset 21 is not supported for toy; choose one of 19 to 20"):
         qs.export_onnx(model, tmp_path / "no.onnx", batch, toy.name, opset=21)
 
@@ -218,3 +219,10 @@ def test_a_target_that_is_registered_goes_all_the_way(
         qs.receipt(made.path, "nowhere")
     found = qs.receipt(made.path, shape=(1, 8), precision="float16")
     assert (found.runtime, found.version, found.total) == ("toy", "1.0", 1.0)
+
+
+def test_the_command_line_asks_the_registry(toy: Target) -> None:
+    words = ["export", "folder", "file.onnx", "--target", toy.name, "--precision"]
+    for short, full in (("f32", "float32"), ("bf16", "bfloat16"), ("float16", "float16")):
+        given = _parser().parse_args([*words, short])
+        assert (given.target, given.precision) == ("toy", full)

@@ -40,8 +40,6 @@ _ZERO_POINTS = {"MatMulIntegerToFloat": (4, 5), "QLinearMatMul": (2, 5), "QGemm"
 _TYPES = {2: "u8", 3: "i8"}  # of onnx.TensorProto
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-#: Constants above this many bytes are kept out of the graph that is read.
-_LARGE = 1024
 
 
 def run_by_onnxruntime(graph: FileGraph, *_: object) -> Executed:
@@ -62,9 +60,13 @@ def run_by_onnxruntime(graph: FileGraph, *_: object) -> Executed:
 
 def _optimize(path: Path) -> Any:
     onnx = require("onnx", "a receipt")
+    OnnxRuntimeSession.package("a receipt of ONNX Runtime")
     with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
         file = Path(folder) / "optimized.onnx"
-        OnnxRuntimeSession.write_optimized(path, file, _LARGE)
+        try:
+            OnnxRuntimeSession.open(path, written=file)
+        except Exception as error:  # its exceptions share no base
+            raise OnnxRuntimeSession.unopened(path, error) from error
         return onnx.load(str(file), load_external_data=False)
 
 

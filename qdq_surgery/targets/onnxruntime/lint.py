@@ -38,7 +38,6 @@ class Rules(LintRules):
     def __init__(self, placement: Placement, opset: int) -> None:
         super().__init__(placement, opset)
         self.x86 = on_x86()
-        self.residuals = {residual.node for residual in placement.residuals}
 
     def product(self, pair: Pair, product: Product) -> Verdict:
         """See the base."""

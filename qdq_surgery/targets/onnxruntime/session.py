@@ -20,6 +20,8 @@ from qdq_surgery.targets.session import Arrays, Port, Session, taken
 
 __all__ = ["OnnxRuntimeSession", "on_x86"]
 
+#: Constants above this many bytes are kept out of a graph that is written.
+_LARGE = 1024
 _TYPES = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
@@ -47,7 +49,7 @@ class OnnxRuntimeSession(Session):
     def __init__(self, path: Path, threads: int | None = None, precision: str | None = None) -> None:
         super().__init__(path, threads, precision)
         try:
-            self.session = self._open(path, threads=self.threads)
+            self.session = self.open(path, threads=self.threads)
             self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         except Exception as error:  # its exceptions share no base
             raise self.unopened(path, error) from error
@@ -67,69 +69,43 @@ class OnnxRuntimeSession(Session):
         """See the base."""
         with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
             file = _with_outputs(path, values, Path(folder)) if values else path
-            session = cls._open(file, optimized=optimized)
+            session = cls.open(file, optimized=optimized)
             names = [each.name for each in session.get_outputs()]
             feed = taken(path, [each.name for each in session.get_inputs()], inputs)
             return dict(zip(names, session.run(names, feed), strict=True))
 
     @classmethod
-    def run_as_written(cls, model: bytes, folder: Path, feed: Mapping[str, NDArray[Any]]) -> Arrays:
-        """All outputs of a model that is in memory, by name.
-
-        Args:
-            model: Of ``onnx.ModelProto``.
-            folder: Has the files of its weights.
-            feed: One array for each input.
-
-        Raises:
-            Exception: Any of ONNX Runtime's own.
-        """
-        entries = {"session.model_external_initializers_file_folder_path": str(folder)}
-        session = cls._open(model, optimized=False, entries=entries)
-        names = [each.name for each in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(feed)), strict=True))
-
-    @classmethod
-    def write_optimized(cls, path: Path, optimized: Path, largest: int) -> None:
-        """Have the optimized graph written.
-
-        Args:
-            path: The file.
-            optimized: What to write.
-            largest: Most bytes of a constant that is kept in the graph.
-
-        Raises:
-            ModelError: It cannot open the file.
-        """
-        stored = "session.optimized_model_external_initializers"
-        entries = {f"{stored}_file_name": "optimized.data", f"{stored}_min_size_in_bytes": str(largest)}
-        cls.package("a receipt of ONNX Runtime")
-        try:
-            cls._open(path, entries=entries, written=optimized)
-        except Exception as error:
-            raise cls.unopened(path, error) from error
-
-    @classmethod
-    def _open(
+    def open(
         cls,
         model: Path | bytes,
         *,
         optimized: bool = True,
         threads: int | None = None,
-        entries: Mapping[str, str] | None = None,
+        folder: Path | None = None,
         written: Path | None = None,
     ) -> Any:
-        """An ``onnxruntime.InferenceSession``; the optimized graph goes to the file ``written``."""
+        """An ``onnxruntime.InferenceSession``; raises any of ONNX Runtime's own exceptions.
+
+        Args:
+            model: A file, or a model in memory.
+            optimized: Whether it may rewrite the graph.
+            threads: To compute with; its own choice if ``None``.
+            folder: Has the weights of a model in memory.
+            written: Where the graph goes that it runs; large constants go beside it.
+        """
         runtime = cls.package("running on ONNX Runtime")
         options, level = runtime.SessionOptions(), runtime.GraphOptimizationLevel
         options.log_severity_level = 4  # errors come as exceptions, too
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = threads
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if written is not None:
             options.optimized_model_filepath = str(written)
-        for name, value in (entries or {}).items():
-            options.add_session_config_entry(name, value)
+            stored = "session.optimized_model_external_initializers"
+            options.add_session_config_entry(f"{stored}_file_name", "optimized.data")
+            options.add_session_config_entry(f"{stored}_min_size_in_bytes", str(_LARGE))
         source = model if isinstance(model, bytes) else str(model)
         return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from qdq_surgery.onnx_graph.findings import Finding
-from qdq_surgery.onnx_graph.qdq_pairs import Attention, Operand, Pair, Placement, Product
+from qdq_surgery.onnx_graph.qdq_pairs import Attention, Operand, Pair, Product
 from qdq_surgery.targets.lint_rules import LintRules, Verdict
 
 __all__ = ["Rules"]
@@ -30,15 +30,6 @@ class Rules(LintRules):
     moves = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity")
     factors = ("Mul", "Div")
     floats = False
-
-    def __init__(self, placement: Placement, opset: int) -> None:
-        super().__init__(placement, opset)
-        self.attentions = {
-            product.node: attention
-            for attention in placement.attentions
-            for product in (attention.scores, attention.context)
-        }
-        self.residuals = {residual.node for residual in placement.residuals}
 
     def refusal(self, pair: Pair) -> tuple[str, str, str] | None:
         """See the base."""

@@ -34,20 +34,7 @@ class Rules(LintRules):
 
     def __init__(self, placement: Placement, opset: int) -> None:
         super().__init__(placement, opset)
-        self.residuals = {residual.node: residual for residual in placement.residuals}
         self.problems = {attention.scores.node: self._problems(attention) for attention in placement.attentions}
-        self.fused = {
-            product.node
-            for attention in placement.attentions
-            for product in (attention.scores, attention.context)
-            if not self.problems[attention.scores.node]
-        }
-        self.reshaped = {
-            product.node
-            for attention in placement.attentions
-            for product in (attention.scores, attention.context)
-            if any(node.op_type == "Reshape" for node in attention.between)
-        }
 
     def refusal(self, pair: Pair) -> tuple[str, str, str] | None:
         """See the base."""
@@ -95,9 +82,10 @@ class Rules(LintRules):
                     reason = "its scales are along what is summed over; only one for each output channel is taken"
                     return "blocks", _GEMM, reason, "axis: 0 in the weights' spec"
                 return "idle", _GEMM, f"the scales of its {which} input are along what is summed over", ""
-        if node in self.fused:
+        attention = self.attentions.get(node)
+        if attention is not None and not self.problems[attention.scores.node]:
             reason = "all of its conditions hold"
-            if node in self.reshaped:
+            if any(each.op_type == "Reshape" for each in attention.between):
                 reason += ", but a Reshape between scores and softmax, of which the guides say nothing"
             return "enables", _ATTENTION, reason, ""
         return "enables", _GEMM if product.weighted else f"{_GEMM} (batched)", "both inputs have Q/DQ", ""
@@ -228,7 +216,7 @@ def _channels(node: ir.Node, operand: Operand) -> int | None:
         return 0
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", False) else 1
-    value = operand.source if operand.source is not None else None
+    value = operand.source
     return None if value is None or value.shape is None else len(value.shape) - 1
 
 
