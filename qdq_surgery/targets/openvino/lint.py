@@ -1,6 +1,6 @@
 """What OpenVINO makes of Q/DQ pairs on a CPU.
 
-Each rule was held against the runtime model of OpenVINO 2026.4.1 (``tests/test_deploy_lint.py`` does it again with the
+Each rule was held against the runtime model of OpenVINO 2026.4.1 (``tests/prove/test_lint.py`` does it again with the
 version that is installed).
 """
 
