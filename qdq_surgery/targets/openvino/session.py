@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qdq_surgery.errors import ModelError
 from qdq_surgery.targets.session import Arrays, Port, Session, taken
+from qdq_surgery.targets.target import full_precision
 
 __all__ = ["OpenVinoSession"]
 
@@ -50,7 +51,7 @@ class OpenVinoSession(Session):
             raise self.unopened(path, error) from error
         if model.has_rt_info(["framework"]):  # where it keeps the metadata of an ONNX file
             self.metadata = {str(name): str(value) for name, value in model.get_rt_info(["framework"]).value.items()}
-        self.precision = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        self.precision = full_precision(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
         self.threads = int(self._compiled.get_property("INFERENCE_NUM_THREADS"))  # no more than there are cores
         try:
             self.inputs = tuple(map(_port, self._compiled.inputs))
