@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.export.half_copy import half_copy
-from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, Target, get_target
 from qdq_surgery.export.qparams import read_qparams
 from qdq_surgery.export.shared_copy import twin
 from qdq_surgery.hf.example_inputs import sample_inputs
@@ -25,6 +24,8 @@ from qdq_surgery.onnx_file.writer import data_beside, draft, writable
 from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.lint import lint
 from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.targets.registry import DEFAULT, REFERENCE, get_target
+from qdq_surgery.targets.target import ACTIVATIONS, PRECISIONS, Target, full_precision
 from qdq_surgery.text.optional_imports import require
 from qdq_surgery.text.view import Line, Part, Result, line
 
@@ -86,7 +87,7 @@ def export_onnx(
     qmodel: PreTrainedModel,
     path: str | Path,
     example_inputs: Mapping[str, Any] | None = None,
-    target: str = "onnxruntime",
+    target: str = DEFAULT,
     *,
     opset: int | None = None,
     dynamic: bool = True,
@@ -105,7 +106,7 @@ def export_onnx(
         path: The file to write, which ends in ``.onnx``.
         example_inputs: Keyword arguments of the model's forward to trace and to check with, such as what a tokenizer
             gives; they decide which inputs the file has. Left out, they are made from the config.
-        target: ``onnxruntime``, ``openvino`` or ``tensorrt``; see :data:`qdq_surgery.export.profile.TARGETS`.
+        target: ``onnxruntime``, ``openvino`` or ``tensorrt``; see :data:`qdq_surgery.targets.registry.TARGETS`.
         opset: The version of ONNX's operators; the target's own if left out.
         dynamic: Whether batch and sequence stay open. Otherwise the file takes the example's shapes only.
         parity: Whether to compare the file with the model, site by site, before it takes its place.
@@ -129,6 +130,7 @@ def export_onnx(
     chosen = get_target(target)
     opset = _opset(chosen, opset)
     activations = _one_of("activations", activations, ACTIVATIONS, chosen.activations, target)
+    precision = None if precision is None else full_precision(precision)
     precision = _one_of("precision", precision, PRECISIONS, chosen.precisions, target)
     for package in ("onnx", "onnx_ir", "onnxscript"):
         require(package, "exporting to ONNX")
@@ -165,17 +167,20 @@ def export_onnx(
 def _certified(model: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], target: Target) -> Parity:
     from qdq_surgery.prove.parity import certify
 
-    asked, left_out = ["onnxruntime"], []
-    if target.name == "openvino":
-        if importlib.util.find_spec("openvino") is None:
-            left_out.append("OpenVINO, which is not installed; pip install 'qdq-surgery[openvino]'")
-        else:
-            asked.append("openvino")
-    if target.name == "tensorrt":
-        left_out.append("TensorRT, which needs an engine; scripts/benchmark_tensorrt.sh builds one")
-    certificate = replace(certify(model, file, inputs, asked), left_out=tuple(left_out))
+    reason = None if target.session is REFERENCE else _unchecked(target)
+    asked = [REFERENCE.runtime] if reason or target.session is REFERENCE else [REFERENCE.runtime, target.name]
+    certificate = replace(certify(model, file, inputs, asked), left_out=() if reason is None else (reason,))
     certificate.require()
     return certificate
+
+
+def _unchecked(target: Target) -> str | None:
+    """Why the certificate cannot ask the target's own runtime."""
+    if target.session is None:
+        return f"{target.title}, {target.unchecked}"
+    if importlib.util.find_spec(target.session.runtime) is None:
+        return f"{target.title}, which is not installed; pip install 'qdq-surgery[{target.session.extra}]'"
+    return None
 
 
 def _check_dtype(qmodel: PreTrainedModel, precision: str) -> None:

@@ -30,13 +30,13 @@ from transformers import (
 )
 
 import qdq_surgery as qs
-from qdq_surgery.export.profile import TARGETS
 from qdq_surgery.export.qparams import read_qparams
 from qdq_surgery.hf.example_inputs import make_examples, sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_file import opened, reader
 from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.onnx_file.writer import LARGEST
+from qdq_surgery.targets.registry import TARGETS
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -622,7 +622,9 @@ def refusal(qmodel: Any, folder: Path, kind: type[Exception] = qs.ExportError, *
             {"activations": "uint8", "target": "openvino"},
             "activations 'uint8' is not supported for openvino; choose int8",
         ),
-        ({"precision": "bfloat16"}, "there is no precision 'bfloat16'; choose one of float32, float16"),
+        ({"precision": "half"}, "there is no precision 'half'; choose one of float32, float16, bfloat16"),
+        ({"precision": "bfloat16"}, "precision 'bfloat16' is not supported for onnxruntime; choose float32"),
+        ({"precision": "bf16"}, "precision 'bfloat16' is not supported for onnxruntime; choose float32"),
         ({"precision": "float16"}, "precision 'float16' is not supported for onnxruntime; choose float32"),
     ],
 )  # fmt: skip

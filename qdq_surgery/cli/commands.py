@@ -18,7 +18,6 @@ from qdq_surgery.cli.folder import check_new, load_model, save_model
 from qdq_surgery.cli.wording import in_words_of_the_command
 from qdq_surgery.convert import convert, plan
 from qdq_surgery.errors import ModelError, OptionError, QdqSurgeryError
-from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, TARGETS
 from qdq_surgery.numerics.range_choice import method_names, takes_percentile
 from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE
 from qdq_surgery.onnx_export import Export, export_onnx
@@ -28,7 +27,8 @@ from qdq_surgery.report.diff import diff
 from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
 from qdq_surgery.safety.interrupt import COMMAND
 from qdq_surgery.surgery.model_state import plan_of, quantizers
-from qdq_surgery.text.optional_imports import require
+from qdq_surgery.targets.registry import DEFAULT, REFERENCE, TARGETS
+from qdq_surgery.targets.target import ACTIVATIONS, PRECISIONS, full_precision
 from qdq_surgery.text.progress import steps
 from qdq_surgery.text.view import Column, Result, Table
 from qdq_surgery.texts.batches import text_batches
@@ -137,10 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write a calibrated model as ONNX for one runtime, and check the file")
     command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote")
     command.add_argument("output", metavar="FILE", help="the ONNX file to write")
-    command.add_argument("--target", choices=TARGETS, default="onnxruntime", help="(default: %(default)s)")
+    command.add_argument("--target", choices=TARGETS, default=DEFAULT, help="(default: %(default)s)")
     command.add_argument("--opset", type=int, help="version of ONNX's operators (default: the target's)")
     command.add_argument("--activations", choices=ACTIVATIONS, help="integers of activations (default: the target's)")
-    command.add_argument("--precision", choices=PRECISIONS, help="what is not INT8 (default: the target's)")
+    command.add_argument(
+        "--precision", type=full_precision, choices=PRECISIONS, help="what is not INT8 (default: the target's)"
+    )
     command.add_argument("--static", action="store_true", help="only the shape of the example: 2 rows of 21 tokens")
     command.add_argument("--no-parity", action="store_true", help="do not compare the file with the model")
     command.add_argument("--receipt", action="store_true", help="show what the runtime makes of the file")
@@ -273,13 +275,12 @@ def _rules_check(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     if arguments.receipt:
-        if arguments.target == "tensorrt":
-            arguments.refuse(
-                "--receipt of tensorrt needs the layers of a built engine: leave it out, build the engine, and call "
-                "qdq_surgery.receipt(FILE, layers=...)"
-            )
-        for package in {"onnxruntime", arguments.target}:  # the first counts multiply-adds
-            require(package, "a receipt")
+        session = TARGETS[arguments.target].session or arguments.refuse(
+            f"--receipt of {arguments.target} needs the layers of a built engine: leave it out, build the engine, and "
+            "call qdq_surgery.receipt(FILE, layers=...)"
+        )
+        REFERENCE.package("a receipt")  # it counts multiply-adds
+        session.package("a receipt")
     writable(arguments.output, arguments.overwrite)  # before the model is loaded
     with steps(2) as bar:
         bar.next("loading")

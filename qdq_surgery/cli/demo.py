@@ -35,6 +35,7 @@ from qdq_surgery.prove.receipt import receipt
 from qdq_surgery.report.diff import diff
 from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantizers
+from qdq_surgery.targets.registry import REFERENCE
 from qdq_surgery.text.optional_imports import require
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Table, View, line, number
@@ -65,7 +66,7 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
     if texts < 2:
         raise ModelError(f"--texts {texts}: a nearest neighbour needs at least two texts")
     folder = checkpoint()
-    for name in ("onnx", "onnxruntime", "onnxscript"):
+    for name in ("onnx", REFERENCE.runtime, "onnxscript"):
         require(name, "the demo")
     console = Console(highlight=False)
     model = load_model(folder)
@@ -210,7 +211,7 @@ def _deploy(
     start = time.perf_counter()
     # Two texts to trace and to compare site by site with.
     batch = next(iter(token_batches(tokenizer, texts[:2])))
-    exported = export_onnx(qmodel, path, batch, target="onnxruntime", overwrite=overwrite)
+    exported = export_onnx(qmodel, path, batch, overwrite=overwrite)
     console.print(f"\nexported and compared in {time.perf_counter() - start:.0f} s")
     console.print(exported)
     console.print(receipt(path))

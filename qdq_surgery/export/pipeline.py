@@ -14,12 +14,12 @@ from qdq_surgery.export.passes.fold_score_scale import fold_score_factors
 from qdq_surgery.export.passes.lower_qdq import lower
 from qdq_surgery.export.passes.name_nodes import name_nodes
 from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm
-from qdq_surgery.export.profile import Target
 from qdq_surgery.export.qparams import QParams
 from qdq_surgery.onnx_file.metadata import METADATA, dump_sites
 from qdq_surgery.onnx_file.opened import OnnxFile
 from qdq_surgery.onnx_file.origin import describe
 from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.targets.target import Target
 from qdq_surgery.version import __version__
 
 __all__ = ["build"]

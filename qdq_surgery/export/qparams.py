@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ExportError
-from qdq_surgery.export.profile import Target
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import quantizers
+from qdq_surgery.targets.target import Target
 
 __all__ = ["QParams", "read_qparams"]
 

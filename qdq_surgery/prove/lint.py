@@ -5,16 +5,14 @@ It looks at the graph alone. What the runtime did in the end is told by :mod:`qd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdq_surgery.errors import ExportError
-from qdq_surgery.export.profile import get_target
 from qdq_surgery.onnx_file.graph_checks import check_structure
 from qdq_surgery.onnx_file.opened import OnnxFile, open_file
 from qdq_surgery.onnx_graph.findings import VERDICTS, Finding, Findings
-from qdq_surgery.onnx_graph.graph import OnnxGraph
+from qdq_surgery.targets.registry import TARGETS, get_target
 from qdq_surgery.text.optional_imports import require
 
 if TYPE_CHECKING:
@@ -42,17 +40,18 @@ def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model | OnnxFile, targ
     file = _opened(path_or_model)
     metadata, graph = file.metadata, file.model.graph
     if target is None and "target" not in metadata:
+        *others, last = map(repr, TARGETS)
         raise ExportError(
-            "this model does not tell what it was exported for; give target='onnxruntime', 'openvino' or 'tensorrt'"
+            f"this model does not tell what it was exported for; give target={', '.join(others)} or {last}"
         )
-    name = get_target(metadata["target"] if target is None else target).name
+    chosen = get_target(metadata["target"] if target is None else target)
     try:
-        found = list(_check(name, file))
+        found = list(chosen.rules().check(file))
     except (OSError, ValueError) as error:  # of NumPy and onnx_ir: a constant is not what it says
         raise ExportError(f"{file.path} has a constant that cannot be read: {error}") from error
     merged = sorted(_merged(found), key=lambda finding: VERDICTS.index(finding.verdict))
     pairs = sum(node.op_type == "DequantizeLinear" for node in graph)
-    return Findings(metadata.get("class") or graph.name or "the model", name, pairs, tuple(merged))
+    return Findings(metadata.get("class") or graph.name or "the model", chosen.name, pairs, tuple(merged))
 
 
 def _opened(path_or_model: Any) -> OnnxFile:
@@ -68,19 +67,6 @@ def _opened(path_or_model: Any) -> OnnxFile:
         return OnnxFile(onnx_ir.from_proto(path_or_model))
     except ValueError as error:
         raise ExportError(f"this model is no ONNX graph that can be looked at: {error}") from error
-
-
-def _check(name: str, file: OnnxFile) -> Iterator[Finding]:
-    from qdq_surgery.targets.onnxruntime import lint as lint_onnxruntime
-    from qdq_surgery.targets.openvino import lint as lint_openvino
-    from qdq_surgery.targets.tensorrt import lint as lint_tensorrt
-
-    if name == "tensorrt":
-        graph = OnnxGraph(file, lint_tensorrt.MOVES)
-        return lint_tensorrt.check(graph, file.model.opset_imports.get("", 0))
-    if name == "openvino":
-        return lint_openvino.check(OnnxGraph(file, lint_openvino.MOVES, lint_openvino.FACTORS))
-    return lint_onnxruntime.check(OnnxGraph(file, lint_onnxruntime.MOVES))
 
 
 def _merged(findings: list[Finding]) -> list[Finding]:

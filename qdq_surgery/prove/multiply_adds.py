@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.onnx_graph.products import Product
 from qdq_surgery.safety.untrusted import quoted
+from qdq_surgery.targets.registry import REFERENCE
 from qdq_surgery.text.optional_imports import require
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["count_multiply_adds"]
 
 _PREFIX = "qdq_surgery.shape/"
-#: How much of what the runtime says a message holds.
-_SHOWN = 200
 #: How many choices a question has, in a model that takes several.
 _CHOICES = 2
 #: ONNX's types that a runtime can be fed with here: floats, integers and bools.
@@ -80,7 +78,7 @@ def _size(axis: int | ir.SymbolicDim, shape: tuple[int, int]) -> int:
 def _run(graph: OnnxGraph, feed: Mapping[str, NDArray[Any]], shape: tuple[int, int]) -> dict[str, Shape]:
     """Shapes of all that is multiplied and of the results, by the value's name."""
     onnx = require("onnx", "a receipt")
-    runtime = require("onnxruntime", "a receipt")
+    REFERENCE.package("a receipt")
     multiplied = (value for gemm in graph.products for value in (*gemm.factors, gemm.node.outputs[0]))
     values = list(dict.fromkeys(str(value.name) for value in multiplied))
     model = require("onnx_ir", "a receipt").to_proto(graph.file.model)
@@ -88,19 +86,13 @@ def _run(graph: OnnxGraph, feed: Mapping[str, NDArray[Any]], shape: tuple[int, i
     for value in values:
         model.graph.node.append(onnx.helper.make_node("Shape", [value], [_PREFIX + value], name=_PREFIX + value))
         model.graph.output.append(onnx.helper.make_tensor_value_info(_PREFIX + value, onnx.TensorProto.INT64, [None]))
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # errors come as exceptions, too
-    folder = str(graph.path.resolve().parent)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
-        session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = REFERENCE.open(model.SerializeToString(), optimized=False, folder=graph.path.resolve().parent)
         found = session.run([_PREFIX + value for value in values], dict(feed))
     except Exception as error:  # its exceptions share no base
-        reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).splitlines()[0])[:_SHOWN]
         raise ModelError(
-            f"{graph.path} cannot be run with {shape[0]} x {shape[1]} tokens, to count its multiply-adds: {reason}; "
-            "give shape=(batch, tokens) that the model takes"
+            f"{graph.path} cannot be run with {shape[0]} x {shape[1]} tokens, to count its multiply-adds: "
+            f"{REFERENCE.reason(error)}; give shape=(batch, tokens) that the model takes"
         ) from error
     return {value: tuple(map(int, each)) for value, each in zip(values, found, strict=True)}
 

@@ -33,7 +33,7 @@ from qdq_surgery.onnx_file.opened import OnnxFile, open_exported
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
-from qdq_surgery.text.optional_imports import require
+from qdq_surgery.targets.registry import DEFAULT, session_on
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line
 
 __all__ = ["Check", "Parity", "SiteCheck", "certify"]
@@ -187,7 +187,7 @@ def certify(
     qmodel: PreTrainedModel,
     path: str | Path | OnnxFile,
     inputs: Mapping[str, Any],
-    asked: Sequence[str] = ("onnxruntime",),
+    asked: Sequence[str] = (DEFAULT,),
 ) -> Parity:
     """Compare a file with the model it was exported from.
 
@@ -205,7 +205,7 @@ def certify(
         ExportError: A runtime cannot run the file, or the file is of another model.
     """
     for name in asked:
-        require(name, "the parity certificate")
+        session_on(name).package("the parity certificate")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
     file = path if isinstance(path, OnnxFile) else open_exported(path)
@@ -216,10 +216,11 @@ def certify(
         )
     checks = []
     for name in asked:
-        for mode in runtimes(name):
+        modes = runtimes(name)
+        for mode in modes:
             if mode.optimised:
                 checks.append(_outputs_alone(qmodel, file, inputs, arrays, mode))
-            if not mode.optimised or name != "onnxruntime":
+            if mode is modes[0]:
                 checks.append(_site_by_site(qmodel, file, inputs, arrays, mode))
     return Parity(type(qmodel).__name__, tuple(checks))
 

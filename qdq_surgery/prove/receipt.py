@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +16,8 @@ from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover
 from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.onnx_graph.products import FACTORS, KINDS, Product
 from qdq_surgery.prove.multiply_adds import count_multiply_adds
-from qdq_surgery.targets.onnxruntime.engine_graph import run_by_onnxruntime
-from qdq_surgery.targets.openvino.engine_graph import run_by_openvino
-from qdq_surgery.targets.tensorrt.engine_graph import run_by_tensorrt
+from qdq_surgery.targets.registry import DEFAULT, TARGETS, computed_in
+from qdq_surgery.targets.target import Layers
 from qdq_surgery.text.layer_names import star_numbers
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
@@ -26,8 +25,6 @@ __all__ = ["Gemm", "Leftover", "Receipt", "receipt"]
 
 #: Tokens of the text that multiply-adds are counted for.
 _TOKENS = 128
-
-_RUNTIMES = ("onnxruntime", "openvino", "tensorrt")
 
 #: What floats may be off by when a share is put into words.
 _ROUNDING = 1e-6
@@ -216,7 +213,7 @@ def receipt(
     runtime: str | None = None,
     *,
     shape: tuple[int, int] | None = None,
-    layers: str | Path | Mapping[str, Any] | None = None,
+    layers: Layers | None = None,
     precision: str | None = None,
 ) -> Receipt:
     """Open the graph that a runtime makes of a file, and say what of it runs in INT8.
@@ -244,7 +241,7 @@ def receipt(
     file = open_exported(path)
     graph = OnnxGraph(file)
     _check_countable(graph)
-    asked = runtime or ("tensorrt" if layers is not None else file.metadata.get("target", _RUNTIMES[0]))
+    asked = runtime or (_built() if layers is not None else file.metadata.get("target", DEFAULT))
     executed = _executed(graph, asked, layers, precision)
     macs, counted = count_multiply_adds(graph, shape or (1, min(_TOKENS, _longest(file) or _TOKENS)))
     return Receipt(
@@ -275,25 +272,19 @@ def _longest(file: OnnxFile) -> int | None:
     return max_tokens(SimpleNamespace(**{"model_type": "", **file.config, "pad_token_id": pad}))
 
 
-def _executed(
-    graph: OnnxGraph, runtime: str, layers: str | Path | Mapping[str, Any] | None, precision: str | None
-) -> Executed:
-    if runtime not in _RUNTIMES:
-        raise ModelError(f"there is no runtime '{runtime}'; use {', '.join(map(repr, _RUNTIMES))}")
-    if layers is not None and runtime != "tensorrt":
-        raise ModelError(f"layers are of TensorRT; {runtime} opens the file itself, so leave them out")
-    if precision is not None and runtime != "openvino":
-        raise ModelError(f"precision is for openvino; {runtime} computes in what the file says, so leave it out")
-    if runtime == "openvino":
-        return run_by_openvino(graph, precision)
-    if runtime == "onnxruntime":
-        return run_by_onnxruntime(graph)
-    if layers is None:
-        raise ModelError(
-            f"a receipt of TensorRT for {graph.path} needs layers=: the JSON of trtexec --exportLayerInfo=layers.json "
-            "--profilingVerbosity=detailed, from where the engine is built"
-        )
-    return run_by_tensorrt(graph, layers)
+def _built() -> str:
+    """The runtime whose engines are built elsewhere, and have layers."""
+    return next(name for name, target in TARGETS.items() if target.session is None)
+
+
+def _executed(graph: OnnxGraph, runtime: str, layers: Layers | None, precision: str | None) -> Executed:
+    if runtime not in TARGETS:
+        raise ModelError(f"there is no runtime '{runtime}'; use {', '.join(map(repr, TARGETS))}")
+    target = TARGETS[runtime]
+    if layers is not None and target.session is not None:
+        owner = TARGETS[_built()].title
+        raise ModelError(f"layers are of {owner}; {runtime} opens the file itself, so leave them out")
+    return target.executed(graph, computed_in(runtime, precision), layers)
 
 
 def _gemm(graph: OnnxGraph, gemm: Product, kernel: Kernel, macs: int, runtime: str) -> Gemm:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qdq_surgery.errors import ModelError
 from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_file.origin import Origin
-from qdq_surgery.serve.engines import Port
+from qdq_surgery.targets.session import Port
 
 __all__ = ["make_feed"]
 

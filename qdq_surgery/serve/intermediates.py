@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qdq_surgery.errors import ExportError
 from qdq_surgery.onnx_file.opened import OnnxFile
 from qdq_surgery.onnx_file.reader import check_file
-from qdq_surgery.onnx_file.writer import DATA_SUFFIX
-from qdq_surgery.safety.untrusted import quoted
-from qdq_surgery.text.optional_imports import require
+from qdq_surgery.targets.registry import session_on
+from qdq_surgery.targets.session import Arrays
 
 __all__ = ["Runtime", "probe", "runtimes"]
-
-Arrays = dict[str, NDArray[Any]]
-
-#: How much a message holds of what a runtime says, in characters.
-_LONGEST = 300
 
 
 @dataclass(frozen=True)
@@ -31,7 +22,7 @@ class Runtime:
     """A runtime in one of its modes.
 
     Attributes:
-        name: ``onnxruntime`` or ``openvino``.
+        name: Of a target that opens files.
         optimised: Whether it may rewrite the graph.
     """
 
@@ -46,13 +37,12 @@ class Runtime:
     @property
     def version(self) -> str:
         """Of the package."""
-        # OpenVINO's goes on with the commit it was built from.
-        return str(require(self.name, "checking a file").__version__).partition("-")[0]
+        return session_on(self.name).installed("checking a file")
 
 
 def runtimes(name: str) -> tuple[Runtime, ...]:
-    """The modes of a runtime; OpenVINO always rewrites."""
-    return tuple(Runtime(name, optimised) for optimised in ((False, True) if name == "onnxruntime" else (True,)))
+    """The modes of a runtime, first the one that rewrites least."""
+    return tuple(Runtime(name, optimised) for optimised in session_on(name).modes)
 
 
 def probe(file: OnnxFile, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], runtime: Runtime) -> Arrays:
@@ -67,69 +57,10 @@ def probe(file: OnnxFile, inputs: Mapping[str, NDArray[Any]], values: Sequence[s
             missing.
     """
     check_file(file.path)  # once more: it may be another one by now
-    run = _run_onnxruntime if runtime.name == "onnxruntime" else _run_openvino
+    session = session_on(runtime.name)
     try:
-        return run(file, inputs, values, runtime)
+        return session.probe(file, inputs, values, runtime.optimised)
     except ExportError:
         raise
     except Exception as error:  # each runtime has exceptions of its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # OpenVINO says first where in its own sources it stopped.
-        said = " ".join(line for line in lines if not line.startswith(("Exception from ", "Check '")))
-        said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
-        raise ExportError(f"{runtime.words} cannot run {file.path.name}: {said or type(error).__name__}") from error
-
-
-def _run_onnxruntime(
-    file: OnnxFile, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], runtime: Runtime
-) -> Arrays:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if runtime.optimised else level.ORT_DISABLE_ALL
-    with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
-        path = _with_outputs(file, values, Path(folder)) if values else file.path
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        taken = _taken(path, [each.name for each in session.get_inputs()], inputs)
-        names = [each.name for each in session.get_outputs()]
-        return dict(zip(names, session.run(names, taken), strict=True))
-
-
-def _taken(path: Path, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-    absent = [name for name in names if name not in inputs]
-    if absent:
-        raise ExportError(f"{path.name} takes {', '.join(absent)}, which the inputs lack ({', '.join(inputs)})")
-    return {name: inputs[name] for name in names}
-
-
-def _with_outputs(file: OnnxFile, values: Sequence[str], folder: Path) -> Path:
-    """A copy of the file in ``folder`` with ``values`` among its outputs."""
-    graph, path = file.model.graph, folder / file.path.name
-    made = {value.name: value for node in graph for value in node.outputs}
-    absent = [name for name in values if name not in made]
-    if absent:
-        raise ExportError(f"{path.name} has no value {quoted(absent[0])}, which it says that it has")
-    graph.outputs.extend(made[name] for name in values)
-    try:
-        file.save(path, f"{path.name}{DATA_SUFFIX}")
-    finally:
-        for _ in values:
-            graph.outputs.pop()
-    return path
-
-
-def _run_openvino(file: OnnxFile, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], _: Runtime) -> Arrays:
-    openvino = require("openvino", "checking a file on OpenVINO")
-    model = openvino.Core().read_model(file.path)
-    if values:
-        model.add_outputs(list(values))
-    # By itself it computes what is not INT8 in bfloat16 where the CPU can, and rounds the float inputs of an int8
-    # weight to integers, which is another model.
-    options = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    compiled = openvino.Core().compile_model(model, "CPU", options)
-    taken = _taken(file.path, [each.any_name for each in compiled.inputs], inputs)
-    found = compiled(taken)
-    # An output that is also a probe has both names.
-    return {name: np.array(found[port]) for port in compiled.outputs for name in port.names}
+        raise ExportError(f"{runtime.words} cannot run {file.path.name}: {session.reason(error)}") from error

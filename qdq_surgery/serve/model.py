@@ -13,8 +13,9 @@ import torch
 
 from qdq_surgery.errors import ModelError
 from qdq_surgery.onnx_file.origin import Origin, read_origin
-from qdq_surgery.serve.engines import Engine, open_engine
 from qdq_surgery.serve.feed import make_feed
+from qdq_surgery.targets.registry import DEFAULT, computed_in, session_on
+from qdq_surgery.targets.session import Session
 
 __all__ = ["OnnxModel", "load_onnx"]
 
@@ -31,7 +32,7 @@ _REMEDIES = {
 
 
 def load_onnx(
-    path: str | Path, runtime: str = "onnxruntime", *, threads: int | None = None, precision: str | None = None
+    path: str | Path, runtime: str = DEFAULT, *, threads: int | None = None, precision: str | None = None
 ) -> OnnxModel:
     """Open a file that :func:`~qdq_surgery.export_onnx` wrote, to be called like the model that it was made from.
 
@@ -39,8 +40,8 @@ def load_onnx(
         path: The file. One with its weights beside it needs them there.
         runtime: ``"onnxruntime"`` or ``"openvino"``, on the CPU. A file made for one runs on the other, too.
         threads: To compute with; as many as PyTorch does (``torch.get_num_threads()``) if left out.
-        precision: Of OpenVINO, for all that is not INT8: ``"f32"`` or ``"bf16"``. Its own choice if left out: bfloat16
-            where the CPU has instructions for it.
+        precision: Of OpenVINO, for all that is not INT8: ``"float32"`` or ``"bfloat16"`` (``"f32"`` and ``"bf16"`` for
+            short). Its own choice if left out: bfloat16 where the CPU has instructions for it.
 
     Returns:
         The file, on the runtime, under the class name of the model.
@@ -48,10 +49,10 @@ def load_onnx(
     Raises:
         ModelError: No such file, one that ``export_onnx`` did not write, a runtime that is not there or cannot run it.
     """
-    engine = open_engine(Path(path), runtime, threads, precision)
-    origin = read_origin(engine.path, engine.metadata, [port.name for port in engine.outputs])
+    session = session_on(runtime)(Path(path), threads, computed_in(runtime, precision))
+    origin = read_origin(session.path, session.metadata, [port.name for port in session.outputs])
     again = partial(load_onnx, str(path), runtime, threads=threads, precision=precision)
-    return _named(origin.name)(engine, origin, again)
+    return _named(origin.name)(session, origin, again)
 
 
 class OnnxModel:
@@ -71,33 +72,33 @@ class OnnxModel:
         path: The file.
         runtime: The runtime that it runs on.
         target: The runtime that it was made for.
-        precision: What OpenVINO computes in where the file does not ask for integers: ``"f32"`` or ``"bf16"``; ``None``
-            on ONNX Runtime, which computes in what the file says.
+        precision: What OpenVINO computes in where the file does not ask for integers: ``"float32"`` or
+            ``"bfloat16"``; ``None`` on ONNX Runtime, which computes in what the file says.
         threads: How many it computes with.
         main_input_name, base_model_prefix, input_modalities: As of the Hugging Face class.
     """
 
     training = False
 
-    def __init__(self, engine: Engine, origin: Origin, again: Callable[[], OnnxModel]) -> None:
-        self._engine, self._origin, self._again = engine, origin, again
+    def __init__(self, session: Session, origin: Origin, again: Callable[[], OnnxModel]) -> None:
+        self._session, self._origin, self._again = session, origin, again
         self.config = origin.config
-        self.path, self.runtime, self.target = engine.path, engine.runtime, origin.target
-        self.threads, self.precision = engine.threads, engine.precision
+        self.path, self.runtime, self.target = session.path, session.runtime, origin.target
+        self.threads, self.precision = session.threads, session.precision
         self.main_input_name: str = origin.model.main_input_name
         self.base_model_prefix: str = origin.model.base_model_prefix
         self.input_modalities: Any = origin.model.input_modalities
-        self._fields = {port.name.split(".")[0] for port in engine.outputs}
+        self._fields = {port.name.split(".")[0] for port in session.outputs}
 
     @property
     def session(self) -> Any:
         """The ``onnxruntime.InferenceSession``; ``None`` on another runtime."""
-        return getattr(self._engine, "session", None)
+        return getattr(self._session, "session", None)
 
     @property
     def compiled(self) -> Any:
         """The ``openvino.CompiledModel``; ``None`` on another runtime."""
-        return getattr(self._engine, "compiled", None)
+        return getattr(self._session, "compiled", None)
 
     @property
     def device(self) -> torch.device:
@@ -107,13 +108,13 @@ class OnnxModel:
     @property
     def dtype(self) -> torch.dtype:
         """Of what it returns."""
-        found = next((port.dtype for port in self._engine.outputs if port.dtype.kind == "f"), np.dtype(np.float32))
+        found = next((port.dtype for port in self._session.outputs if port.dtype.kind == "f"), np.dtype(np.float32))
         return torch.from_numpy(np.empty(0, found)).dtype
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of what the file takes."""
-        return tuple(port.name for port in self._engine.inputs)
+        return tuple(port.name for port in self._session.inputs)
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """See :meth:`forward`."""
@@ -147,7 +148,7 @@ class OnnxModel:
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         dropped = self._dropped(asked)
         given = {**self._by_name(args, inputs), **inputs}
-        arrays = self._engine.run(make_feed(self.path, self._engine.inputs, self._origin, given))
+        arrays = self._session.run(make_feed(self.path, self._session.inputs, self._origin, given))
         made = self._origin.rebuilt(
             {name: torch.from_numpy(array) for name, array in arrays.items() if name.split(".")[0] not in dropped}
         )
@@ -219,8 +220,8 @@ class OnnxModel:
         return self._again, ()
 
     def __repr__(self) -> str:
-        outputs = ", ".join(port.name for port in self._engine.outputs)
-        where = f"{self.runtime} {self._engine.version}, {self.threads} threads"
+        outputs = ", ".join(port.name for port in self._session.outputs)
+        where = f"{self.runtime} {self._session.version}, {self.threads} threads"
         if self.precision is not None:
             where += f", {self.precision}"
         return f"{type(self).__name__}({str(self.path)!r} on {where}: {', '.join(self.inputs)} -> {outputs})"

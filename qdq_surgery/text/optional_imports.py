@@ -9,14 +9,13 @@ from qdq_surgery.errors import ModelError
 
 __all__ = ["require"]
 
-_EXTRAS = {"openvino": "openvino"}
 
-
-def require(package: str, what: str) -> ModuleType:
+def require(package: str, what: str, extra: str = "onnx") -> ModuleType:
     """The module of ``package``.
 
     Args:
         what: What needs it, as a message's subject.
+        extra: Which extra of this package has it.
 
     Raises:
         ModelError: It is not installed.
@@ -26,7 +25,6 @@ def require(package: str, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        extra = _EXTRAS.get(package, "onnx")
         raise ModelError(
             f"{what} needs {package}, which is not installed; pip install 'qdq-surgery[{extra}]'"
         ) from None

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdq_surgery.export.profile import TARGETS
 from qdq_surgery.numerics.range_choice import method_names, takes_percentile
-from qdq_surgery.serve.engines import RUNTIMES
+from qdq_surgery.targets.registry import TARGETS, runtimes
 
 __all__ = ["Options", "parse"]
 
@@ -146,7 +145,7 @@ def _add_onnx(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace the model.onnx that is there")
     group.add_argument("--target", choices=tuple(TARGETS), help="what to write it for; onnxruntime if left out")
     group.add_argument("--onnx", type=Path, help="a file that --save_onnx wrote: evaluate it, instead of a model")
-    group.add_argument("--runtime", choices=RUNTIMES, help="what to run it on; onnxruntime if left out")
+    group.add_argument("--runtime", choices=runtimes(), help="what to run it on; onnxruntime if left out")
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:

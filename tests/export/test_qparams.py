@@ -12,10 +12,10 @@ from pytorch_quantization import calib
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.export.profile import get_target
 from qdq_surgery.export.qparams import QParams, read_qparams
 from qdq_surgery.numerics.fake_quant import fake_quant, native_fake_quant
 from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.targets.registry import get_target
 
 pytest.importorskip("onnxruntime")
 

@@ -34,9 +34,9 @@ ORDER = [
     "trainer",
     "onnx_file",
     "onnx_graph",
+    "targets",
     "serve",
     "export",
-    "targets",
     "prove",
     "onnx_export",
     "cli",
@@ -48,8 +48,7 @@ ORDER = [
 HOMES = {
     "yaml": {"rules"},
     "onnx": {"prove"},
-    "onnx_ir": {"onnx_file", "onnx_graph", "serve", "export", "targets", "prove", "onnx_export"},
-    "onnxruntime": {"serve"},
+    "onnx_ir": {"onnx_file", "onnx_graph", "export", "targets", "prove", "onnx_export"},
     "rich": {"text", "cli"},
 }
 

@@ -323,11 +323,11 @@ def test_a_file_with_fixed_axes_is_counted_as_it_is(files: Files) -> None:
 # What cannot be told does not count.
 
 
-def renamed(edit: Callable[[Any], None]) -> Callable[[Path, Any], Any]:
+def renamed(edit: Callable[[Any], None]) -> Callable[[Path], Any]:
     optimize = optimized_onnxruntime._optimize
 
-    def changed(path: Path, runtime: Any) -> Any:
-        model = optimize(path, runtime)
+    def changed(path: Path) -> Any:
+        model = optimize(path)
         for node in model.graph:
             edit(node)
         return model

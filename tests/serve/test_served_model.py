@@ -23,13 +23,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import qdq_surgery as qs
 from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.onnx_export import export_onnx
-from qdq_surgery.serve.engines import RUNTIMES
 from qdq_surgery.serve.feed import _ZERO_TYPES
 from qdq_surgery.serve.model import OnnxModel, load_onnx
+from qdq_surgery.targets.registry import runtimes
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
+
+RUNTIMES = runtimes()
 
 #: A runtime may round a tie the other way; the step of a quantizer that does moves an output by up to 0.0066.
 STEP = 0.02
@@ -376,7 +378,7 @@ def test_a_call_that_fails_in_the_runtime_spoils_no_other(
     before = model(**files.batch()).start_logits
     long = np.full((1, 41), 5)
     feed = {"input_ids": long, "attention_mask": np.ones_like(long), "token_type_ids": np.zeros_like(long)}
-    assert f"{spans} failed on {runtime} " in refusal(lambda: model._engine.run(feed))
+    assert f"{spans} failed on {runtime} " in refusal(lambda: model._session.run(feed))
     assert torch.equal(model(**files.batch()).start_logits, before)
 
 
@@ -392,13 +394,14 @@ def test_the_number_of_threads(runtime: str, spans: Path) -> None:
 def test_openvino_and_its_precision(spans: Path, files: Files) -> None:
     from openvino import Core
 
-    model = load_onnx(spans, "openvino", precision="f32")
-    assert (model.precision, model.session) == ("f32", None)
+    model = load_onnx(spans, "openvino", precision="float32")
+    assert (model.precision, model.session) == ("float32", None)
+    assert load_onnx(spans, "openvino", precision="f32").precision == "float32"
     assert model.compiled is not None
-    assert load_onnx(spans, "openvino").precision in ("f32", "bf16")
+    assert load_onnx(spans, "openvino").precision in ("float32", "bfloat16")
     if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         half = load_onnx(spans, "openvino", precision="bf16")
-        assert half.precision == "bf16"
+        assert half.precision == "bfloat16"
         assert half.dtype is torch.float32
         assert not torch.equal(half(**files.batch()).start_logits, model(**files.batch()).start_logits)
     else:
@@ -410,7 +413,11 @@ def test_openvino_and_its_precision(spans: Path, files: Files) -> None:
     [
         ({"runtime": "tensorrt"}, "there is no runtime 'tensorrt'; use 'onnxruntime' or 'openvino'"),
         ({"precision": "f32"}, "precision is for openvino; onnxruntime computes in what the file says"),
-        ({"runtime": "openvino", "precision": "f16"}, "there is no precision 'f16'; use 'f32' or 'bf16'"),
+        ({"runtime": "openvino", "precision": "f16"}, "there is no precision 'f16'; use 'float32' or 'bfloat16'"),
+        (
+            {"runtime": "openvino", "precision": "float16"},
+            "precision 'float16' is not supported for openvino; use 'float32' or 'bfloat16'",
+        ),
         ({"threads": 0}, "threads is 0; give 1 or more"),
     ],
 )

@@ -12,14 +12,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qdq_surgery.errors import ModelError
 from qdq_surgery.onnx_file.metadata import Site
+from qdq_surgery.onnx_graph.claim import claim
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
 from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.onnx_graph.products import Product, module_of
 from qdq_surgery.onnx_graph.qdq_pairs import MOVES
+from qdq_surgery.targets.onnxruntime.session import OnnxRuntimeSession
 from qdq_surgery.text.optional_imports import require
 
 if TYPE_CHECKING:
@@ -44,20 +45,17 @@ _ZERO_POINTS = {"MatMulIntegerToFloat": (4, 5), "QLinearMatMul": (2, 5), "QGemm"
 _TYPES = {2: "u8", 3: "i8"}  # of onnx.TensorProto
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-#: Constants above this many bytes are kept out of the graph that is read.
-_LARGE = 1024
 
 
-def run_by_onnxruntime(graph: OnnxGraph) -> Executed:
+def run_by_onnxruntime(graph: OnnxGraph, *_: object) -> Executed:
     """What ONNX Runtime made of the file, on the CPU with all its optimizations.
 
     Raises:
         ModelError: It cannot open the file.
     """
-    runtime = require("onnxruntime", "a receipt of ONNX Runtime")
-    optimized = _Optimized(graph, _optimize(graph.path, runtime))
+    optimized = _Optimized(graph, _optimize(graph.path))
     return Executed(
-        str(runtime.__version__),
+        OnnxRuntimeSession.installed(),
         optimized.kernels(),
         tuple(optimized.leftover()),
         tuple(optimized.steps()),
@@ -65,23 +63,15 @@ def run_by_onnxruntime(graph: OnnxGraph) -> Executed:
     )
 
 
-def _optimize(path: Path, runtime: Any) -> ir.Model:
+def _optimize(path: Path) -> ir.Model:
     onnx_ir = require("onnx_ir", "a receipt")
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 4  # errors come as exceptions, too
+    OnnxRuntimeSession.package("a receipt of ONNX Runtime")
     with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
         file = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(file)
-        entry = "session.optimized_model_external_initializers"
-        options.add_session_config_entry(f"{entry}_file_name", "optimized.data")
-        options.add_session_config_entry(f"{entry}_min_size_in_bytes", str(_LARGE))
         try:
-            runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            OnnxRuntimeSession.open(path, written=file)
         except Exception as error:  # its exceptions share no base
-            raise ModelError(
-                f"{path} cannot be opened by onnxruntime {runtime.__version__}: {str(error).splitlines()[0]}"
-            ) from error
+            raise OnnxRuntimeSession.unopened(path, error) from error
         optimized: ir.Model = onnx_ir.load(file)  # the large constants are not read
         return optimized
 
@@ -89,7 +79,7 @@ def _optimize(path: Path, runtime: Any) -> ir.Model:
 class _Optimized:
     def __init__(self, graph: OnnxGraph, model: ir.Model) -> None:
         self.graph, self.nodes = graph, list(model.graph)
-        self._claimed = self._claim()
+        self._claimed = claim(graph.products, self.nodes, (_same_name, _longer_name, _same_value))
         self._sites = {name: site for site in graph.sites for name in (site.quantize, site.dequantize) if name}
         # The integers of a pair keep their name wherever its QuantizeLinear goes.
         self._integers = {
@@ -124,23 +114,6 @@ class _Optimized:
                 integer, dequantized = self._feeds(node)
                 if not integer and not dequantized:
                     yield Leftover(named(self._site(node)), node.name or "", "its integers reach no integer kernel")
-
-    def _claim(self) -> dict[str, ir.Node]:
-        """The node that runs each product; each node runs one."""
-        claimed: dict[str, ir.Node] = {}
-        for rank in (_same_name, _longer_name, _same_value):
-            taken = {id(node) for node in claimed.values()}
-            found: dict[str, list[ir.Node]] = {
-                gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
-                for gemm in self.graph.products
-                if gemm.name not in claimed
-            }
-            wanted = [id(node) for nodes in found.values() for node in nodes]
-            for name, nodes in found.items():
-                # Two that fit are as bad as none.
-                if len(nodes) == 1 and wanted.count(id(nodes[0])) == 1:
-                    claimed[name] = nodes[0]
-        return claimed
 
     def _kernel(self, gemm: Product) -> Kernel:
         node = self._claimed.get(gemm.name)

@@ -1,12 +1,11 @@
 """What ONNX Runtime makes of Q/DQ pairs on a CPU.
 
-Each rule was held against the graph that ONNX Runtime 1.31.1 optimised (``tests/test_deploy_lint.py`` does it again
+Each rule was held against the graph that ONNX Runtime 1.31.1 optimised (``tests/prove/test_lint.py`` does it again
 with the version that is installed).
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -14,12 +13,11 @@ import onnx_ir as ir
 from qdq_surgery.onnx_graph.findings import Finding
 from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.onnx_graph.products import Product
-from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair, Reader
+from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair
+from qdq_surgery.targets.lint_rules import LintRules, Verdict
+from qdq_surgery.targets.onnxruntime.session import on_x86
 
-__all__ = ["MOVES", "check"]
-
-#: It moves a pair through these.
-MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
+__all__ = ["Rules"]
 
 #: Computed on integers if a Q follows.
 _WITH_Q_BEHIND = {
@@ -31,53 +29,36 @@ _WITH_Q_BEHIND = {
     "Concat": "QLinearConcat",
 }
 
-_X86 = ("x86_64", "amd64", "i386", "i686", "x86")
-
 _NO_ADDS = 'in the rule file: exclude: [{sites: "add_*", why: "the sum is float"}], or rules onnxruntime'
 
 
-def check(placement: OnnxGraph) -> Iterator[Finding]:
-    """The findings, site by site, then those about the whole."""
-    rules = _Rules(placement)
-    for pair in placement.pairs:
-        yield from rules.site(pair)
-    yield from rules.whole()
+class Rules(LintRules):
+    """What ONNX Runtime does on a CPU, which is another thing on x86."""
 
+    moves = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
 
-class _Rules:
-    def __init__(self, placement: OnnxGraph) -> None:
-        self.placement, self.x86 = placement, platform.machine().lower() in _X86
-        self.products = {product.node: product for product in placement.matmuls}
-        self.residuals = {residual.node for residual in placement.residuals}
+    def __init__(self, placement: OnnxGraph, opset: int) -> None:
+        super().__init__(placement, opset)
+        self.x86 = on_x86()
 
-    def site(self, pair: Pair) -> Iterator[Finding]:
-        readers = self.placement.readers(pair)
-        if not readers:
-            yield Finding("idle", "nothing", "nothing reads it", sites=pair.names)
-        for reader in readers:
-            yield self._reader(pair, reader)
-        if pair.value.is_graph_output():
-            yield Finding("idle", "nothing", "it is an output of the model, in float", sites=pair.names)
+    def product(self, pair: Pair, product: Product) -> Verdict:
+        """See the base."""
+        fusion, guilty, reason, remedy = self._product(product)
+        verdict = "enables" if guilty is None else "idle" if guilty and pair not in guilty else "blocks"
+        if verdict == "idle":
+            reason = f"the site of its other input stands in the way: {reason}"
+        return verdict, fusion, reason, remedy
 
-    def _reader(self, pair: Pair, reader: Reader) -> Finding:
-        node = reader.node
-        product = self.products.get(node)
-        if product is not None:
-            fusion, guilty, reason, remedy = self.product(product)
-            verdict = "enables" if guilty is None else "idle" if guilty and pair not in guilty else "blocks"
-            if verdict == "idle":
-                reason = f"the site of its other input stands in the way: {reason}"
-        elif node.op_type == "QuantizeLinear":
-            fusion, remedy = "integers passed on", ""
-            behind = next((each for each in self.placement.pairs if each.quantize is node), None)
-            verdict, reason = "idle", "the pair behind it has another scale"
-            if behind is not None and _equal(pair, behind):
-                verdict, reason = "enables", "the next pair has the same grid"
-        else:
-            verdict, fusion, reason, remedy = self._operator(node)
-        return Finding(verdict, fusion, reason, remedy, pair.names, (node.name or node.op_type,))
+    def operator(self, pair: Pair, node: ir.Node) -> Verdict:
+        """See the base."""
+        if node.op_type != "QuantizeLinear":
+            return self._operator(node)
+        behind = next((each for each in self.placement.pairs if each.quantize is node), None)
+        if behind is not None and _equal(pair, behind):
+            return "enables", "integers passed on", "the next pair has the same grid", ""
+        return "idle", "integers passed on", "the pair behind it has another scale", ""
 
-    def _operator(self, node: ir.Node) -> tuple[str, str, str, str]:
+    def _operator(self, node: ir.Node) -> Verdict:
         """Verdict, fusion, reason and remedy of what is no GEMM."""
         name, both = _WITH_Q_BEHIND.get(node.op_type), "quantize all of its inputs and its output, or none"
         dequantized = all(self.placement.operand(value).pair is not None for value in node.inputs)
@@ -93,7 +74,7 @@ class _Rules:
             return "idle", name, f"another input of the {node.op_type} comes from no DequantizeLinear", both
         return "idle", name, f"the output of the {node.op_type} is not quantized, or not only", both
 
-    def product(self, product: Product) -> tuple[str, tuple[Pair, ...] | None, str, str]:
+    def _product(self, product: Product) -> tuple[str, tuple[Pair, ...] | None, str, str]:
         """The fusion, the pairs that stand in its way (``None``: nothing does), the reason, the remedy."""
         node = product.node
         if node.op_type == "Einsum":
@@ -179,7 +160,9 @@ class _Rules:
         if quantized and (len(uses) > 1 or value.is_graph_output()):
             others = "it is an output of the model, too" if value.is_graph_output() else "others read it, too"
             return f"a Q stands right behind the MatMul, and {others}"
-        while len(uses) == 1 and not value.is_graph_output() and uses[0].node.op_type in MOVES and uses[0].idx == 0:
+        while (
+            len(uses) == 1 and not value.is_graph_output() and uses[0].node.op_type in self.moves and uses[0].idx == 0
+        ):
             value = uses[0].node.outputs[0]
             uses = list(value.uses())
         if len(uses) != 1 or uses[0].node.op_type != "QuantizeLinear" or value.is_graph_output():
@@ -190,17 +173,12 @@ class _Rules:
         return True
 
     def whole(self) -> Iterator[Finding]:
-        for pairs in self.placement.requantized:
-            names = tuple(name for pair in pairs for name in pair.names)
-            reason = (
-                f"{len(pairs)} pairs quantize one tensor with different scales, each with a QuantizeLinear of its own"
-            )
-            remedy = "in the rule file: share: [{sites: [...], why: one range}]"
-            yield Finding("idle", "one QuantizeLinear for all readers", reason, remedy, names)
-        left_out = tuple(product.node.name or "" for product in self.placement.matmuls if not product.pairs)
-        if left_out:
-            reason = "neither input comes from a DequantizeLinear; they run in float"
-            yield Finding("note", "GEMMs without Q/DQ", reason, nodes=left_out)
+        """See the base."""
+        remedy = "in the rule file: share: [{sites: [...], why: one range}]"
+        yield from self.requantized(
+            "idle", "one QuantizeLinear for all readers", "each with a QuantizeLinear of its own", remedy
+        )
+        yield from self.left_out("neither input comes from a DequantizeLinear; they run in float")
         unsigned = any(pair.integers == "uint8" for product in self.placement.matmuls for pair in product.pairs)
         if unsigned and self.x86:
             yield Finding(

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qdq_surgery.onnx_file.metadata import Site
+from qdq_surgery.onnx_graph.claim import claim
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
 from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.onnx_graph.products import Product
-from qdq_surgery.serve.engines import OpenVinoEngine, open_engine
+from qdq_surgery.targets.openvino.session import OpenVinoSession
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,20 +71,19 @@ class _Node:
     readers: list[_Node] = field(default_factory=list)
 
 
-def run_by_openvino(graph: OnnxGraph, precision: str | None = None) -> Executed:
+def run_by_openvino(graph: OnnxGraph, precision: str | None = None, *_: object) -> Executed:
     """What OpenVINO made of the file, on the CPU, set for latency.
 
     Args:
-        precision: For what is not INT8, as in :func:`qdq_surgery.serve.model.load_onnx`.
+        precision: For what is not INT8, as in :class:`OpenVinoSession`.
 
     Raises:
         ModelError: It cannot open the file.
     """
-    engine = open_engine(graph.path, OpenVinoEngine.runtime, None, precision)
-    assert isinstance(engine, OpenVinoEngine)
-    model = _Runtime(graph, _read(engine.compiled.get_runtime_model()))
+    session = OpenVinoSession(graph.path, precision=precision)
+    model = _Runtime(graph, _read(session.compiled.get_runtime_model()))
     return Executed(
-        engine.version,
+        session.version,
         model.kernels(),
         tuple(model.leftover()),
         tuple(model.steps()),
@@ -111,7 +111,8 @@ class _Runtime:
         self.graph, self.nodes = graph, nodes
         self._quantizers = {site.quantize: site for site in graph.sites if site.quantize}
         self._inside = {name: node for node in nodes for name in node.names}
-        self._claimed = self._claim()
+        ranks = (_by_name, _by_longer_name, self._by_weight, _by_alias, self._by_factors)
+        self._claimed = claim(graph.products, nodes, ranks, shared=lambda node: node.kind == "Subgraph")
 
     def kernels(self) -> dict[str, Kernel]:
         return {gemm.name: self._kernel(gemm) for gemm in self.graph.products}
@@ -143,22 +144,6 @@ class _Runtime:
                 yield Leftover(self._names(node.inputs[0]), node.name, why)
 
     # Which node runs which product.
-
-    def _claim(self) -> dict[str, _Node]:
-        claimed: dict[str, _Node] = {}
-        for rank in (_by_name, _by_longer_name, self._by_weight, _by_alias, self._by_factors):
-            taken = {id(node) for node in claimed.values() if node.kind != "Subgraph"}
-            found = {
-                gemm.name: [node for node in self.nodes if id(node) not in taken and rank(node, gemm)]
-                for gemm in self.graph.products
-                if gemm.name not in claimed
-            }
-            wanted = [id(node) for nodes in found.values() for node in nodes if node.kind != "Subgraph"]
-            for name, nodes in found.items():
-                # Two that fit are as bad as none.
-                if len(nodes) == 1 and wanted.count(id(nodes[0])) <= 1:
-                    claimed[name] = nodes[0]
-        return claimed
 
     def _by_weight(self, node: _Node, gemm: Product) -> bool:
         if node.kind not in _PLAIN or len(node.inputs) < 2:

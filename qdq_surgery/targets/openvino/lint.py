@@ -1,6 +1,6 @@
 """What OpenVINO makes of Q/DQ pairs on a CPU.
 
-Each rule was held against the runtime model of OpenVINO 2026.4.1 (``tests/test_deploy_lint.py`` does it again with the
+Each rule was held against the runtime model of OpenVINO 2026.4.1 (``tests/prove/test_lint.py`` does it again with the
 version that is installed).
 """
 
@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import onnx_ir as ir
+
 from qdq_surgery.onnx_graph.findings import Finding
-from qdq_surgery.onnx_graph.graph import Attention, OnnxGraph
+from qdq_surgery.onnx_graph.graph import Attention
 from qdq_surgery.onnx_graph.products import Product
-from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair, Reader
+from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair
+from qdq_surgery.targets.lint_rules import LintRules, Verdict
 
-__all__ = ["FACTORS", "MOVES", "check"]
-
-#: It moves a pair through these.
-MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity")
-
-#: And through these, with a constant.
-FACTORS = ("Mul", "Div")
+__all__ = ["Rules"]
 
 #: What between scores and softmax keeps the two products apart (DeBERTa's reshape does).
 _APART = ("Reshape",)
@@ -29,50 +26,30 @@ _PLACES = ("queries", "keys", "probabilities", "values")
 _NO_ADDS = 'in the rule file: exclude: [{sites: "add_*", why: "the sum is float"}], or rules openvino'
 
 
-def check(placement: OnnxGraph) -> Iterator[Finding]:
-    """The findings, site by site, then those about the whole."""
-    rules = _Rules(placement)
-    for pair in placement.pairs:
-        yield from rules.site(pair)
-    yield from rules.whole()
+class Rules(LintRules):
+    """What OpenVINO does on a CPU."""
 
+    moves = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity")
+    factors = ("Mul", "Div")
+    floats = False
 
-class _Rules:
-    def __init__(self, placement: OnnxGraph) -> None:
-        self.placement = placement
-        self.products = {product.node: product for product in placement.matmuls}
-        self.attentions = {
-            product.node: attention
-            for attention in placement.attentions
-            for product in (attention.scores, attention.context)
-        }
-        self.residuals = {residual.node for residual in placement.residuals}
+    def refusal(self, pair: Pair) -> tuple[str, str, str] | None:
+        """See the base."""
+        if pair.axis is None or pair.quantize is None or pair.constant:
+            return None
+        reason = "OpenVINO refuses the file: activations have one scale each"
+        return "the model", reason, "axis: null in the activations' spec"
 
-    def site(self, pair: Pair) -> Iterator[Finding]:
-        readers = self.placement.readers(pair)
-        if not readers:
-            yield Finding("idle", "nothing", "nothing reads it", sites=pair.names)
-        if pair.axis is not None and pair.quantize is not None and not pair.constant:
-            reason = "OpenVINO refuses the file: activations have one scale each"
-            yield Finding("blocks", "the model", reason, "axis: null in the activations' spec", pair.names)
-            return
-        for reader in readers:
-            yield self._reader(pair, reader)
-
-    def _reader(self, pair: Pair, reader: Reader) -> Finding:
-        node = reader.node
-        nodes = (node.name or node.op_type,)
-        product = self.products.get(node)
-        if product is not None:
-            verdict, fusion, reason, remedy = self._product(pair, product)
-            return Finding(verdict, fusion, reason, remedy, pair.names, nodes)
+    def operator(self, _: Pair, node: ir.Node) -> Verdict:
+        """See the base."""
         if node in self.residuals:
             reason = "the sum feeds a LayerNormalization in float, so that rounding its inputs saves nothing"
-            return Finding("idle", "nothing", reason, _NO_ADDS, pair.names, nodes)
+            return "idle", "nothing", reason, _NO_ADDS
         reason = f"read by {node.op_type}, which is computed in float"
-        return Finding("idle", "nothing", reason, "leave the site out, by exclude in the rule file", pair.names, nodes)
+        return "idle", "nothing", reason, "leave the site out, by exclude in the rule file"
 
-    def _product(self, pair: Pair, product: Product) -> tuple[str, str, str, str]:
+    def product(self, pair: Pair, product: Product) -> Verdict:
+        """See the base."""
         if product.constant:
             return "idle", "nothing", "the product of two constants is computed once, when the file is opened", ""
         attention = self.attentions.get(product.node)
@@ -97,7 +74,7 @@ class _Rules:
             return "enables", fusion, f"{reason}; a zero point other than 0 is one more pass", "activations='int8'"
         return "enables", fusion, reason, ""
 
-    def _attention(self, pair: Pair, product: Product, attention: Attention) -> tuple[str, str, str, str]:
+    def _attention(self, pair: Pair, product: Product, attention: Attention) -> Verdict:
         pairs = [operand.pair for operand in (*attention.scores.operands, *attention.context.operands)]
         lopsided = [
             place
@@ -124,15 +101,10 @@ class _Rules:
         return "enables", _ATTENTION, "queries, keys, probabilities and values are all quantized around zero", ""
 
     def whole(self) -> Iterator[Finding]:
-        for pairs in self.placement.requantized:
-            names = tuple(name for pair in pairs for name in pair.names)
-            reason = f"{len(pairs)} pairs quantize one tensor with different scales, each with a pass of its own"
-            remedy = "in the rule file: share: [{sites: [...], why: one range}]"
-            yield Finding("idle", "one pass for all readers", reason, remedy, names)
-        left_out = tuple(product.node.name or "" for product in self.placement.matmuls if not product.pairs)
-        if left_out:
-            reason = "neither input comes from a DequantizeLinear; they run in float or bf16"
-            yield Finding("note", "GEMMs without Q/DQ", reason, nodes=left_out)
+        """See the base."""
+        remedy = "in the rule file: share: [{sites: [...], why: one range}]"
+        yield from self.requantized("idle", "one pass for all readers", "each with a pass of its own", remedy)
+        yield from self.left_out("neither input comes from a DequantizeLinear; they run in float or bf16")
 
 
 def _turned_before(operand: Operand) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdq_surgery.errors import ExportError
+from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.onnx_graph.executed import Executed, Kernel, Leftover, named
 from qdq_surgery.onnx_graph.graph import OnnxGraph
 from qdq_surgery.onnx_graph.products import Product
@@ -74,7 +74,7 @@ class _Layer:
         return f"{' x '.join(self.types) or 'no type'} in {self.kind or 'layer'} {self.name}"
 
 
-def run_by_tensorrt(graph: OnnxGraph, layers: str | Path | Mapping[str, Any]) -> Executed:
+def run_by_tensorrt(graph: OnnxGraph, _: object, layers: str | Path | Mapping[str, Any] | None) -> Executed:
     """What TensorRT made of the file.
 
     Args:
@@ -82,7 +82,13 @@ def run_by_tensorrt(graph: OnnxGraph, layers: str | Path | Mapping[str, Any]) ->
 
     Raises:
         ExportError: It is no such JSON, it has names only, or it is of another file.
+        ModelError: There is none.
     """
+    if layers is None:
+        raise ModelError(
+            f"a receipt of TensorRT for {graph.path} needs layers=: the JSON of trtexec --exportLayerInfo=layers.json "
+            "--profilingVerbosity=detailed, from where the engine is built"
+        )
     found = _read(layers)
     known = {node for layer in found for node in layer.nodes}
     if not known & set(graph.nodes):

@@ -14,12 +14,10 @@ import onnx_ir as ir
 from qdq_surgery.onnx_graph.findings import Finding
 from qdq_surgery.onnx_graph.graph import Attention, OnnxGraph, Residual
 from qdq_surgery.onnx_graph.products import Product
-from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair, Reader
+from qdq_surgery.onnx_graph.qdq_pairs import Operand, Pair
+from qdq_surgery.targets.lint_rules import LintRules, Verdict
 
-__all__ = ["HEAD_SIZES", "LONGEST", "MOVES", "check"]
-
-#: It moves a pair through these.
-MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity")
+__all__ = ["HEAD_SIZES", "LONGEST", "Rules"]
 
 #: INT8 fused attention takes heads of these sizes, and sequences up to this length.
 HEAD_SIZES = (16, 32, 64)
@@ -31,64 +29,31 @@ _ACTIVATIONS = ("Gelu", "Erf", "Relu", "Tanh", "Sigmoid", "Div", "Mul", "Pow")
 _HALF_SCALES = 19
 
 
-def check(placement: OnnxGraph, opset: int) -> Iterator[Finding]:
-    """The findings, site by site, then those about the whole."""
-    rules = _Rules(placement)
-    for pair in placement.pairs:
-        yield from rules.site(pair)
-    yield from rules.whole(opset)
+class Rules(LintRules):
+    """What TensorRT does, by its guides."""
 
+    moves = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity")
 
-class _Rules:
-    def __init__(self, placement: OnnxGraph) -> None:
-        self.placement = placement
-        self.products = {product.node: product for product in placement.matmuls}
-        self.residuals = {residual.node: residual for residual in placement.residuals}
+    def __init__(self, placement: OnnxGraph, opset: int) -> None:
+        super().__init__(placement, opset)
         self.problems = {attention.scores.node: self._problems(attention) for attention in placement.attentions}
-        self.fused = {
-            product.node
-            for attention in placement.attentions
-            for product in (attention.scores, attention.context)
-            if not self.problems[attention.scores.node]
-        }
 
-        self.reshaped = {
-            product.node
-            for attention in placement.attentions
-            for product in (attention.scores, attention.context)
-            if any(node.op_type == "Reshape" for node in attention.between)
-        }
+    def refusal(self, pair: Pair) -> tuple[str, str, str] | None:
+        """See the base."""
+        problem = _grid_problem(pair)
+        return None if problem is None else ("any INT8 kernel", *problem)
 
-    def site(self, pair: Pair) -> Iterator[Finding]:
-        grid = _grid_problem(pair)
-        if grid is not None:
-            yield Finding("blocks", "any INT8 kernel", *grid, pair.names)
-            return
-        readers = self.placement.readers(pair)
-        if not readers:
-            yield Finding("idle", "nothing", "nothing reads it", sites=pair.names)
-        for reader in readers:
-            yield self._reader(pair, reader)
-        if pair.value.is_graph_output():
-            yield Finding("idle", "nothing", "it is an output of the model, in float", sites=pair.names)
-
-    def _reader(self, pair: Pair, reader: Reader) -> Finding:
-        node = reader.node
-        nodes = (node.name or node.op_type,)
-        product, residual = self.products.get(node), self.residuals.get(node)
-        if product is not None:
-            verdict, fusion, reason, remedy = self._product(pair, product)
-        elif residual is not None:
-            verdict, fusion, reason, remedy = _residual(pair, residual)
-        elif (behind := self._fused_behind(pair, node)) is not None:
-            verdict, fusion = "blocks", behind
+    def operator(self, pair: Pair, node: ir.Node) -> Verdict:
+        """See the base."""
+        residual = self.residuals.get(node)
+        if residual is not None:
+            return _residual(pair, residual)
+        remedy = "leave the site out, by exclude in the rule file"
+        behind = self._fused_behind(pair, node)
+        if behind is not None:
             reason = "a Q/DQ right on a GEMM's output ends the kernel there, and rounds what it would hand on in float"
-            remedy = "leave the site out, by exclude in the rule file"
-        else:
-            verdict, fusion = "idle", "nothing"
-            reason = f"read by {node.op_type}, which is computed in float"
-            remedy = "leave the site out, by exclude in the rule file"
-        return Finding(verdict, fusion, reason, remedy, pair.names, nodes)
+            return "blocks", behind, reason, remedy
+        return "idle", "nothing", f"read by {node.op_type}, which is computed in float", remedy
 
     def _fused_behind(self, pair: Pair, node: ir.Node) -> str | None:
         """What a GEMM would have taken in behind it, were the pair not between."""
@@ -98,7 +63,8 @@ class _Rules:
             return "bias fused into the GEMM before it"
         return "activation fused into the GEMM before it" if node.op_type in _ACTIVATIONS else None
 
-    def _product(self, pair: Pair, product: Product) -> tuple[str, str, str, str]:
+    def product(self, pair: Pair, product: Product) -> Verdict:
+        """See the base."""
         node = product.node
         if product.constant:
             return "idle", "nothing", "the product of two constants is computed once, when the engine is built", ""
@@ -118,9 +84,10 @@ class _Rules:
                     reason = "its scales are along what is summed over; only one for each output channel is taken"
                     return "blocks", _GEMM, reason, "axis: 0 in the weights' spec"
                 return "idle", _GEMM, f"the scales of its {which} input are along what is summed over", ""
-        if node in self.fused:
+        attention = self.attentions.get(node)
+        if attention is not None and not self.problems[attention.scores.node]:
             reason = "all of its conditions hold"
-            if node in self.reshaped:
+            if any(each.op_type == "Reshape" for each in attention.between):
                 reason += ", but a Reshape between scores and softmax, of which the guides say nothing"
             return "enables", _ATTENTION, reason, ""
         return "enables", _GEMM if product.weighted else f"{_GEMM} (batched)", "both inputs have Q/DQ", ""
@@ -158,7 +125,8 @@ class _Rules:
         width, heads = self.placement.config.get("hidden_size"), self.placement.config.get("num_attention_heads")
         return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
 
-    def whole(self, opset: int) -> Iterator[Finding]:
+    def whole(self) -> Iterator[Finding]:
+        """See the base."""
         for attention in self.placement.attentions:
             yield from self._attention(attention)
         for residual in self.placement.residuals:
@@ -166,15 +134,12 @@ class _Rules:
                 reason = "the residual input is float, so the GEMM hands on float and adds in float: slower, most exact"
                 remedy = "rules tensorrt, which quantizes the residual input"
                 yield Finding("note", _ADD, reason, remedy, nodes=(residual.node.name or "",))
-        for pairs in self.placement.requantized:
-            names = tuple(name for pair in pairs for name in pair.names)
-            reason = (
-                f"{len(pairs)} pairs quantize one tensor with different scales, and pairs are merged or moved only "
-            )
-            remedy = 'in the rule file: share: [{sites: ["..."], why: "one tensor, one scale"}]'
-            yield Finding("blocks", "one Q for all readers", f"{reason}where the scales are equal", remedy, names)
-        yield from self._precision(opset)
+        remedy = 'in the rule file: share: [{sites: ["..."], why: "one tensor, one scale"}]'
+        clause = "and pairs are merged or moved only where the scales are equal"
+        yield from self.requantized("blocks", "one Q for all readers", clause, remedy)
+        yield from self._precision()
         yield from self._operators()
+        yield from self.left_out("they run in the file's float")
 
     def _attention(self, attention: Attention) -> Iterator[Finding]:
         products = (attention.scores, attention.context)
@@ -193,14 +158,12 @@ class _Rules:
             reason = f"only for up to {LONGEST} tokens, and the model takes {longest}; longer is slower than FP16"
             yield Finding("note", _ATTENTION, reason, f"build the engine with --maxShapes of {LONGEST} tokens at most")
 
-    def _precision(self, opset: int) -> Iterator[Finding]:
+    def _precision(self) -> Iterator[Finding]:
         scales = [pair.dequantize.inputs[1] for pair in self.placement.pairs]
         kinds = {scale.dtype for scale in scales if scale is not None}
-        if ir.DataType.FLOAT16 in kinds and opset < _HALF_SCALES:
-            reason = (
-                f"scales are half precision, which QuantizeLinear takes from opset {_HALF_SCALES} on; this is {opset}"
-            )
-            yield Finding("blocks", "any INT8 kernel", reason, f"opset={_HALF_SCALES}")
+        if ir.DataType.FLOAT16 in kinds and self.opset < _HALF_SCALES:
+            since = f"which QuantizeLinear takes from opset {_HALF_SCALES} on; this is {self.opset}"
+            yield Finding("blocks", "any INT8 kernel", f"scales are half precision, {since}", f"opset={_HALF_SCALES}")
         if ir.DataType.FLOAT in kinds:
             reason = "networks are strongly typed: what is not INT8 runs in FP32, as the file says, and not in FP16"
             yield Finding("note", "half precision", reason, "export_onnx(..., target='tensorrt', precision='float16')")
@@ -213,9 +176,6 @@ class _Rules:
             names = tuple(node.name or node.op_type for node in nodes)
             reason = f"{nodes[0].op_type} and its like are not read by TensorRT's parser"
             yield Finding("blocks", "the model", reason, "give it the file with Q/DQ, as exported", nodes=names)
-        left_out = tuple(product.node.name or "" for product in self.placement.matmuls if not product.pairs)
-        if left_out:
-            yield Finding("note", "GEMMs without Q/DQ", "they run in the file's float", nodes=left_out)
 
 
 def _grid_problem(pair: Pair) -> tuple[str, str] | None:
@@ -234,7 +194,7 @@ def _grid_problem(pair: Pair) -> tuple[str, str] | None:
     return None
 
 
-def _residual(pair: Pair, residual: Residual) -> tuple[str, str, str, str]:
+def _residual(pair: Pair, residual: Residual) -> Verdict:
     split = 'exclude: [{sites: "add_local_*", why: "the sum is made in the GEMM"}], or rules tensorrt'
     if residual.local is pair and residual.identity is not pair:
         reason = "the GEMM's own output is rounded before the add, which splits the kernel into two"
@@ -258,7 +218,7 @@ def _channels(node: ir.Node, operand: Operand) -> int | None:
         return 0
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", False) else 1
-    value = operand.source if operand.source is not None else None
+    value = operand.source
     return None if value is None or value.shape is None else len(value.shape) - 1
 
 

@@ -7,8 +7,9 @@ import platform
 import pytest
 
 import qdq_surgery as qs
-from qdq_surgery.export import profile as targets
-from qdq_surgery.export.profile import ACTIVATIONS, PRECISIONS, TARGETS, get_target
+from qdq_surgery.targets.onnxruntime import profile
+from qdq_surgery.targets.registry import TARGETS, get_target
+from qdq_surgery.targets.target import ACTIVATIONS, PRECISIONS
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -43,7 +44,7 @@ def test_the_sign_of_activations_is_that_of_the_cpus_kernels(
     machine: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    found = targets._cpu_activations()
+    found = profile._cpu_activations()
     assert found[0] == first
     assert set(found) == set(ACTIVATIONS)
 

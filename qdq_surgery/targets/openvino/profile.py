@@ -1,0 +1,21 @@
+"""OpenVINO on CPUs: how its files are written, and where the rest of it is."""
+
+from __future__ import annotations
+
+from qdq_surgery.targets.openvino.engine_graph import run_by_openvino
+from qdq_surgery.targets.openvino.session import OpenVinoSession
+from qdq_surgery.targets.target import Target
+
+__all__ = ["OPENVINO"]
+
+#: Unsigned activations would keep OpenVINO from its fused attention and cost a conversion in front of each GEMM.
+OPENVINO = Target(
+    "openvino",
+    "OpenVINO",
+    opset=20,
+    opsets=(19, 23),
+    activations=("int8",),
+    lint="qdq_surgery.targets.openvino.lint",
+    executed=run_by_openvino,
+    session=OpenVinoSession,
+)
