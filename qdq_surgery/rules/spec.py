@@ -56,7 +56,7 @@ def is_quantizer_name(name: str) -> bool:
 class Place:
     """What a rule does with one capture: the spec to use, and the quantizer's name if the rule gives one."""
 
-    spec: str
+    spec: str = DEFAULT_SPEC
     name: str | None = None
 
     def __post_init__(self) -> None:
