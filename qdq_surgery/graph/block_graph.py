@@ -13,9 +13,9 @@ from torch.fx import Graph, Node
 __all__ = [
     "PLAIN",
     "SELF",
+    "BlockGraph",
     "DecisionChangedError",
     "Leaf",
-    "Routine",
     "describe_leaf",
     "expect",
     "flatten_call",
@@ -102,7 +102,7 @@ def describe_leaf(value: Any) -> Leaf:
 
 
 @dataclass(eq=False)
-class Routine:
+class BlockGraph:
     """One recorded function: a block's forward, or the attention function that a block calls.
 
     Attributes:
@@ -115,7 +115,7 @@ class Routine:
         reads: Plain attributes that decided something: (path of the module, name) -> value.
         reads_dtype: Whether a dtype was asked for, so that autocast matters.
         failure: Why there is no graph, if there is none.
-        specialised: Why the graph may be looked at but not run, if a size of the example is baked into it.
+        baked_size: Why the graph may be looked at but not run, if a size of the example is baked into it.
         example: What it was recorded on, until the graph was tried on it (:mod:`~qdq_surgery.graph.replay`); the
             outputs' leaves; the arguments' leaves as the forward left them.
     """
@@ -131,19 +131,19 @@ class Routine:
     output: Any = None
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     reads_dtype: bool = False
-    caller: Routine | None = None
+    caller: BlockGraph | None = None
     call: Node | None = None
-    children: list[Routine] = field(default_factory=list)
+    children: list[BlockGraph] = field(default_factory=list)
     failure: str | None = None
-    specialised: str | None = None
+    baked_size: str | None = None
     example: tuple[Any, list[Any], list[Any]] | None = field(default=None, repr=False)
 
-    def walk(self) -> Iterator[Routine]:
+    def walk(self) -> Iterator[BlockGraph]:
         """This routine and all that it calls, outermost first."""
         yield self
         for child in self.children:
             yield from child.walk()
 
-    def opaque(self) -> Iterator[Routine]:
+    def opaque(self) -> Iterator[BlockGraph]:
         """The routines without a graph."""
         return (routine for routine in self.walk() if routine.failure is not None)

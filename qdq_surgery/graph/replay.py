@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import Routine, flatten_call
+from qdq_surgery.graph.block_graph import BlockGraph, flatten_call
 from qdq_surgery.safety.random_state import kept_random
 
 __all__ = ["Example", "check_replay", "copied", "example_of"]
@@ -61,7 +61,7 @@ def copied(values: list[Any]) -> list[Any]:
         return [value.detach().clone() if isinstance(value, Tensor) else value for value in values]
 
 
-def check_replay(routine: Routine, compiled: Callable[[Routine], Callable[[nn.Module, list[Any]], Any]]) -> None:
+def check_replay(routine: BlockGraph, compiled: Callable[[BlockGraph], Callable[[nn.Module, list[Any]], Any]]) -> None:
     """Run the graph of ``routine`` on its example. The example is dropped: layers that are alike are checked once.
 
     Args:
@@ -94,7 +94,7 @@ def check_replay(routine: Routine, compiled: Callable[[Routine], Callable[[nn.Mo
         raise _failure(routine, "leaves its arguments otherwise than the forward does")
 
 
-def _failure(routine: Routine, what: str) -> TraceError:
+def _failure(routine: BlockGraph, what: str) -> TraceError:
     return TraceError(
         f"{type(routine.owner).__name__}.{routine.function}: its recorded graph {what}: it does something that a graph "
         "of torch calls cannot hold; exclude the block from the rules"

@@ -12,7 +12,7 @@ from torch.fx import Graph
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import AlreadyConvertedError, MatchError, ModelError, TraceError
-from qdq_surgery.graph.block_graph import DecisionChangedError, Routine, join_path
+from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError, join_path
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.graph.replay import check_replay, copied
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples, resized, without_mask
@@ -117,12 +117,12 @@ def _compare(first: Survey, other: Survey) -> None:
                 if same and steps and _tells(routine, twin) and _tells(twin, routine):
                     continue
             if difference:
-                routine.specialised = (
+                routine.baked_size = (
                     f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
                 )
 
 
-def _tells(routine: Routine, other: Routine) -> bool:
+def _tells(routine: BlockGraph, other: BlockGraph) -> bool:
     """Whether a recorded decision of ``routine`` (on the number of chunks, say) turns the other's example away."""
     if other.example is None:
         return False
@@ -149,7 +149,7 @@ def _difference(graph: Graph, other: Graph) -> str | None:
     )
 
 
-def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[str, str], list[Routine]]:
+def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[str, str], list[BlockGraph]]:
     """The routines of all blocks that the plan rewrites: with and without a mask, in eval and in training mode.
 
     Raises:
@@ -171,15 +171,15 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     for name, inputs, others, calls_first, calls_second in pairs:
         surveys[name] = survey(model, inputs, training=True, calls=calls_first)
         _compare(surveys[name], survey(model, others, training=True, calls=calls_second))
-    found: dict[tuple[str, str], list[Routine]] = {key: [] for key in wanted}
+    found: dict[tuple[str, str], list[BlockGraph]] = {key: [] for key in wanted}
     for mode, taken in surveys.items():
         for unit in taken.units:
             for routine in unit.tree.walk() if unit.tree is not None else ():
                 key = (join_path(unit.path, routine.path), routine.kind)
                 if key not in wanted:
                     continue
-                if routine.failure is not None or routine.specialised is not None:
-                    raise TraceError(f"{key[0]}, in {mode}: {routine.failure or routine.specialised}")
+                if routine.failure is not None or routine.baked_size is not None:
+                    raise TraceError(f"{key[0]}, in {mode}: {routine.failure or routine.baked_size}")
                 found[key].append(routine)
     kept = {key: _distinct(routines) for key, routines in found.items()}
     for (path, _), routines in kept.items():
@@ -191,9 +191,9 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     return kept
 
 
-def _distinct(routines: list[Routine]) -> list[Routine]:
+def _distinct(routines: list[BlockGraph]) -> list[BlockGraph]:
     """One routine for each kind of call."""
-    kept: list[Routine] = []
+    kept: list[BlockGraph] = []
     for routine in routines:
         if not any(
             (one.signature, one.argument_paths, one.reads) == (routine.signature, routine.argument_paths, routine.reads)

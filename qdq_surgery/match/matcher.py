@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Node
 from transformers import PreTrainedModel
 
-from qdq_surgery.graph.block_graph import Routine, join_path
+from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_plain_linear
 from qdq_surgery.match.expectations import Tally, check_expectations
 from qdq_surgery.match.plan import COVERED, Coverage, Plan, Refusal, Site
@@ -99,7 +99,7 @@ class _Matcher:
         sites = sorted({site.name for site in self.sites.values()})
         check_expectations(self.rules, self.tally, self.found, type(self.model).__name__, self._model_type(), sites)
 
-    def _unit(self, unit: Unit, tree: Routine) -> None:
+    def _unit(self, unit: Unit, tree: BlockGraph) -> None:
         state = _State()
         for rule in self.rules.rules:
             for routine in tree.walk():
@@ -162,8 +162,8 @@ class _Matcher:
             name, kind = LINEAR_NAMES[role], "module"
         else:
             owner, kind = self.names[path], routine.kind
-            if routine.specialised is not None:
-                self._refuse(owner, op, routine.specialised, unit.layer, rule.name, source)
+            if routine.baked_size is not None:
+                self._refuse(owner, op, routine.baked_size, unit.layer, rule.name, source)
                 return
             operand = operand_of(node, slot.position)
             role = "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"
@@ -199,7 +199,7 @@ class _Matcher:
 
     # -- what got nothing --------------------------------------------------------------------------------------
 
-    def _cover(self, unit: Unit, tree: Routine, state: _State) -> None:
+    def _cover(self, unit: Unit, tree: BlockGraph, state: _State) -> None:
         counted: set[Hashable] = set()
         called = {
             self.names[_leaf_path(unit, join_path(unit.path, routine.path), str(node.target))]
@@ -223,7 +223,7 @@ class _Matcher:
                 counted.add(place)
                 self._count(kind, unit, routine, node, where, state)
 
-    def _count(self, kind: str, unit: Unit, routine: Routine, node: Node, where: str, state: _State) -> None:
+    def _count(self, kind: str, unit: Unit, routine: BlockGraph, node: Node, where: str, state: _State) -> None:
         counts = self.covered[kind if kind in self.covered else "matmul"]
         if unit.layer is None:
             # Embeddings, pooler and heads: the table is about the encoder layers, but what stays in float is said.
@@ -244,7 +244,7 @@ class _Matcher:
         reason = f"no rule is about a {kind} {where_rules}" if best is None else best[1]
         self._refuse(where, kind, reason, unit.layer, None, source)
 
-    def _kind(self, routine: Routine, node: Node, state: _State) -> str | None:
+    def _kind(self, routine: BlockGraph, node: Node, state: _State) -> str | None:
         op = str(node.meta.get("op"))
         if op in ("linear", "matmul") or op in _OTHER_PRODUCTS:
             return op

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from qdq_surgery.graph.block_graph import Routine, flatten_call
+from qdq_surgery.graph.block_graph import BlockGraph, flatten_call
 from qdq_surgery.rules.pattern import COMMUTATIVE, LAYOUT, Operand, Pattern, operator_fits
 
 __all__ = ["Attempt", "Slot", "Value", "fit", "operand_of", "place_of"]
@@ -23,7 +23,7 @@ __all__ = ["Attempt", "Slot", "Value", "fit", "operand_of", "place_of"]
 class Value:
     """A node of a routine, after following calls: where a tensor comes from."""
 
-    routine: Routine
+    routine: BlockGraph
     node: Node
 
     @property
@@ -35,7 +35,7 @@ class Value:
 class Slot:
     """One operand of one node."""
 
-    routine: Routine
+    routine: BlockGraph
     node: Node
     position: int | str
 
@@ -53,7 +53,7 @@ class Attempt:
     reason: str = ""
 
 
-def place_of(routine: Routine, node: Node) -> Hashable:
+def place_of(routine: BlockGraph, node: Node) -> Hashable:
     """Identity of an operator in its unit.
 
     A block may be called more than once (for each chunk, say): its operators are then recorded once for each call, and
@@ -182,7 +182,7 @@ def _place_of_all(value: Value) -> Hashable:
     return value.routine.path, value.node.meta["origin"][:-1]
 
 
-def _resolve(routine: Routine, node: Node) -> Value | None:
+def _resolve(routine: BlockGraph, node: Node) -> Value | None:
     """Follow ``node`` out of calls and into them, to the operator that made the tensor; ``None`` at a dead end."""
     for place in _steps(routine, node):
         if place.op not in ("item", "block", "input"):
@@ -191,7 +191,7 @@ def _resolve(routine: Routine, node: Node) -> Value | None:
     return Value(routine, node)
 
 
-def _steps(routine: Routine, node: Node) -> Iterator[Value]:
+def _steps(routine: BlockGraph, node: Node) -> Iterator[Value]:
     while True:
         value = Value(routine, node)
         yield value

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.graph.block_graph import Routine, join_path
+from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.report.graph_listing import Line, list_routine
@@ -83,7 +83,7 @@ class Diff(Rendered):
         parts: list[RenderableType] = [
             Text.assemble(
                 (self.plan.model, "bold"),
-                f": {len(self.plan.sites)} quantizers by rule set ",
+                f": {self.plan.counted()} by rule set ",
                 (self.plan.rules.name, "bold"),
             )
         ]
@@ -144,7 +144,7 @@ def _compare(before: Survey, after: Survey) -> Iterator[BlockDiff]:
     """One entry per block type, in the order in which the model comes to them."""
     listings: dict[int, tuple[Line, ...]] = {}
 
-    def lines(routine: Routine) -> tuple[Line, ...]:
+    def lines(routine: BlockGraph) -> tuple[Line, ...]:
         if id(routine) not in listings:
             listings[id(routine)] = () if routine.failure is not None else tuple(list_routine(routine))
         return listings[id(routine)]

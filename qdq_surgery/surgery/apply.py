@@ -16,15 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import MatchError
-from qdq_surgery.graph.block_graph import Routine
+from qdq_surgery.graph.block_graph import BlockGraph
 from qdq_surgery.graph.compiled_graph import CompiledGraph
+from qdq_surgery.match.edits import Edit, Origin
 from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.site_names import is_site_name
 from qdq_surgery.quantize.factory import Defaults, Maker, device_of
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.untrusted import quoted
-from qdq_surgery.surgery.edits import Edit, Origin
 from qdq_surgery.surgery.quantized_forward import GUARDED, CompiledGraphs, QuantizedForward
 from qdq_surgery.trace.attention import QDQ_ATTENTION, check_not_bypassed, eager_function
 from qdq_surgery.trace.units import structure
@@ -48,7 +48,7 @@ _CPU = torch.device("cpu")
 PLAN_ATTRIBUTE = "_qdq_plan"
 
 #: (path of the block, kind) -> the routines recorded for it, one for each kind of call.
-Recordings = Mapping[tuple[str, str], Iterable[Routine]]
+Recordings = Mapping[tuple[str, str], Iterable[BlockGraph]]
 
 #: (path of the block, kind) -> origins of all matmul-like calls in it: a block whose graphs are recorded at its first
 #: call needs no more.
@@ -127,17 +127,15 @@ class _Surgeon:
     def run(self, modules: Mapping[str, nn.Module]) -> list[Implant]:
         self.modules = modules
         self._own_configs(self.plan.attention)
-        blocks: dict[tuple[str, str], list[Site]] = {}
-        linears: dict[str, list[Site]] = {}
+        sites: dict[tuple[str, str], list[Site]] = {}
         for site in self.plan.sites:
-            if site.routine == "module":
-                linears.setdefault(site.owner, []).append(site)
-            else:
-                blocks.setdefault((site.owner, site.routine), []).append(site)
-        for owner, sites in linears.items():
-            self._swap_linear(self.modules[owner], sites)
-        for (owner, kind), sites in blocks.items():
-            self._rewrite(owner, kind, sites)
+            sites.setdefault((site.owner, site.routine), []).append(site)
+        for (owner, kind), own in sites.items():
+            if kind == "module":
+                self._swap_linear(self.modules[owner], own)
+        for (owner, kind), edits in self.plan.edits().items():
+            if kind != "module":
+                self._rewrite(owner, kind, edits, sites.get((owner, kind), []))
         vars(self.model)[PLAN_ATTRIBUTE] = self.plan
         return self.implants
 
@@ -159,12 +157,11 @@ class _Surgeon:
         self._add(linear, "_input_quantizer", by_role.get("input"), device)
         self._add(linear, "_weight_quantizer", by_role.get("weight"), device)
 
-    def _rewrite(self, owner: str, kind: str, sites: list[Site]) -> None:
+    def _rewrite(self, owner: str, kind: str, edits: tuple[Edit, ...], sites: list[Site]) -> None:
         block = self.modules[owner]
         base = base_class(type(block))
         original = base.forward if kind == "forward" else eager_function(base)
         routines = [] if self.recordings is None else list(self.recordings[owner, kind])
-        edits = tuple(Edit(site.origin, site.position, site.name, site.operator) for site in sites)
         known = self.known.get((owner, kind), frozenset()) | frozenset(
             node.meta["origin"]
             for routine in routines

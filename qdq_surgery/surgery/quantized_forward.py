@@ -19,12 +19,13 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import DecisionChangedError, Routine, describe_leaf, flatten_call
+from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError, describe_leaf, flatten_call
 from qdq_surgery.graph.compiled_graph import CompiledGraph, compile_graph
 from qdq_surgery.graph.replay import check_replay
 from qdq_surgery.graph.shell_copy import shadow
+from qdq_surgery.match.edits import Edit, Origin
 from qdq_surgery.safety.random_state import kept_random
-from qdq_surgery.surgery.edits import Edit, Origin, insert_quantizers
+from qdq_surgery.surgery.edits import apply_edits
 from qdq_surgery.trace.recorder import record, recording_of
 
 __all__ = ["GUARDED", "CompiledGraphs", "QuantizedForward"]
@@ -95,7 +96,7 @@ class QuantizedForward:
 
     Attributes:
         original: The function that the graphs were recorded from, called with the block first.
-        edits: Where quantizers belong.
+        edits: What the plan does to the graphs.
         known: Origins of all matmul-like calls that the plan has seen, quantized or not.
         variants: Shared with the blocks that are alike.
     """
@@ -165,7 +166,7 @@ class QuantizedForward:
         self.variants.add(variant)
         return variant
 
-    def compile_recorded(self, routine: Routine) -> CompiledGraph:
+    def compile_recorded(self, routine: BlockGraph) -> CompiledGraph:
         """The variant for a freshly recorded routine of this block.
 
         Raises:
@@ -178,11 +179,11 @@ class QuantizedForward:
                     f"{node.meta['op']} at {node.meta['source']} that the plan has not seen; convert with "
                     "example_inputs= that take it"
                 )
-        missing = set(self.edits) - set(insert_quantizers(routine.graph, self.edits))
+        missing = set(self.edits) - set(apply_edits(routine.graph, self.edits))
         if missing:
             raise TraceError(
                 f"{type(routine.owner).__name__}.{routine.function}: this call goes past the place of "
-                f"{', '.join(sorted(edit.quantizer for edit in missing))}, which would stay unused; convert with "
+                f"{', '.join(sorted(map(str, missing)))}, which would stay unused; convert with "
                 "example_inputs= like those of this call"
             )
         return compile_graph(routine)

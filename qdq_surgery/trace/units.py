@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError, TraceError
-from qdq_surgery.graph.block_graph import Leaf, Routine, describe_leaf, flatten_call, join_path, rebuild_call
+from qdq_surgery.graph.block_graph import BlockGraph, Leaf, describe_leaf, flatten_call, join_path, rebuild_call
 from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.graph.replay import copied
 from qdq_surgery.graph.shell_copy import shadow
@@ -41,7 +41,7 @@ class Unit:
 
     path: str
     layer: int | None
-    tree: Routine | None
+    tree: BlockGraph | None
 
 
 @dataclass
@@ -56,9 +56,9 @@ class Survey:
     shape: tuple[int, int] | None
     calls: dict[str, Call] = field(default_factory=dict, repr=False)
 
-    def types(self) -> list[tuple[Routine, list[Unit]]]:
+    def types(self) -> list[tuple[BlockGraph, list[Unit]]]:
         """The distinct recordings, each with the units that share it, in the order of the model."""
-        groups: dict[int, tuple[Routine, list[Unit]]] = {}
+        groups: dict[int, tuple[BlockGraph, list[Unit]]] = {}
         for unit in self.units:
             if unit.tree is not None:
                 groups.setdefault(id(unit.tree), (unit.tree, []))[1].append(unit)
@@ -164,7 +164,7 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
 
 def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: dict[str, Call]) -> list[Unit]:
     units: list[Unit] = []
-    recorded: dict[tuple[Any, ...], list[Routine]] = {}
+    recorded: dict[tuple[Any, ...], list[BlockGraph]] = {}
     for path, layer in paths:
         call = calls.get(path)
         if call is None:
@@ -181,7 +181,7 @@ def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: 
     return units
 
 
-def _record_unit(module: nn.Module, call: Call) -> Routine:
+def _record_unit(module: nn.Module, call: Call) -> BlockGraph:
     if is_leaf(module):
         # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
         module = _Alone(module)
@@ -190,7 +190,7 @@ def _record_unit(module: nn.Module, call: Call) -> Routine:
     try:
         return record(module, type(module).forward, args, kwargs)[0]
     except TraceError as error:
-        return Routine("", "forward", module, "forward", failure=str(error))
+        return BlockGraph("", "forward", module, "forward", failure=str(error))
 
 
 class _Alone(nn.Module):
@@ -219,7 +219,7 @@ def _describe_example(value: Any) -> Leaf:
     return (*describe_leaf(value), tuple(value.shape)) if isinstance(value, torch.Tensor) else describe_leaf(value)
 
 
-def _reads_same(tree: Routine, module: nn.Module) -> bool:
+def _reads_same(tree: BlockGraph, module: nn.Module) -> bool:
     for routine in tree.walk():
         if routine.failure is not None:
             return False
