@@ -45,7 +45,7 @@ from qdq_surgery.checkpoint.plugin import adopt
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
 from qdq_surgery.graph.hollow import hollow, real_tensors
-from qdq_surgery.match.analyze import analyse, recordings_of
+from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.qdqbert.head_mask import head_factors, masked_heads, times
 from qdq_surgery.qdqbert.legacy_cache import as_cache
 from qdq_surgery.rules.spec import RuleSet
@@ -239,7 +239,7 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def _convert_without_data(self, rules: RuleSet) -> None:
         with real_tensors():
             twin = hollow(self)
-            look, plan = analyse(twin, rules, None)
+            look, plan = analyze(twin, rules, None)
             operate(self, plan, recordings_of(twin, look, plan))
         adopt(self)
 

@@ -20,7 +20,7 @@ from qdq_surgery.match.plan import Plan
 from qdq_surgery.report.graph_listing import Line, list_routine
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.text.render import Rendered
-from qdq_surgery.trace.units import Survey, survey
+from qdq_surgery.trace.units import Alone, Survey, survey
 
 __all__ = ["BlockDiff", "Diff", "Row", "diff"]
 
@@ -155,9 +155,8 @@ def _compare(before: Survey, after: Survey) -> Iterator[BlockDiff]:
             continue
         for routine, twin in zip(one.tree.walk(), other.tree.walk(), strict=False):
             path = join_path(one.path, routine.path)
-            name = type(routine.owner).__name__
-            if name == "_Alone":
-                name = type(next(iter(routine.owner.children()))).__name__
+            owner = routine.owner.leaf if isinstance(routine.owner, Alone) else routine.owner
+            name = type(owner).__name__
             if routine.kind == "attention":
                 name += f": {routine.function}"
             if routine.failure is not None:

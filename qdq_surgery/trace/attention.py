@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask
 from qdq_surgery.errors import AttentionBypassError, TraceError
 from qdq_surgery.trace.recorder import recording_of
 
-__all__ = ["QDQ_ATTENTION", "check_not_bypassed", "eager_function", "qdq_attention", "uses_interface"]
+__all__ = ["QDQ_ATTENTION", "check_not_bypassed", "eager_function", "qdq_attention"]
 
 #: Value of ``config._attn_implementation`` in a model whose attention is quantized.
 QDQ_ATTENTION = "qdq_eager"
@@ -39,14 +39,6 @@ def eager_function(cls: type[nn.Module]) -> Callable[..., Any]:
     raise TraceError(
         f"{cls.__module__} defines no eager_attention_forward, so the attention of {cls.__name__} is hidden"
     )
-
-
-def uses_interface(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` asks transformers' attention interface for its attention function."""
-    forward = type(module).forward
-    forward = getattr(forward, "__wrapped__", forward)
-    code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def qdq_attention(

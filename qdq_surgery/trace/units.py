@@ -24,7 +24,7 @@ from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 from qdq_surgery.trace.recorder import record
 
-__all__ = ["Call", "Survey", "Unit", "find_units", "layer_of", "structure", "survey"]
+__all__ = ["Alone", "Call", "Survey", "Unit", "find_units", "structure", "survey"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -56,14 +56,6 @@ class Survey:
     shape: tuple[int, int] | None
     calls: dict[str, Call] = field(default_factory=dict, repr=False)
 
-    def types(self) -> list[tuple[BlockGraph, list[Unit]]]:
-        """The distinct recordings, each with the units that share it, in the order of the model."""
-        groups: dict[int, tuple[BlockGraph, list[Unit]]] = {}
-        for unit in self.units:
-            if unit.tree is not None:
-                groups.setdefault(id(unit.tree), (unit.tree, []))[1].append(unit)
-        return list(groups.values())
-
 
 def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
     """Path and layer index of every unit, in the order of the model. A layer that stands twice is one unit."""
@@ -89,14 +81,6 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
 
 def _has_list(module: nn.Module) -> bool:
     return any(isinstance(child, nn.ModuleList) for child in module.modules())
-
-
-def layer_of(units: list[Unit], path: str) -> int | None:
-    """The encoder layer that the module at ``path`` belongs to."""
-    for unit in units:
-        if path == unit.path or path.startswith(unit.path + "."):
-            return unit.layer
-    return None
 
 
 def survey(
@@ -183,8 +167,7 @@ def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: 
 
 def _record_unit(module: nn.Module, call: Call) -> BlockGraph:
     if is_leaf(module):
-        # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
-        module = _Alone(module)
+        module = Alone(module)
     # (A layer that changes its arguments must not change those that the next recording is to get.)
     args, kwargs = (rebuild_call(part, iter(copied(flatten_call((part,), {})[0]))) for part in call)
     try:
@@ -193,7 +176,9 @@ def _record_unit(module: nn.Module, call: Call) -> BlockGraph:
         return BlockGraph("", "forward", module, "forward", failure=str(error))
 
 
-class _Alone(nn.Module):
+class Alone(nn.Module):
+    """A block around a module that is a leaf, whose caller is never recorded."""
+
     def __init__(self, leaf: nn.Module) -> None:
         super().__init__()
         self.leaf = leaf
