@@ -1,4 +1,4 @@
-"""A model without weights, made able to run: what is analysed while a model is being loaded.
+"""A model without weights, made able to run: what is analyzed while a model is being loaded.
 
 transformers builds a model on the meta device and loads its weights afterwards. Where quantizers go does not depend on
 the weights, so they are put in before, and the loading finds a converted model.

@@ -172,7 +172,7 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     for (path, _), graphs in kept.items():
         for graph in graphs:
             try:
-                check_replay(graph, lambda each: compile_graph(each).run)
+                check_replay(graph)
             except TraceError as error:
                 raise TraceError(f"{path}: {error}") from error
     return kept

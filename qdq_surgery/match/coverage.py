@@ -9,15 +9,13 @@ from torch import nn
 from torch.fx import Node
 
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
+from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.match.decisions import Decisions, ModulePaths, UnitDecisions
 from qdq_surgery.match.plan import COVERED, Coverage
 from qdq_surgery.match.subgraph import place_of
 from qdq_surgery.trace.units import Unit
 
 __all__ = ["CoverageCount"]
-
-#: Matrix products that are no plain matmul; the recipe has no rule for them, so they are listed.
-_OTHER_PRODUCTS = frozenset({"baddbmm", "einsum", "sdpa", "conv1d"})
 
 
 class CoverageCount:
@@ -73,7 +71,7 @@ class CoverageCount:
 
     def _kind(self, graph: BlockGraph, node: Node, decided: UnitDecisions) -> str | None:
         op = str(node.meta.get("op"))
-        if op in ("linear", "matmul") or op in _OTHER_PRODUCTS:
+        if op in PRODUCTS:
             return op
         if op == "add" and (place_of(graph, node) in decided.quantized or self._is_residual(node)):
             return "residual add"

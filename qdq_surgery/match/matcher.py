@@ -121,7 +121,7 @@ class _UnitMatcher:
         reason = self._unfit(slot, owner)
         if reason is None:
             name = self._unique_name(rule, capture, slot, owner)
-            reason = self._taken(slot, owner, name) or self._excluded(rule, owner, name)
+            reason = self._left_out(rule, slot, owner, name)
         if reason is not None:
             self.decisions.refuse(owner, operator, reason, self.unit.layer, rule.name, source)
             return
@@ -163,11 +163,10 @@ class _UnitMatcher:
         self.decided.named[owner, name] += 1
         return site_name(place, operator, capture, self.decided.named[owner, name])
 
-    def _taken(self, slot: Slot, owner: str, name: str) -> str | None:
-        taken = not slot.of_module and hasattr(self.model.get_submodule(owner), name)
-        return _RENAME.format("block", name) if taken else None
-
-    def _excluded(self, rule: Rule, owner: str, name: str) -> str | None:
+    def _left_out(self, rule: Rule, slot: Slot, owner: str, name: str) -> str | None:
+        """Why the quantizer of that name is not to be."""
+        if not slot.of_module and hasattr(self.model.get_submodule(owner), name):
+            return _RENAME.format("block", name)
         for index, exclude in enumerate(self.rules.exclude):
             if exclude.holds(rule.name, name, owner, self.unit.layer):
                 self.decisions.tally.excluded.add(index)

@@ -36,7 +36,7 @@ class Site:
         role: ``"input"`` or ``"weight"``: which default descriptor stands for ``default``.
         operator, capture: What is quantized, in the words of the rule's pattern.
         spec: ``None``: the default descriptor.
-        source: Where the operator stands in the modelling file.
+        source: Where the operator stands in the modeling file.
     """
 
     quantizer: str

@@ -287,7 +287,7 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 def _announce(config: Any) -> None:
     """Let transformers know what it can record of a :class:`QDQBertModel`.
 
-    It notes that by class when a model is initialised; one inside a head, or from a pickle, has been something else
+    It notes that by class when a model is initialized; one inside a head, or from a pickle, has been something else
     then, or nothing.
     """
     PreTrainedModel.__init__(QDQBertModel.__new__(QDQBertModel), config)
@@ -362,13 +362,13 @@ class QDQBertModel(QDQBertPreTrainedModel, BertModel):  # type: ignore[misc]
 
 
 class QDQBertLMHeadModel(QDQBertPreTrainedModel, BertLMHeadModel):  # type: ignore[misc]
-    """With a language modelling head that predicts the next token."""
+    """With a language modeling head that predicts the next token."""
 
     forward = _takes(f"{_INPUTS} {_MEMORY} labels past_key_values use_cache {_OUTPUTS}")(BertLMHeadModel.forward)
 
 
 class QDQBertForMaskedLM(QDQBertPreTrainedModel, BertForMaskedLM):  # type: ignore[misc]
-    """With a language modelling head that predicts masked tokens."""
+    """With a language modeling head that predicts masked tokens."""
 
     forward = _takes(f"{_INPUTS} {_MEMORY} labels {_OUTPUTS}")(BertForMaskedLM.forward)
 

@@ -59,7 +59,7 @@ _WRITERS: dict[str, Callable[[Any, str], Any]] = {
     "texts": lambda texts, _: list(texts),
     "layers": lambda layers, _: layers if isinstance(layers, str) else list(layers),
     "pattern": lambda pattern, _: str(pattern),
-    "count": lambda count, _: _section_written(count, "count"),
+    "count": _section_written,
     # A list: JSON objects may come back in another order, and the order of the quantizers is this one.
     "quantize": lambda places, of: [{"operand": name, **_written(of, place)} for name, place in places.items()],
     "section": _section_written,
@@ -136,7 +136,7 @@ class _Part:
 
     def _read(self, name: str, kind: str, of: str) -> Any:
         value, place = self.data[name], self.at(name)
-        if kind == "section":
+        if kind in ("section", "count"):
             return _section(value, of, place)
         if kind == "sections":
             return tuple(_section(item, of, f"{place}[{index}]") for index, item in enumerate(value))
@@ -189,7 +189,6 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "texts": lambda texts, _: tuple(texts),
     "pattern": lambda text, place: _made(place, lambda: parse_pattern(text)),
     "layers": _layers,
-    "count": lambda data, place: _section(data, "count", place),
     "quantize": _quantize,
 }
 

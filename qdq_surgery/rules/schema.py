@@ -32,7 +32,7 @@ STORED_TYPES: dict[str, tuple[type, ...]] = {
     "limit": (int, float, type(None)),
     "pattern": (str,),
     "layers": (str, list),
-    "count": (int, list, dict),
+    "count": (int, list, dict),  # a section, or in place of it a number or several
     "extends": (str,),
     "quantize": (list,),
     "section": (dict,),  # one of SECTIONS
@@ -116,7 +116,11 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "spec": Key("text", stored=_ALWAYS),
         "as": Key("text", field="name"),
     },
-    "expectation": {"per_layer": Key("count"), "total": Key("count"), "model_types": Key("mapping", "count")},
+    "expectation": {
+        "per_layer": Key("count", "count"),
+        "total": Key("count", "count"),
+        "model_types": Key("mapping", "count"),
+    },
     "count": {"min": Key("integer", field="minimum"), "max": Key("integer", field="maximum")},
     "exclusion": {
         "why": Key("text", needed="say why these stay in float", stored=_ALWAYS),

@@ -155,7 +155,7 @@ class _File:
         return {name: self.value(keys[name], key, name) for name, key in SECTIONS[section].items() if name in keys}
 
     def value(self, node: yaml.Node, key: Key, where: str) -> Any:
-        if key.kind == "section":
+        if key.kind in ("section", "count"):
             return self.section(node, key.of, where)
         if key.kind == "sections":
             entry, most = _ENTRIES[key.of]
@@ -234,10 +234,6 @@ class _File:
         if isinstance(node, yaml.ScalarNode):
             return (self.integer(node, where),)
         return tuple(self.integer(item, where) for item in self.sequence(node, where))
-
-    def count(self, node: yaml.Node, where: str) -> Count:
-        made: Count = self.section(node, "count", where)
-        return made
 
     def plain_count(self, node: yaml.Node, where: str) -> Count:
         """A count that is a number, or a list of numbers."""

@@ -31,16 +31,16 @@ class Runtime:
 
     Attributes:
         name: ``onnxruntime`` or ``openvino``.
-        optimised: Whether it may rewrite the graph.
+        optimized: Whether it may rewrite the graph.
     """
 
     name: str
-    optimised: bool
+    optimized: bool
 
     @property
     def words(self) -> str:
         """For tables."""
-        return self.name if self.optimised else f"{self.name}, optimisations off"
+        return self.name if self.optimized else f"{self.name}, optimisations off"
 
     @property
     def version(self) -> str:
@@ -51,7 +51,7 @@ class Runtime:
 
 def runtimes(name: str) -> tuple[Runtime, ...]:
     """The modes of a runtime; OpenVINO always rewrites."""
-    return tuple(Runtime(name, optimised) for optimised in ((False, True) if name == "onnxruntime" else (True,)))
+    return tuple(Runtime(name, optimized) for optimized in ((False, True) if name == "onnxruntime" else (True,)))
 
 
 def probe(path: Path, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], runtime: Runtime) -> Arrays:
@@ -85,7 +85,7 @@ def _run_onnxruntime(path: Path, inputs: Mapping[str, NDArray[Any]], values: Seq
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if runtime.optimised else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if runtime.optimized else level.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory(prefix="qdq-surgery-") as folder:
         file = _with_outputs(path, values, Path(folder)) if values else path
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

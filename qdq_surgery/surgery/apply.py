@@ -9,6 +9,7 @@ import copy
 import functools
 import types
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.errors import MatchError
 from qdq_surgery.graph.block_graph import BlockGraph
 from qdq_surgery.graph.compiled_graph import CompiledGraph
+from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.match.edits import Edit, Origin
 from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.site_names import is_site_name
@@ -25,7 +27,7 @@ from qdq_surgery.quantize.factory import Defaults, Maker, device_of
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.untrusted import quoted
-from qdq_surgery.surgery.quantized_forward import GUARDED, CompiledGraphs, QuantizedForward
+from qdq_surgery.surgery.quantized_forward import CompiledGraphs, QuantizedForward
 from qdq_surgery.trace.attention import QDQ_ATTENTION, check_not_bypassed, eager_function
 from qdq_surgery.trace.units import structure
 
@@ -97,8 +99,8 @@ def prepare(
         defaults: Left out, those of now.
         modules: The model's modules by name, if they are known.
     """
-    surgeon = _Surgeon(model, plan, recordings, known or {}, defaults or Defaults.now())
-    return surgeon.run(dict(model.named_modules()) if modules is None else modules)
+    by_name = dict(model.named_modules()) if modules is None else modules
+    return _Surgeon(model, plan, recordings, known or {}, Maker(plan, defaults or Defaults.now()), by_name).run()
 
 
 def implant(implants: Iterable[Implant]) -> None:
@@ -107,25 +109,22 @@ def implant(implants: Iterable[Implant]) -> None:
         each.owner._modules[each.name] = each.quantizer
 
 
+@dataclass
 class _Surgeon:
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        recordings: Recordings | None,
-        known: Known,
-        defaults: Defaults,
-    ) -> None:
-        self.model, self.plan, self.recordings, self.known = model, plan, recordings, known
-        self.maker = Maker(plan, defaults)
-        self.modules: Mapping[str, nn.Module] = {}
-        self.device = model.device
-        self.compiled: dict[int, CompiledGraph] = {}
-        self.variants: dict[tuple[Any, ...], CompiledGraphs] = {}
-        self.implants: list[Implant] = []
+    model: PreTrainedModel
+    plan: Plan
+    recordings: Recordings | None
+    known: Known
+    maker: Maker
+    modules: Mapping[str, nn.Module]
+    compiled: dict[int, CompiledGraph] = field(default_factory=dict)
+    variants: dict[tuple[Any, ...], CompiledGraphs] = field(default_factory=dict)
+    implants: list[Implant] = field(default_factory=list)
 
-    def run(self, modules: Mapping[str, nn.Module]) -> list[Implant]:
-        self.modules = modules
+    def __post_init__(self) -> None:
+        self.device = self.model.device
+
+    def run(self) -> list[Implant]:
         self._own_configs(self.plan.attention)
         sites: dict[tuple[str, str], list[Site]] = {}
         for site in self.plan.sites:
@@ -166,7 +165,7 @@ class _Surgeon:
             node.meta["origin"]
             for routine in routines
             for node in routine.graph.nodes
-            if node.meta.get("op") in GUARDED
+            if node.meta.get("op") in PRODUCTS
         )
         # Blocks of one make share what they record; every use asks again whether it holds for the block.
         make = (kind, edits, known, structure(block))

@@ -1,4 +1,4 @@
-"""What one asks a converted model: its plan, its quantizers, and its behaviour without them."""
+"""What one asks a converted model: its plan, its quantizers, and its behavior without them."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from qdq_surgery.errors import TraceError
 from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError, describe_leaf, flatten_call
 from qdq_surgery.graph.compiled_graph import CompiledGraph, compile_graph
+from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.graph.replay import check_replay
 from qdq_surgery.graph.shell_copy import shadow
 from qdq_surgery.match.edits import Edit, Origin
@@ -28,13 +29,10 @@ from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.surgery.edits import apply_edits
 from qdq_surgery.trace.recorder import record, recording_of
 
-__all__ = ["GUARDED", "CompiledGraphs", "QuantizedForward"]
+__all__ = ["CompiledGraphs", "QuantizedForward"]
 
 #: Kinds of calls that are remembered for each block; the one recorded longest ago is forgotten first.
 _MAX_GRAPHS = 64
-
-#: Operators that must not turn up in a variant at a place that the plan has not seen.
-GUARDED = frozenset({"linear", "matmul", "baddbmm", "einsum", "sdpa", "conv1d"})
 
 
 class _Undo:
@@ -161,7 +159,7 @@ class QuantizedForward:
         ):
             ghost, args, kwargs = shadow(module), _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
-            check_replay(routine, lambda each: compile_graph(each).run)
+            check_replay(routine)
         variant = self.compile_recorded(routine)
         self.variants.add(variant)
         return variant
@@ -173,7 +171,7 @@ class QuantizedForward:
             TraceError: It has a matmul or linear that the plan knows nothing of.
         """
         for node in routine.graph.nodes:
-            if node.op != "call_module" and node.meta.get("op") in GUARDED and node.meta["origin"] not in self.known:
+            if node.op != "call_module" and node.meta.get("op") in PRODUCTS and node.meta["origin"] not in self.known:
                 raise TraceError(
                     f"{type(routine.owner).__name__}.{routine.function}: this call takes a path with a "
                     f"{node.meta['op']} at {node.meta['source']} that the plan has not seen; convert with "

@@ -1,4 +1,4 @@
-"""Text on the screen and in files: what rich draws, with or without colour, in any width."""
+"""Text on the screen and in files: what rich draws, with or without color, in any width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rendered(ABC):
     def __rich__(self) -> RenderableType: ...
 
     def to_text(self, width: int = TEXT_WIDTH) -> str:
-        """Plain text without colour or trailing blanks, ``width`` columns at most."""
+        """Plain text without color or trailing blanks, ``width`` columns at most."""
         return _draw(self, Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False))
 
     def __str__(self) -> str:
