@@ -133,10 +133,8 @@ def _tells(graph: BlockGraph, other: BlockGraph) -> bool:
     try:
         with kept_random([torch.device("cuda", index) for index in other.example[0].random[1]]), torch.no_grad():
             compile_graph(graph).run(graph.owner, values)
-    except DecisionChangedError:
-        return True
-    except Exception:
-        return False
+    except Exception as error:
+        return isinstance(error, DecisionChangedError)
     return False
 
 

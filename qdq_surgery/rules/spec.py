@@ -354,7 +354,6 @@ class RuleSet:
             if rule.name in seen:
                 raise RuleFileError(f"two rules are called '{rule.name}'", "rename one", line=self._line(rule))
             seen.add(rule.name)
-            own: set[str] = set()
             for place in rule.quantize.values():
                 if place.spec != DEFAULT_SPEC and place.spec not in self.specs:
                     raise RuleFileError(
@@ -364,8 +363,8 @@ class RuleSet:
                     )
                 if place.name is None:
                     continue
-                other = named.setdefault(place.name, rule.name)
-                if other != rule.name or place.name in own:
+                other = named.get(place.name)
+                if other is not None:
                     twice = f"rule '{other}' twice names"
                     both = f"rules '{other}' and '{rule.name}' both name"
                     raise RuleFileError(
@@ -373,7 +372,7 @@ class RuleSet:
                         "give each its own name under 'as'",
                         line=self._line(rule),
                     )
-                own.add(place.name)
+                named[place.name] = rule.name
 
     def _check_entries(self) -> None:
         """Whatever names rules names some that there are."""

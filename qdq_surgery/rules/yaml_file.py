@@ -229,10 +229,8 @@ class _File:
             self.refuse(error.found, error.fix, node, column=column)
 
     def layers(self, node: yaml.Node, where: str) -> tuple[int, ...] | str:
-        if isinstance(node, yaml.ScalarNode) and node.value == "all":
-            return "all"
         if isinstance(node, yaml.ScalarNode):
-            return (self.integer(node, where),)
+            return "all" if node.value == "all" else (self.integer(node, where),)
         return tuple(self.integer(item, where) for item in self.sequence(node, where))
 
     def plain_count(self, node: yaml.Node, where: str) -> Count:
@@ -245,9 +243,8 @@ class _File:
         return Count(allowed=tuple(self.integer(item, where) for item in numbers))
 
     def texts(self, node: yaml.Node, where: str) -> tuple[str, ...]:
-        if isinstance(node, yaml.ScalarNode):
-            return (self.text(node, where),)
-        return tuple(self.text(item, where) for item in self.sequence(node, where))
+        items = [node] if isinstance(node, yaml.ScalarNode) else self.sequence(node, where)
+        return tuple(self.text(item, where) for item in items)
 
     def text(self, node: yaml.Node, where: str) -> str:
         text = self.raw_text(node, where)
