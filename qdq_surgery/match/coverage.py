@@ -78,9 +78,8 @@ class CoverageCount:
         return None
 
     def _is_residual(self, node: Node) -> bool:
-        shapes = [operand.meta.get("shape") for operand in node.args if isinstance(operand, Node)]
-        alike = len(shapes) == 2 and shapes[0] is not None and shapes[0] == shapes[1]
-        return alike and len(shapes[0]) == 3 and tuple(shapes[0][:2]) == self.shape
+        shapes = [tuple(operand.meta.get("shape") or ()) for operand in node.args if isinstance(operand, Node)]
+        return len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 3 and shapes[0][:2] == self.shape
 
     def add_uncalled(self, unit: Unit, called: set[str]) -> None:
         """Count the linears of a unit that the example never came to: cross-attention without encoder states, say."""
