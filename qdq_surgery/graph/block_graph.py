@@ -109,7 +109,7 @@ class BlockGraph:
         path: Where the owning block lies, relative to the unit that was recorded; ``""`` is the unit itself.
         kind: ``"forward"`` or ``"attention"``.
         graph: Nodes carry ``meta``: ``op`` (operator name), ``origin`` (identity of the call within the source),
-            ``source`` (file:line), ``shape`` (of the example), ``callee`` (routine of a child that is a block).
+            ``source`` (file:line), ``shape`` (of the example), ``callee`` (graph of a child that is a block).
         signature: Description of each argument leaf that the graph holds for; see :func:`describe_leaf`.
         inputs: For each argument leaf its placeholder, or the constant that it was.
         reads: Plain attributes that decided something: (path of the module, name) -> value.
@@ -139,11 +139,11 @@ class BlockGraph:
     example: tuple[Any, list[Any], list[Any]] | None = field(default=None, repr=False)
 
     def walk(self) -> Iterator[BlockGraph]:
-        """This routine and all that it calls, outermost first."""
+        """This graph and all that it calls, outermost first."""
         yield self
         for child in self.children:
             yield from child.walk()
 
     def opaque(self) -> Iterator[BlockGraph]:
-        """The routines without a graph."""
+        """Those that could not be recorded."""
         return (routine for routine in self.walk() if routine.failure is not None)
