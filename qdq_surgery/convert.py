@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from qdq_surgery.checkpoint.plugin import adopt
-from qdq_surgery.match.analyze import analyse, recordings_of
+from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.rules.yaml_file import load_rules
@@ -70,5 +70,5 @@ def plan(
 def _recorded(
     model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None
 ) -> tuple[Plan, Recordings]:
-    look, made = analyse(model, rules, example_inputs)
+    look, made = analyze(model, rules, example_inputs)
     return made, recordings_of(model, look, made)

@@ -78,11 +78,11 @@ def assert_reloaded(found: PreTrainedModel, wanted: PreTrainedModel) -> None:
 def count_matches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows whenever loading matches rules, rather than trusting a lock."""
     made: list[str] = []
-    analyse = plugin.analyse
+    analyze = plugin.analyze
 
     def counted(model: PreTrainedModel, *args: Any) -> Any:
         made.append(type(model).__name__)
-        return analyse(model, *args)
+        return analyze(model, *args)
 
-    monkeypatch.setattr(plugin, "analyse", counted)
+    monkeypatch.setattr(plugin, "analyze", counted)
     return made

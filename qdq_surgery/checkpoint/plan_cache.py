@@ -1,7 +1,7 @@
 """The plan of a saved model, kept with its weights, so that loading need not look for the sites again.
 
 It stands in the metadata of the safetensors files and holds only under the circumstances it was made in (the same
-modelling code, the same config, the same rules) and only whole: it is bound to its content by a digest. Otherwise it is
+modeling code, the same config, the same rules) and only whole: it is bound to its content by a digest. Otherwise it is
 passed over, and the rules are matched anew.
 
 Whoever writes a file can write its digest, too. So nothing in a lock is believed: its names are those that the rules

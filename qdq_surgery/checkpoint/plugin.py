@@ -31,7 +31,7 @@ from qdq_surgery.checkpoint.weight_conversions import keep_ranges_apart
 from qdq_surgery.errors import AttentionBypassError, ModelError
 from qdq_surgery.graph.shell_copy import hollow, real_tensors
 from qdq_surgery.hf.config_facts import attention_of
-from qdq_surgery.match.analyze import analyse, recordings_of
+from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.factory import device_of
 from qdq_surgery.safety.transaction import all_or_nothing, put_back_after
@@ -138,7 +138,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _match(self, model: PreTrainedModel) -> None:
         """Convert ``model`` by its rules, and compare with what was saved."""
         twin = hollow(model)
-        look, plan = analyse(twin, self.quantization_config.rules, None)
+        look, plan = analyze(twin, self.quantization_config.rules, None)
         self._check_attention(plan)
         recordings = recordings_of(twin, look, plan)
         record = self.quantization_config.record

@@ -270,7 +270,7 @@ def _rules_check(arguments: argparse.Namespace) -> None:
         print(f"  {rule.name} ({rule.source}): {rule.pattern}; {rule.scope}")
     if arguments.model is not None:
         made = plan(_load(arguments), rules)
-        print(f"fits {Path(arguments.model).name} ({made.model}): {len(made.sites)} quantizers in {made.layers} layers")
+        print(f"fits {Path(arguments.model).name} ({made.model}): {made.counted()} in {made.layers} layers")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -13,9 +13,9 @@ from torch.fx import Graph, Node
 __all__ = [
     "PLAIN",
     "SELF",
+    "BlockGraph",
     "DecisionChangedError",
     "Leaf",
-    "Routine",
     "describe_leaf",
     "expect",
     "flatten_call",
@@ -102,20 +102,20 @@ def describe_leaf(value: Any) -> Leaf:
 
 
 @dataclass(eq=False)
-class Routine:
+class BlockGraph:
     """One recorded function: a block's forward, or the attention function that a block calls.
 
     Attributes:
         path: Where the owning block lies, relative to the unit that was recorded; ``""`` is the unit itself.
         kind: ``"forward"`` or ``"attention"``.
         graph: Nodes carry ``meta``: ``op`` (operator name), ``origin`` (identity of the call within the source),
-            ``source`` (file:line), ``shape`` (of the example), ``callee`` (routine of a child that is a block).
+            ``source`` (file:line), ``shape`` (of the example), ``callee`` (graph of a child that is a block).
         signature: Description of each argument leaf that the graph holds for; see :func:`describe_leaf`.
         inputs: For each argument leaf its placeholder, or the constant that it was.
         reads: Plain attributes that decided something: (path of the module, name) -> value.
         reads_dtype: Whether a dtype was asked for, so that autocast matters.
         failure: Why there is no graph, if there is none.
-        specialised: Why the graph may be looked at but not run, if a size of the example is baked into it.
+        baked_size: Why the graph may be looked at but not run, if a size of the example is baked into it.
         example: What it was recorded on, until the graph was tried on it (:mod:`~qdq_surgery.graph.replay`); the
             outputs' leaves; the arguments' leaves as the forward left them.
     """
@@ -131,19 +131,19 @@ class Routine:
     output: Any = None
     reads: dict[tuple[str, str], Any] = field(default_factory=dict)
     reads_dtype: bool = False
-    caller: Routine | None = None
+    caller: BlockGraph | None = None
     call: Node | None = None
-    children: list[Routine] = field(default_factory=list)
+    children: list[BlockGraph] = field(default_factory=list)
     failure: str | None = None
-    specialised: str | None = None
+    baked_size: str | None = None
     example: tuple[Any, list[Any], list[Any]] | None = field(default=None, repr=False)
 
-    def walk(self) -> Iterator[Routine]:
-        """This routine and all that it calls, outermost first."""
+    def walk(self) -> Iterator[BlockGraph]:
+        """This graph and all that it calls, outermost first."""
         yield self
         for child in self.children:
             yield from child.walk()
 
-    def opaque(self) -> Iterator[Routine]:
-        """The routines without a graph."""
+    def opaque(self) -> Iterator[BlockGraph]:
+        """Those that could not be recorded."""
         return (routine for routine in self.walk() if routine.failure is not None)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import SELF, Leaf, Routine
+from qdq_surgery.graph.block_graph import SELF, BlockGraph, Leaf
 from qdq_surgery.safety.torch_private import set_grad_enabled
 from qdq_surgery.safety.untrusted import quoted
 
@@ -82,7 +82,7 @@ class CompiledGraph:
             raise
 
 
-def compile_graph(routine: Routine) -> CompiledGraph:
+def compile_graph(routine: BlockGraph) -> CompiledGraph:
     """Compile the graph of ``routine``, with the quantizers that were put into it.
 
     Raises:

@@ -6,7 +6,6 @@ would be missing from the graph in silence. Here it shows, before the model is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import Routine, flatten_call
+from qdq_surgery.graph.block_graph import BlockGraph, flatten_call
+from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.safety.torch_private import DisableTorchFunction, FakeTensor
 
@@ -61,11 +61,8 @@ def copied(values: list[Any]) -> list[Any]:
         return [value.detach().clone() if isinstance(value, Tensor) else value for value in values]
 
 
-def check_replay(routine: Routine, compiled: Callable[[Routine], Callable[[nn.Module, list[Any]], Any]]) -> None:
+def check_replay(routine: BlockGraph) -> None:
     """Run the graph of ``routine`` on its example. The example is dropped: layers that are alike are checked once.
-
-    Args:
-        compiled: Makes of the routine what runs its graph on the block and argument leaves.
 
     Raises:
         TraceError: It fails, or gives something else than the forward did.
@@ -80,7 +77,7 @@ def check_replay(routine: Routine, compiled: Callable[[Routine], Callable[[nn.Mo
     with kept_random([torch.device("cuda", index) for index in before.random[1]]), torch.no_grad():
         before.put_back()
         try:
-            found = compiled(routine)(routine.owner, values)
+            found = compile_graph(routine).run(routine.owner, values)
         except Exception as error:
             raise _failure(
                 routine, f"fails on the example it was recorded on ({type(error).__name__}: {error})"
@@ -94,7 +91,7 @@ def check_replay(routine: Routine, compiled: Callable[[Routine], Callable[[nn.Mo
         raise _failure(routine, "leaves its arguments otherwise than the forward does")
 
 
-def _failure(routine: Routine, what: str) -> TraceError:
+def _failure(routine: BlockGraph, what: str) -> TraceError:
     return TraceError(
         f"{type(routine.owner).__name__}.{routine.function}: its recorded graph {what}: it does something that a graph "
         "of torch calls cannot hold; exclude the block from the rules"

@@ -1,4 +1,4 @@
-"""A second skeleton over the same tensors: what is analysed in place of a user's model.
+"""A second skeleton over the same tensors: what is analyzed in place of a user's model.
 
 A shadow has modules of its own (same classes, same attributes) and shares every parameter, so it costs microseconds per
 module and no memory for weights. Buffers, and tensors and collections in attributes, are its own: a forward in training

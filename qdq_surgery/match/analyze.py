@@ -12,7 +12,7 @@ from torch.fx import Graph
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import AlreadyConvertedError, MatchError, ModelError, TraceError
-from qdq_surgery.graph.block_graph import DecisionChangedError, Routine, join_path
+from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError, join_path
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.graph.replay import check_replay, copied
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples, resized, without_mask
@@ -23,7 +23,7 @@ from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.units import Survey, survey
 
-__all__ = ["Look", "analyse", "recordings_of"]
+__all__ = ["Look", "analyze", "recordings_of"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Look:
     second: Survey
 
 
-def analyse(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None) -> tuple[Look, Plan]:
+def analyze(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None) -> tuple[Look, Plan]:
     """Record ``model`` on two examples, and match the rules to what was recorded. The model stays as it is.
 
     Args:
@@ -106,44 +106,45 @@ def _method(hf_quantizer: Any) -> str:
 
 
 def _compare(first: Survey, other: Survey) -> None:
-    """Mark the routines of ``first`` whose graph is another one for another batch and length: a size is baked in."""
+    """Mark the graphs of ``first`` that are others for another batch and length: a size is baked in."""
     seen: set[int] = set()
     for unit, again in zip(first.units, other.units, strict=True):
         if unit.tree is None or again.tree is None or id(unit.tree) in seen:
             continue
         seen.add(id(unit.tree))
-        twins = {(twin.path, twin.kind): twin for twin in again.tree.walk()}
-        for routine in unit.tree.walk():
-            twin = twins.get((routine.path, routine.kind))
-            if routine.failure is not None:
-                continue
-            difference = "in another one it has none"
-            if twin is not None and twin.failure is None:
-                same = routine.signature == twin.signature
-                difference = (_difference(routine.graph, twin.graph) or "") if same else "another is called otherwise"
-                # (Another number of steps, for chunks, is decided by their count. A size that leaves as a plain number
-                # would need a graph for each size.)
-                steps = len(routine.graph.nodes) != len(twin.graph.nodes)
-                if same and steps and _tells(routine, twin) and _tells(twin, routine):
-                    continue
-            if difference:
-                routine.specialised = (
+        others = {(graph.path, graph.kind): graph for graph in again.tree.walk()}
+        for graph in unit.tree.walk():
+            difference = None if graph.failure is not None else _depends(graph, others.get((graph.path, graph.kind)))
+            if difference is not None:
+                graph.baked_size = (
                     f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
                 )
 
 
-def _tells(routine: Routine, other: Routine) -> bool:
-    """Whether a recorded decision of ``routine`` (on the number of chunks, say) turns the other's example away."""
+def _depends(graph: BlockGraph, other: BlockGraph | None) -> str | None:
+    """How a graph depends on the example's shape, given what was recorded at another one."""
+    if other is None or other.failure is not None:
+        return "in another one it has none"
+    if graph.signature != other.signature:
+        return "another is called otherwise"
+    # (Another number of steps, for chunks, is decided by their count. A size that leaves as a plain number would need
+    # a graph for each size.)
+    steps = len(graph.graph.nodes) != len(other.graph.nodes)
+    if steps and _tells(graph, other) and _tells(other, graph):
+        return None
+    return _difference(graph.graph, other.graph)
+
+
+def _tells(graph: BlockGraph, other: BlockGraph) -> bool:
+    """Whether a recorded decision of ``graph`` (on the number of chunks, say) turns the other's example away."""
     if other.example is None:
         return False
     values = copied(other.example[0].values)
     try:
         with kept_random([torch.device("cuda", index) for index in other.example[0].random[1]]), torch.no_grad():
-            compile_graph(routine).run(routine.owner, values)
-    except DecisionChangedError:
-        return True
-    except Exception:
-        return False
+            compile_graph(graph).run(graph.owner, values)
+    except Exception as error:
+        return isinstance(error, DecisionChangedError)
     return False
 
 
@@ -159,55 +160,52 @@ def _difference(graph: Graph, other: Graph) -> str | None:
     )
 
 
-def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[str, str], list[Routine]]:
-    """The routines of all blocks that the plan rewrites: with and without a mask, in eval and in training mode.
+def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[str, str], list[BlockGraph]]:
+    """The graphs of all blocks that the plan rewrites: with and without a mask, in eval and in training mode.
 
     Raises:
         TraceError: A block has a graph in one of these that holds for one shape only, or none at all.
     """
-    wanted = {(site.owner, site.routine) for site in made.sites if site.routine != "module"}
-    if not wanted:
-        return {}
-    surveys = {"eval mode": look.first}
-    pairs = [("training mode", look.inputs, look.others, look.first.calls, look.second.calls)]
-    if "attention_mask" in look.inputs:
-        bare, other = without_mask(look.inputs), without_mask(look.others)
-        surveys["eval mode without a mask"] = survey(model, bare)
-        calls = survey(model, other)
-        _compare(surveys["eval mode without a mask"], calls)
-        pairs.append(
-            ("training mode without a mask", bare, other, surveys["eval mode without a mask"].calls, calls.calls)
-        )
-    for name, inputs, others, calls_first, calls_second in pairs:
-        surveys[name] = survey(model, inputs, training=True, calls=calls_first)
-        _compare(surveys[name], survey(model, others, training=True, calls=calls_second))
-    found: dict[tuple[str, str], list[Routine]] = {key: [] for key in wanted}
-    for mode, taken in surveys.items():
-        for unit in taken.units:
-            for routine in unit.tree.walk() if unit.tree is not None else ():
-                key = (join_path(unit.path, routine.path), routine.kind)
-                if key not in wanted:
+    found: dict[tuple[str, str], list[BlockGraph]] = {key: [] for key in made.edits() if key[1] != "module"}
+    for mode, survey_ in _surveys(model, look).items() if found else ():
+        for unit in survey_.units:
+            for graph in unit.tree.walk() if unit.tree is not None else ():
+                key = (join_path(unit.path, graph.path), graph.kind)
+                if key not in found:
                     continue
-                if routine.failure is not None or routine.specialised is not None:
-                    raise TraceError(f"{key[0]}, in {mode}: {routine.failure or routine.specialised}")
-                found[key].append(routine)
-    kept = {key: _distinct(routines) for key, routines in found.items()}
-    for (path, _), routines in kept.items():
-        for routine in routines:
+                if graph.failure is not None or graph.baked_size is not None:
+                    raise TraceError(f"{key[0]}, in {mode}: {graph.failure or graph.baked_size}")
+                found[key].append(graph)
+    kept = {key: _distinct(graphs) for key, graphs in found.items()}
+    for (path, _), graphs in kept.items():
+        for graph in graphs:
             try:
-                check_replay(routine, lambda each: compile_graph(each).run)
+                check_replay(graph)
             except TraceError as error:
                 raise TraceError(f"{path}: {error}") from error
     return kept
 
 
-def _distinct(routines: list[Routine]) -> list[Routine]:
-    """One routine for each kind of call."""
-    kept: list[Routine] = []
-    for routine in routines:
-        if not any(
-            (one.signature, one.argument_paths, one.reads) == (routine.signature, routine.argument_paths, routine.reads)
-            for one in kept
-        ):
-            kept.append(routine)
+def _surveys(model: PreTrainedModel, look: Look) -> dict[str, Survey]:
+    """What the model does in each mode that its calls may have, by the mode's name; each is seen at two shapes."""
+    masks = [("", look)]
+    if "attention_mask" in look.inputs:
+        bare, other = without_mask(look.inputs), without_mask(look.others)
+        masks.append((" without a mask", Look(bare, other, survey(model, bare), survey(model, other))))
+        _compare(masks[1][1].first, masks[1][1].second)
+    surveys = {f"eval mode{mask}": seen.first for mask, seen in masks}
+    for mask, seen in masks:
+        first = survey(model, seen.inputs, training=True, calls=seen.first.calls)
+        _compare(first, survey(model, seen.others, training=True, calls=seen.second.calls))
+        surveys[f"training mode{mask}"] = first
+    return surveys
+
+
+def _distinct(graphs: list[BlockGraph]) -> list[BlockGraph]:
+    """One graph for each kind of call."""
+    kept: list[BlockGraph] = []
+    for graph in graphs:
+        kind = (graph.signature, graph.argument_paths, graph.reads)
+        if not any((one.signature, one.argument_paths, one.reads) == kind for one in kept):
+            kept.append(graph)
     return kept

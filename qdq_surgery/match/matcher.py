@@ -1,60 +1,31 @@
 """Rules x recorded model -> :class:`Plan`. Reads only: nothing here edits a model or a graph.
 
-How a pattern fits a node is in :mod:`~qdq_surgery.match.subgraph`; here is which rule wins, and what is left out or
-missed.
+How a pattern fits a node is in :mod:`~qdq_surgery.match.subgraph`; here is which rule wins, and what it gives. What got
+nothing is counted in :mod:`~qdq_surgery.match.coverage`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-from torch import nn
 from torch.fx import Node
 from transformers import PreTrainedModel
 
-from qdq_surgery.graph.block_graph import Routine, join_path
+from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_plain_linear
-from qdq_surgery.match.expectations import Tally, check_expectations
-from qdq_surgery.match.plan import COVERED, Coverage, Plan, Refusal, Site
+from qdq_surgery.match.coverage import CoverageCount
+from qdq_surgery.match.decisions import Decisions, ModulePaths, UnitDecisions, inner_path
+from qdq_surgery.match.expectations import check_expectations
+from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.shared_ranges import share_ranges
 from qdq_surgery.match.site_names import LINEAR_NAMES, site_name
 from qdq_surgery.match.subgraph import Attempt, Slot, Value, fit, operand_of, place_of
 from qdq_surgery.rules.pattern import operator_fits
 from qdq_surgery.rules.spec import Rule, RuleSet
 from qdq_surgery.trace.attention import QDQ_ATTENTION
-from qdq_surgery.trace.units import LoneLeaf, Survey, Unit
+from qdq_surgery.trace.units import Survey, Unit
 
 __all__ = ["match"]
-
-#: Matrix products that are no plain matmul; the recipe has no rule for them, so they are listed.
-_OTHER_PRODUCTS = frozenset({"baddbmm", "einsum", "sdpa", "conv1d"})
-
-
-@dataclass(frozen=True)
-class _Match:
-    """A rule whose pattern fits, and what it captured."""
-
-    rule: Rule
-    captured: dict[str, Slot]
-
-
-@dataclass
-class _State:
-    """What is decided about one unit so far.
-
-    Attributes:
-        claimed: Operands that a rule took: the first match wins.
-        quantized: Operators with such an operand.
-        near: By operator, the rule that came nearest to fitting, how far it came and why it failed.
-        taken: How often each quantizer name was used in each block.
-    """
-
-    claimed: set[tuple[Hashable, int | str]] = field(default_factory=set)
-    quantized: set[Hashable] = field(default_factory=set)
-    near: dict[Hashable, tuple[int, str]] = field(default_factory=dict)
-    taken: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
 def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
@@ -66,256 +37,149 @@ def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
     Raises:
         MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
     """
-    matcher = _Matcher(model, found, rules)
-    matcher.run()
-    return matcher.plan()
+    paths, decisions = ModulePaths(model), Decisions()
+    coverage = CoverageCount(model, paths, decisions, found.shape)
+    for unit in found.units:
+        if unit.tree is None:
+            coverage.add_uncalled(unit, set())
+            continue
+        for graph in unit.tree.opaque():
+            reason = f"{graph.failure}; rules cannot look inside"
+            decisions.refuse(join_path(unit.path, graph.path), "block", reason, unit.layer)
+        matcher = _UnitMatcher(model, rules, paths, decisions, unit)
+        matcher.run(unit.tree)
+        coverage.add(unit, unit.tree, matcher.decided)
+    names = sorted({site.name for site in decisions.sites.values()})
+    model_type = str(model.config.model_type)
+    check_expectations(rules, decisions.tally, found, type(model).__name__, model_type, names)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    sites = sorted(decisions.sites.values(), key=lambda site: order[site.owner])
+    refusals = sorted(decisions.refusals.items(), key=lambda item: order.get(item[0].path, -1))
+    return Plan(
+        model=type(model).__name__,
+        model_type=model_type,
+        rules=rules,
+        sites=tuple(sites),
+        refusals=tuple(replace(refusal, count=count) for refusal, count in refusals),
+        matches={rule.name: decisions.matches[rule.name] for rule in rules.rules},
+        coverage=coverage.result(),
+        layers=sum(unit.layer is not None for unit in found.units),
+        attention=QDQ_ATTENTION if any(site.routine == "attention" for site in sites) else None,
+        shared=share_ranges(rules, sites),
+    )
 
 
-class _Matcher:
-    def __init__(self, model: PreTrainedModel, found: Survey, rules: RuleSet) -> None:
-        self.model, self.found, self.rules = model, found, rules
-        self.sites: dict[str, Site] = {}
-        self.refusals: Counter[Refusal] = Counter()
-        self.matches: Counter[str] = Counter()
-        self.tally = Tally()
-        first: dict[int, str] = {}
-        #: A module that hangs in several places has one name: the first.
-        self.names = {
-            path: first.setdefault(id(module), path) for path, module in model.named_modules(remove_duplicate=False)
-        }
-        self.covered: dict[str, Counter[str]] = {kind: Counter() for kind in COVERED}
+class _UnitMatcher:
+    """Tries all rules on one unit: a match gives sites, or refusals with their reasons."""
 
-    # -- the walk ----------------------------------------------------------------------------------------------
+    def __init__(
+        self, model: PreTrainedModel, rules: RuleSet, paths: ModulePaths, decisions: Decisions, unit: Unit
+    ) -> None:
+        self.model, self.rules, self.paths, self.decisions, self.unit = model, rules, paths, decisions, unit
+        self.decided = UnitDecisions()
 
-    def run(self) -> None:
-        for unit in self.found.units:
-            if unit.tree is None:
-                self._uncalled(unit, set())
-                continue
-            for routine in unit.tree.opaque():
-                reason = f"{routine.failure}; rules cannot look inside"
-                self._refuse(join_path(unit.path, routine.path), "block", reason, unit.layer)
-            self._unit(unit, unit.tree)
-        sites = sorted({site.name for site in self.sites.values()})
-        check_expectations(self.rules, self.tally, self.found, type(self.model).__name__, self._model_type(), sites)
-
-    def _unit(self, unit: Unit, tree: Routine) -> None:
-        state = _State()
+    def run(self, tree: BlockGraph) -> None:
         for rule in self.rules.rules:
-            for routine in tree.walk():
-                path = join_path(unit.path, routine.path)
-                for node in routine.graph.nodes:
-                    if not operator_fits(rule.pattern.operators[0], node.meta.get("op", "")):
-                        continue
-                    inside = _leaf_path(unit, path, str(node.target)) if node.op == "call_module" else path
-                    if not (rule.scope.holds(path, unit.layer) or rule.scope.holds(inside, unit.layer)):
-                        continue
-                    attempt = Attempt()
-                    if not fit(rule.pattern, Value(routine, node), attempt):
-                        reason = f"rule '{rule.name}': {attempt.reason}"
-                        best = state.near.get(place_of(routine, node))
-                        if best is None or attempt.depth > best[0]:
-                            state.near[place_of(routine, node)] = (attempt.depth, reason)
-                        self.tally.miss(rule, attempt.depth, f"{reason} at {inside} ({node.meta['source']})")
-                        continue
-                    self.tally.fit(rule, unit, (unit.path, place_of(routine, node)))
-                    self._apply(_Match(rule, attempt.captured), unit, state)
-        self._cover(unit, tree, state)
+            for graph in tree.walk():
+                for node in graph.graph.nodes:
+                    if operator_fits(rule.pattern.operators[0], node.meta.get("op", "")):
+                        self._try(rule, graph, node)
 
-    def _apply(self, found: _Match, unit: Unit, state: _State) -> None:
-        rule = found.rule
-        free = {capture: slot for capture, slot in found.captured.items() if slot.key() not in state.claimed}
-        wanted = [capture for capture in rule.quantize if capture in free]
-        if not wanted:
+    def _try(self, rule: Rule, graph: BlockGraph, node: Node) -> None:
+        unit, place = self.unit, place_of(graph, node)
+        inside = inner_path(unit, graph, node)
+        paths = (join_path(unit.path, graph.path), inside)
+        if not any(rule.scope.holds(path, unit.layer) for path in paths):
             return
-        self.matches[rule.name] += 1
+        attempt = Attempt()
+        if fit(rule.pattern, Value(graph, node), attempt):
+            self.decisions.tally.fit(rule, unit, (unit.path, place))
+            self._apply(rule, attempt.captured)
+            return
+        reason = f"rule '{rule.name}': {attempt.reason}"
+        best = self.decided.near.get(place)
+        if best is None or attempt.depth > best[0]:
+            self.decided.near[place] = (attempt.depth, reason)
+        self.decisions.tally.miss(rule, attempt.depth, f"{reason} at {inside} ({node.meta['source']})")
+
+    def _apply(self, rule: Rule, captured: dict[str, Slot]) -> None:
+        free = {capture: slot for capture, slot in captured.items() if slot.key() not in self.decided.claimed}
+        wanted = [capture for capture in rule.quantize if capture in free]
+        if wanted:
+            self.decisions.matches[rule.name] += 1
         for capture in wanted:
             slot = free[capture]
-            state.claimed.add(slot.key())
-            state.quantized.add(place_of(slot.routine, slot.node))
-            self._site(found, capture, slot, unit, state)
+            self.decided.claimed.add(slot.key())
+            self.decided.quantized.add(place_of(slot.graph, slot.node))
+            self._decide(rule, capture, slot)
 
-    def _site(self, found: _Match, capture: str, slot: Slot, unit: Unit, state: _State) -> None:
-        rule, node, routine = found.rule, slot.node, slot.routine
+    def _decide(self, rule: Rule, capture: str, slot: Slot) -> None:
+        """A site for one operand, or a refusal."""
+        owner, role = self.paths.of_node(self.unit, slot.graph, slot.node), _role(slot)
+        operator, source = str(slot.node.meta["op"]), str(slot.node.meta["source"])
+        name = ""
+        reason = self._unfit(slot, owner)
+        if reason is None:
+            name = self._unique_name(rule, capture, slot, owner)
+            reason = self._left_out(rule, slot, owner, name)
+        if reason is not None:
+            self.decisions.refuse(owner, operator, reason, self.unit.layer, rule.name, source)
+            return
         place = rule.quantize[capture]
-        path = join_path(unit.path, routine.path)
-        op = str(node.meta["op"])
-        source = str(node.meta["source"])
-        if node.op == "call_module":
-            owner = self.names[_leaf_path(unit, path, str(node.target))]
-            if op != "linear":
-                self._refuse(owner, op, f"only linears are swapped, and this is a {op}", unit.layer, rule.name, source)
-                return
-            module = self.model.get_submodule(owner)
-            if not is_plain_linear(module):
-                reason = (
-                    f"{type(module).__name__} is no plain nn.Linear: it has a class, a forward or a weight of its own"
-                )
-                self._refuse(owner, op, reason, unit.layer, rule.name, source)
-                return
-            taken = [name for name in LINEAR_NAMES.values() if hasattr(module, name)]
-            if taken:
-                reason = f"the linear has an attribute '{taken[0]}' already; rename it"
-                self._refuse(owner, op, reason, unit.layer, rule.name, source)
-                return
-            role = "weight" if slot.position == "weight" else "input"
-            name, kind = LINEAR_NAMES[role], "module"
-        else:
-            owner, kind = self.names[path], routine.kind
-            if routine.specialised is not None:
-                self._refuse(owner, op, routine.specialised, unit.layer, rule.name, source)
-                return
-            operand = operand_of(node, slot.position)
-            role = "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"
-            name = site_name(place, op, capture)
-            number = state.taken[owner, name] = state.taken.get((owner, name), 0) + 1
-            name = site_name(place, op, capture, number)
-            if hasattr(self.model.get_submodule(owner), name):
-                self._refuse(
-                    owner, op, f"the block has an attribute '{name}' already; rename it", unit.layer, rule.name, source
-                )
-                return
-        for index, exclude in enumerate(self.rules.exclude):
-            if exclude.holds(rule.name, name, owner, unit.layer):
-                self.tally.excluded.add(index)
-                reason = f"left in float by {exclude.source or 'an exclude entry'} ({name}): {exclude.why}"
-                self._refuse(owner, op, reason, unit.layer, rule.name, source)
-                return
         site = Site(
             quantizer=f"{owner}.{name}",
             owner=owner,
-            routine=kind,
-            origin=node.meta["origin"],
+            routine="module" if slot.of_module else slot.graph.kind,
+            origin=slot.node.meta["origin"],
             position=slot.position,
             role=role,
-            operator=op,
+            operator=operator,
             capture=capture,
             rule=rule.name,
             spec=self.rules.spec(place.spec),
-            layer=unit.layer,
+            layer=self.unit.layer,
             source=source,
         )
-        self.sites[site.quantizer] = site
+        self.decisions.sites[site.quantizer] = site
 
-    # -- what got nothing --------------------------------------------------------------------------------------
+    def _unfit(self, slot: Slot, owner: str) -> str | None:
+        """Why what the operand belongs to cannot take a quantizer."""
+        operator = slot.node.meta["op"]
+        if not slot.of_module:
+            return slot.graph.baked_size
+        if operator != "linear":
+            return f"only linears are swapped, and this is a {operator}"
+        module = self.model.get_submodule(owner)
+        if not is_plain_linear(module):
+            return f"{type(module).__name__} is no plain nn.Linear: it has a class, a forward or a weight of its own"
+        return next((_RENAME.format("linear", name) for name in LINEAR_NAMES.values() if hasattr(module, name)), None)
 
-    def _cover(self, unit: Unit, tree: Routine, state: _State) -> None:
-        counted: set[Hashable] = set()
-        called = {
-            self.names[_leaf_path(unit, join_path(unit.path, routine.path), str(node.target))]
-            for routine in tree.walk()
-            for node in routine.graph.nodes
-            if node.op == "call_module"
-        }
-        self._uncalled(unit, called)
-        for routine in tree.walk():
-            path = join_path(unit.path, routine.path)
-            for node in routine.graph.nodes:
-                kind = self._kind(routine, node, state)
-                if kind is None:
-                    continue
-                where = self.names[path]
-                if node.op == "call_module":
-                    where = self.names[_leaf_path(unit, path, str(node.target))]
-                place = where if node.op == "call_module" else place_of(routine, node)
-                if place in counted:
-                    continue
-                counted.add(place)
-                self._count(kind, unit, routine, node, where, state)
+    def _unique_name(self, rule: Rule, capture: str, slot: Slot, owner: str) -> str:
+        """The quantizer's name, numbered where its block has several of that name."""
+        if slot.of_module:
+            return LINEAR_NAMES[_role(slot)]
+        place, operator = rule.quantize[capture], str(slot.node.meta["op"])
+        name = site_name(place, operator, capture)
+        self.decided.named[owner, name] += 1
+        return site_name(place, operator, capture, self.decided.named[owner, name])
 
-    def _count(self, kind: str, unit: Unit, routine: Routine, node: Node, where: str, state: _State) -> None:
-        counts = self.covered[kind if kind in self.covered else "matmul"]
-        if unit.layer is None:
-            # Embeddings, pooler and heads: the table is about the encoder layers, but what stays in float is said.
-            counts = Counter()
-            if kind == "residual add":
-                return
-        counts["found"] += 1
-        source = str(node.meta["source"])
-        sites = [s for s in self.sites.values() if s.origin == node.meta["origin"] and s.owner == where]
-        if sites:
-            counts["quantized"] += 1
-            return
-        counts["refused"] += 1
-        if place_of(routine, node) in state.quantized:
-            return  # refused already, with its own reason
-        best = state.near.get(place_of(routine, node))
-        where_rules = "outside the encoder layers" if unit.layer is None else "here"
-        reason = f"no rule is about a {kind} {where_rules}" if best is None else best[1]
-        self._refuse(where, kind, reason, unit.layer, None, source)
-
-    def _kind(self, routine: Routine, node: Node, state: _State) -> str | None:
-        op = str(node.meta.get("op"))
-        if op in ("linear", "matmul") or op in _OTHER_PRODUCTS:
-            return op
-        if op == "add" and (place_of(routine, node) in state.quantized or self._is_residual(node)):
-            return "residual add"
+    def _left_out(self, rule: Rule, slot: Slot, owner: str, name: str) -> str | None:
+        """Why the quantizer of that name is not to be."""
+        if not slot.of_module and hasattr(self.model.get_submodule(owner), name):
+            return _RENAME.format("block", name)
+        for index, exclude in enumerate(self.rules.exclude):
+            if exclude.holds(rule.name, name, owner, self.unit.layer):
+                self.decisions.tally.excluded.add(index)
+                return f"left in float by {exclude.source or 'an exclude entry'} ({name}): {exclude.why}"
         return None
 
-    def _is_residual(self, node: Node) -> bool:
-        shapes = [operand.meta.get("shape") for operand in node.args if isinstance(operand, Node)]
-        return (
-            len(shapes) == 2
-            and shapes[0] is not None
-            and shapes[0] == shapes[1]
-            and len(shapes[0]) == 3
-            and tuple(shapes[0][:2]) == self.found.shape
-        )
 
-    def _uncalled(self, unit: Unit, called: set[str]) -> None:
-        """Linears of the unit that the example never came to: cross-attention without encoder states, for one."""
-        used = {
-            join_path(unit.path, routine.path, str(node.target)).rpartition(".")[0]
-            for routine in (unit.tree.walk() if unit.tree is not None else ())
-            for node in routine.graph.nodes
-            if node.op == "get_attr"
-        }
-        opaque = [join_path(unit.path, r.path) for r in unit.tree.opaque()] if unit.tree is not None else []
-        for name, module in self.model.get_submodule(unit.path).named_modules():
-            path = self.names[join_path(unit.path, name)]
-            # (MobileBERT's head multiplies with the weights of linears that it never calls: that product is listed.)
-            if not isinstance(module, nn.Linear) or path in called or path in used:
-                continue
-            if any(path.startswith(block + ".") for block in opaque):
-                reason = "it lies in a block that has no graph"
-            else:
-                reason = "the example inputs never reach it; pass example_inputs= that do"
-            self._refuse(path, "linear", reason, unit.layer)
-            if unit.layer is not None:
-                self.covered["linear"].update(found=1, refused=1)
-
-    def _refuse(
-        self, path: str, op: str, reason: str, layer: int | None, rule: str | None = None, source: str = ""
-    ) -> None:
-        self.refusals[Refusal(path, op, reason, rule, layer, source)] += 1
-
-    def _model_type(self) -> str:
-        return str(self.model.config.model_type)
-
-    # -- the result --------------------------------------------------------------------------------------------
-
-    def plan(self) -> Plan:
-        order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
-        sites = sorted(self.sites.values(), key=lambda site: order[site.owner])
-        refusals = [
-            Refusal(r.path, r.operator, r.reason, r.rule, r.layer, r.source, count)
-            for r, count in sorted(self.refusals.items(), key=lambda item: order.get(item[0].path, -1))
-        ]
-        switched = any(site.routine == "attention" for site in sites)
-        return Plan(
-            model=type(self.model).__name__,
-            model_type=self._model_type(),
-            rules=self.rules,
-            sites=tuple(sites),
-            refusals=tuple(refusals),
-            matches={rule.name: self.matches[rule.name] for rule in self.rules.rules},
-            coverage={kind: Coverage(c["found"], c["quantized"], c["refused"]) for kind, c in self.covered.items()},
-            layers=sum(unit.layer is not None for unit in self.found.units),
-            attention=QDQ_ATTENTION if switched else None,
-            shared=share_ranges(self.rules, sites),
-        )
+_RENAME = "the {} has an attribute '{}' already; rename it"
 
 
-def _leaf_path(unit: Unit, path: str, target: str) -> str:
-    # A unit that is a leaf itself was recorded inside a routine made for it.
-    return path if unit.tree is not None and isinstance(unit.tree.owner, LoneLeaf) else join_path(path, target)
+def _role(slot: Slot) -> str:
+    """Which of the two default descriptors an operand has."""
+    if slot.of_module:
+        return "weight" if slot.position == "weight" else "input"
+    operand = operand_of(slot.node, slot.position)
+    return "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qdq_surgery.match.edits import Edit, InsertQuantizer, Origin
 from qdq_surgery.rules.quant_spec import QuantSpec
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.text.layer_names import star
@@ -32,13 +34,13 @@ class Site:
         rule: The rule that asks for it.
         spec: ``None``: the default descriptor.
         layer: Index of the encoder layer; ``None`` outside the layers.
-        source: Where the operator stands in the modelling file.
+        source: Where the operator stands in the modeling file.
     """
 
     quantizer: str
     owner: str
     routine: str
-    origin: tuple[Any, ...] = field(repr=False)
+    origin: Origin = field(repr=False)
     position: int | str
     role: str
     operator: str
@@ -52,6 +54,11 @@ class Site:
     def name(self) -> str:
         """The quantizer's attribute name."""
         return self.quantizer.rpartition(".")[2]
+
+    @property
+    def edit(self) -> InsertQuantizer:
+        """What the site does to the graph of its block, or to its linear."""
+        return InsertQuantizer(self.origin, self.position, self.name, self.operator)
 
     def to_json(self) -> dict[str, Any]:
         """The site as plain data."""
@@ -140,6 +147,19 @@ class Plan(Result):
         """Number of quantizers that each rule puts in, in the order of the rules."""
         return {rule.name: sum(site.rule == rule.name for site in self.sites) for rule in self.rules.rules}
 
+    def edits(self) -> dict[tuple[str, str], tuple[Edit, ...]]:
+        """What is done to each linear and to each graph, by the path of its module and the sites' ``routine``."""
+        found: dict[tuple[str, str], list[Edit]] = {}
+        for site in self.sites:
+            found.setdefault((site.owner, site.routine), []).append(site.edit)
+        return {key: tuple(edits) for key, edits in found.items()}
+
+    def counted(self) -> str:
+        """How many edits of each kind there are, in words."""
+        kinds = Counter({InsertQuantizer.counted: 0})
+        kinds.update(edit.counted for edits in self.edits().values() for edit in edits)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
     def under(self, path: str) -> Iterator[Site | Refusal]:
         """Sites and refusals at or below the module ``path``, or of the quantizer ``path``."""
         items: list[Site | Refusal] = [*self.sites, *self.refusals]
@@ -166,7 +186,7 @@ class Plan(Result):
         }
 
     def _title(self) -> Line:
-        count, layers = f": {len(self.sites)} quantizers by rule set ", f" in {self.layers} layers"
+        count, layers = f": {self.counted()} by rule set ", f" in {self.layers} layers"
         return line((self.model, "bold"), count, (self.rules.name, "bold"), layers)
 
     def _parts(self) -> Iterable[Part]:

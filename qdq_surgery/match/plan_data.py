@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qdq_surgery.errors import MatchError
+from qdq_surgery.match.edits import Origin
 from qdq_surgery.match.plan import COVERED, Coverage, Plan, Refusal, Site
 from qdq_surgery.match.shared_ranges import share_ranges
 from qdq_surgery.match.site_names import LINEAR_NAMES, MODULE_PATH, QUANTIZER_PATH, is_site_name, may_name
@@ -20,8 +21,6 @@ from qdq_surgery.text.layer_names import by_layers, split_layers, star, unstar
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 
 __all__ = ["folded_sites", "known_from_data", "known_to_data", "plan_from_data", "plan_to_data"]
-
-Origin = tuple[Any, ...]
 
 #: No count in a plan is larger, no text longer, no origin nested deeper.
 _MOST, _LONGEST, _DEEPEST = 1_000_000, 10_000, 4

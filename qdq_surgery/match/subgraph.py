@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from qdq_surgery.graph.block_graph import Routine, flatten_call
+from qdq_surgery.graph.block_graph import BlockGraph, flatten_call
 from qdq_surgery.rules.pattern import COMMUTATIVE, LAYOUT, Operand, Pattern, operator_fits
 
 __all__ = ["Attempt", "Slot", "Value", "fit", "operand_of", "place_of"]
@@ -21,9 +21,9 @@ __all__ = ["Attempt", "Slot", "Value", "fit", "operand_of", "place_of"]
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A node of a routine, after following calls: where a tensor comes from."""
+    """A node of a block's graph, after following calls: where a tensor comes from."""
 
-    routine: Routine
+    graph: BlockGraph
     node: Node
 
     @property
@@ -36,13 +36,18 @@ class Value:
 class Slot:
     """One operand of one node."""
 
-    routine: Routine
+    graph: BlockGraph
     node: Node
     position: int | str
 
+    @property
+    def of_module(self) -> bool:
+        """Whether the operator is a module that is called, such as a linear."""
+        return self.node.op == "call_module"
+
     def key(self) -> tuple[Hashable, int | str]:
         """One for each operand that can have a quantizer, however often its operator is called."""
-        return place_of(self.routine, self.node), self.position
+        return place_of(self.graph, self.node), self.position
 
 
 @dataclass
@@ -54,15 +59,15 @@ class Attempt:
     reason: str = ""
 
 
-def place_of(routine: Routine, node: Node) -> Hashable:
+def place_of(graph: BlockGraph, node: Node) -> Hashable:
     """Identity of an operator in its unit.
 
     A block may be called more than once (for each chunk, say): its operators are then recorded once for each call, and
     are the same operators.
     """
     if node.op == "call_module":
-        return routine.path, node.target
-    return routine.path, routine.kind, node.meta["origin"]
+        return graph.path, node.target
+    return graph.path, graph.kind, node.meta["origin"]
 
 
 def operand_of(node: Node, position: int | str) -> Any:
@@ -75,10 +80,10 @@ def operand_of(node: Node, position: int | str) -> Any:
 def _slots(value: Value) -> list[Slot]:
     """The tensor operands of a node, in order. A linear module has its weight as second operand."""
     node = value.node
-    slots = [Slot(value.routine, node, i) for i, argument in enumerate(node.args) if _is_tensor(argument)]
-    slots += [Slot(value.routine, node, key) for key, argument in node.kwargs.items() if _is_tensor(argument)]
+    slots = [Slot(value.graph, node, i) for i, argument in enumerate(node.args) if _is_tensor(argument)]
+    slots += [Slot(value.graph, node, key) for key, argument in node.kwargs.items() if _is_tensor(argument)]
     if node.op == "call_module" and node.meta.get("op") in ("linear", "conv1d"):
-        slots.insert(1, Slot(value.routine, node, "weight"))
+        slots.insert(1, Slot(value.graph, node, "weight"))
     return slots
 
 
@@ -115,7 +120,7 @@ def fit(pattern: Pattern, value: Value, attempt: Attempt) -> bool:
 def _fit_operand(operand: Operand, slot: Slot, attempt: Attempt) -> bool:
     if operand.pattern is not None:
         argument = operand_of(slot.node, slot.position)
-        value = _resolve(slot.routine, argument) if isinstance(argument, Node) else None
+        value = _resolve(slot.graph, argument) if isinstance(argument, Node) else None
         if value is None or not _fit(operand.pattern, value, attempt):
             came = "a parameter" if value is None else _words(_through_layout(value, operand.pattern))
             name = f"operand '{operand.capture}'" if operand.capture else "an operand"
@@ -156,7 +161,7 @@ def _words(value: Value) -> str:
 def _through_layout(value: Value, pattern: Pattern) -> Value:
     while value.op in LAYOUT and not any(operator_fits(name, value.op) for name in pattern.operators):
         source = next((arg for arg in value.node.args if isinstance(arg, Node)), None)
-        below = _resolve(value.routine, source) if source is not None else None
+        below = _resolve(value.graph, source) if source is not None else None
         if below is None:
             break
         value = below
@@ -172,7 +177,7 @@ def _chunk(value: Value) -> Value | None:
     parts = value.node.args[0] if value.node.args else None
     if not isinstance(parts, (list, tuple)):
         return None
-    found = [_resolve(value.routine, part) if isinstance(part, Node) else None for part in parts]
+    found = [_resolve(value.graph, part) if isinstance(part, Node) else None for part in parts]
     places = {_place_of_all(each) if each is not None else None for each in found}
     return found[0] if len(places) == 1 else None
 
@@ -180,22 +185,22 @@ def _chunk(value: Value) -> Value | None:
 def _place_of_all(value: Value) -> Hashable:
     """One for all calls at a place in the source, however often it is passed."""
     if value.node.op == "call_module":
-        return value.routine.path, value.node.target
-    return value.routine.path, value.node.meta["origin"][:-1]
+        return value.graph.path, value.node.target
+    return value.graph.path, value.node.meta["origin"][:-1]
 
 
-def _resolve(routine: Routine, node: Node) -> Value | None:
+def _resolve(graph: BlockGraph, node: Node) -> Value | None:
     """Follow ``node`` out of calls and into them, to the operator that made the tensor; ``None`` at a dead end."""
-    for place in _steps(routine, node):
+    for place in _steps(graph, node):
         if place.op not in ("item", "block", "input"):
             return place
-        routine, node = place.routine, place.node
-    return Value(routine, node)
+        graph, node = place.graph, place.node
+    return Value(graph, node)
 
 
-def _steps(routine: Routine, node: Node) -> Iterator[Value]:
+def _steps(graph: BlockGraph, node: Node) -> Iterator[Value]:
     while True:
-        value = Value(routine, node)
+        value = Value(graph, node)
         yield value
         if value.op == "item":
             # An element of what a call returned.
@@ -215,21 +220,21 @@ def _steps(routine: Routine, node: Node) -> Iterator[Value]:
                 output = output[index]
             if not isinstance(output, Node):
                 return
-            routine, node = callee, output
+            graph, node = callee, output
         elif value.op == "block":
             callee = node.meta.get("callee")
             if callee is None or callee.failure is not None or not isinstance(callee.output, Node):
                 return
-            routine, node = callee, callee.output
+            graph, node = callee, callee.output
         elif value.op == "input":
-            caller, call = routine.caller, routine.call
+            caller, call = graph.caller, graph.call
             if caller is None or call is None:
                 return
-            args = call.args[1:] if routine.kind == "attention" else call.args
+            args = call.args[1:] if graph.kind == "attention" else call.args
             handed, _ = flatten_call(tuple(args), dict(call.kwargs))
-            argument = handed[routine.inputs.index(node)]
+            argument = handed[graph.inputs.index(node)]
             if not isinstance(argument, Node):
                 return
-            routine, node = caller, argument
+            graph, node = caller, argument
         else:
             return

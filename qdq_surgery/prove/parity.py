@@ -4,11 +4,11 @@ Fake-quantized values lie on a grid, so a difference in the last bit of a float 
 steps, a difference of a whole step, and one step leads to others further on. A comparison of the outputs alone can
 therefore not tell a wrong scale from an unlucky tie. So each site is compared by itself: the runtime's value at every
 site is fetched, PyTorch runs with these values in place of its own quantizers' results, and each quantizer's own result
-is held against the runtime's. What differs then arose between two neighbouring sites.
+is held against the runtime's. What differs then arose between two neighboring sites.
 
 A site agrees if every element is the same but for elements that lie half-way between two steps, which may be one step
-apart. With optimisations on, values inside are fused away; there the outputs are compared. Ties alone can move them
-by a third of what quantization itself changes (all-MiniLM-L6-v2, ONNX Runtime without optimisations), so they agree if
+apart. With optimizations on, values inside are fused away; there the outputs are compared. Ties alone can move them
+by a third of what quantization itself changes (all-MiniLM-L6-v2, ONNX Runtime without optimizations), so they agree if
 they differ by no more than half of that, or are as near to the float model's as PyTorch's quantized ones are.
 """
 
@@ -48,9 +48,9 @@ _OFF_GRID = {torch.float32: 2e-3, torch.float16: 0.25}
 _NOTHING = {torch.float32: 0.0, torch.float16: 2.0**-17}
 #: Largest difference of outputs over their largest magnitude, when all quantizers agree.
 _OUTPUT = {torch.float32: 1e-4, torch.float16: 2e-2}
-#: Optimised: norm of the difference over norm of what quantization changes.
+#: Optimized: norm of the difference over norm of what quantization changes.
 _SHARE = 0.5
-#: Optimised: distance to the float model's outputs over that of PyTorch's quantized ones.
+#: Optimized: distance to the float model's outputs over that of PyTorch's quantized ones.
 _ERROR = 1.1
 
 
@@ -80,11 +80,11 @@ class Check:
     Attributes:
         runtime: In words.
         version: Of the runtime.
-        sites: In the order of the graph; none where optimisations fuse them away.
+        sites: In the order of the graph; none where optimizations fuse them away.
         outputs: For each output the largest difference over its largest magnitude. Site by site: with the runtime's
-            values at all sites. Optimised: with PyTorch's own, so that ties count.
-        share: Optimised: the norm of the outputs' difference over the norm of what quantization changes.
-        error: Optimised: the distance to the float model's outputs over that of PyTorch's quantized ones.
+            values at all sites. Optimized: with PyTorch's own, so that ties count.
+        share: Optimized: the norm of the outputs' difference over the norm of what quantization changes.
+        error: Optimized: the distance to the float model's outputs over that of PyTorch's quantized ones.
         agrees: The verdict.
     """
 
@@ -218,7 +218,7 @@ def certify(
     for name in asked:
         modes = runtimes(name)
         for mode in modes:
-            if mode.optimised:
+            if mode.optimized:
                 checks.append(_outputs_alone(qmodel, file, inputs, arrays, mode))
             if mode is modes[0]:
                 checks.append(_site_by_site(qmodel, file, inputs, arrays, mode))
@@ -242,7 +242,7 @@ def _site_by_site(
     tolerance = _OUTPUT[_precision(qmodel)]
     checked = tuple(forced.checks)
     agrees = not any(site.wrong for site in checked) and all(value <= tolerance for value in outputs.values())
-    words = runtime.words if not runtime.optimised else f"{runtime.words}, site by site"
+    words = runtime.words if not runtime.optimized else f"{runtime.words}, site by site"
     return Check(words, runtime.version, checked, outputs, None, None, agrees)
 
 

@@ -45,7 +45,7 @@ from qdq_surgery.checkpoint.plugin import adopt
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
 from qdq_surgery.graph.shell_copy import hollow, real_tensors
-from qdq_surgery.match.analyze import analyse, recordings_of
+from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.qdqbert.head_mask import head_factors, masked_heads, times
 from qdq_surgery.qdqbert.legacy_cache import as_cache
 from qdq_surgery.rules.spec import RuleSet
@@ -239,7 +239,7 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def _convert_without_data(self, rules: RuleSet) -> None:
         with real_tensors():
             twin = hollow(self)
-            look, plan = analyse(twin, rules, None)
+            look, plan = analyze(twin, rules, None)
             operate(self, plan, recordings_of(twin, look, plan))
         adopt(self)
 
@@ -287,7 +287,7 @@ class QDQBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 def _announce(config: Any) -> None:
     """Let transformers know what it can record of a :class:`QDQBertModel`.
 
-    It notes that by class when a model is initialised; one inside a head, or from a pickle, has been something else
+    It notes that by class when a model is initialized; one inside a head, or from a pickle, has been something else
     then, or nothing.
     """
     PreTrainedModel.__init__(QDQBertModel.__new__(QDQBertModel), config)
@@ -362,13 +362,13 @@ class QDQBertModel(QDQBertPreTrainedModel, BertModel):  # type: ignore[misc]
 
 
 class QDQBertLMHeadModel(QDQBertPreTrainedModel, BertLMHeadModel):  # type: ignore[misc]
-    """With a language modelling head that predicts the next token."""
+    """With a language modeling head that predicts the next token."""
 
     forward = _takes(f"{_INPUTS} {_MEMORY} labels past_key_values use_cache {_OUTPUTS}")(BertLMHeadModel.forward)
 
 
 class QDQBertForMaskedLM(QDQBertPreTrainedModel, BertForMaskedLM):  # type: ignore[misc]
-    """With a language modelling head that predicts masked tokens."""
+    """With a language modeling head that predicts masked tokens."""
 
     forward = _takes(f"{_INPUTS} {_MEMORY} labels {_OUTPUTS}")(BertForMaskedLM.forward)
 

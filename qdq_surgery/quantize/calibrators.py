@@ -74,7 +74,7 @@ class _Watching:
     def _summary(self, values: Tensor) -> tuple[Any, int]:
         """The summary of ``values``, made once for all calibrators that watch the same batch; how often it counts."""
         if self.watch is None:
-            return self._summarise(values.detach(), None), 1
+            return self._summarize(values.detach(), None), 1
         if self.watch.thread != threading.get_ident():
             raise CalibrationError(
                 "the model is being calibrated in another thread, which would count this call's data; wait for it, or "
@@ -86,7 +86,7 @@ class _Watching:
             self.turn = Turn(padding.number)
         place = padding.place(self.quantizer, self.turn, values.shape)
         if place.slices is not None:
-            return self._sum([(self._summarise(each.of(values), None), each.times) for each in place.slices]), 1
+            return self._sum([(self._summarize(each.of(values), None), each.times) for each in place.slices]), 1
         made = self._shared(self.watch, values, place.invalid)
         if not padding.active and padding.rows > 1:
             self.turn.seen.append((tuple(values.shape), made))
@@ -94,12 +94,12 @@ class _Watching:
 
     def _shared(self, watch: Watch, values: Tensor, invalid: Tensor | None) -> Any:
         if values.is_inference():  # such a tensor does not tell whether it has been written to since
-            return self._summarise(values, invalid)
+            return self._summarize(values, invalid)
         key = (id(values), id(invalid), self._kind())
         known = watch.seen.get(key)
         if known is not None and known[0]() is values and known[1] == values._version:
             return known[2]
-        made = self._summarise(values.detach(), invalid)
+        made = self._summarize(values.detach(), invalid)
         watch.seen[key] = (weakref.ref(values), values._version, made)
         return made
 
@@ -109,7 +109,7 @@ class _Watching:
     def _sum(self, found: list[tuple[Any, int]]) -> Any:
         raise NotImplementedError
 
-    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Any:
+    def _summarize(self, values: Tensor, invalid: Tensor | None) -> Any:
         raise NotImplementedError
 
 
@@ -141,7 +141,7 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
     def _sum(self, found: list[tuple[Tensor, int]]) -> Tensor:
         return torch.stack([amax for amax, _ in found]).amax(0)
 
-    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Tensor:
+    def _summarize(self, values: Tensor, invalid: Tensor | None) -> Tensor:
         axes = kept_axes(self._axis)
         if axes is None:
             return largest(values, invalid)
@@ -223,7 +223,7 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
     def _sum(self, found: list[tuple[Histogram, int]]) -> Histogram:
         return functools.reduce(operator.add, [each.repeated(times) for each, times in found])
 
-    def _summarise(self, values: Tensor, invalid: Tensor | None) -> Histogram:
+    def _summarize(self, values: Tensor, invalid: Tensor | None) -> Histogram:
         return Histogram.of(values, invalid, self._bins)
 
     def __str__(self) -> str:

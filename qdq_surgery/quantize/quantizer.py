@@ -56,7 +56,7 @@ class Provenance(NamedTuple):
         why: The rule's own reason.
         declared: The rule's place, ``file:line``.
         operand: What is quantized, such as ``matmul(q)``.
-        source: Where the operator stands in the modelling file, ``file:line``.
+        source: Where the operator stands in the modeling file, ``file:line``.
         descriptor: The spec in words, such as ``int8 per-tensor max``.
     """
 
@@ -83,7 +83,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
 
     _amax: Tensor
     _calibrator: Any
-    #: There is nothing here for transformers to initialise when it loads a model.
+    #: There is nothing here for transformers to initialize when it loads a model.
     _is_hf_initialized = True
     #: Who lets everything pass for a while, see :meth:`hold_off`; a copy has none.
     _holders: tuple[int, ...] = ()
@@ -289,7 +289,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
 
     @property
     def step_size(self) -> Tensor | None:
-        """ONNX's scale: the distance of two neighbours on the grid; ``None`` without a range."""
+        """ONNX's scale: the distance of two neighbors on the grid; ``None`` without a range."""
         amax = self.amax
         return None if amax is None else self.grid.step(amax)
 

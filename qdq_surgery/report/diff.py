@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.graph.block_graph import Routine, join_path
+from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.report.graph_listing import Line, list_routine
@@ -92,7 +92,7 @@ class Diff(Result):
     blocks: tuple[BlockDiff, ...]
 
     def _title(self) -> Words:
-        count = f": {len(self.plan.sites)} quantizers by rule set "
+        count = f": {self.plan.counted()} by rule set "
         return line((self.plan.model, "bold"), count, (self.plan.rules.name, "bold"))
 
     def _parts(self) -> Iterable[Part]:
@@ -159,7 +159,7 @@ def _compare(before: Survey, after: Survey) -> Iterator[BlockDiff]:
     """One entry per block type, in the order in which the model comes to them."""
     listings: dict[int, tuple[Line, ...]] = {}
 
-    def lines(routine: Routine) -> tuple[Line, ...]:
+    def lines(routine: BlockGraph) -> tuple[Line, ...]:
         if id(routine) not in listings:
             listings[id(routine)] = () if routine.failure is not None else tuple(list_routine(routine))
         return listings[id(routine)]

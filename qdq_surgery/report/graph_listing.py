@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from qdq_surgery.graph.block_graph import SELF, Routine
+from qdq_surgery.graph.block_graph import SELF, BlockGraph
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import Provenance, TensorQuantizer
 
@@ -35,7 +35,7 @@ class Line:
     provenance: Provenance | None = None
 
 
-def list_routine(routine: Routine) -> list[Line]:
+def list_routine(routine: BlockGraph) -> list[Line]:
     """The graph of a routine, line by line. Quantized linears show their quantizers as lines of their own."""
     names: dict[Node, str] = {}
     lines: list[Line] = []
@@ -52,7 +52,7 @@ def list_routine(routine: Routine) -> list[Line]:
     return lines
 
 
-def _lines(routine: Routine, node: Node, names: dict[Node, str]) -> Iterator[Line]:
+def _lines(routine: BlockGraph, node: Node, names: dict[Node, str]) -> Iterator[Line]:
     op = str(node.meta["op"])
     args = node.args[1:] if node.op == "call_function" and op == "block" else node.args
     shown = [_show(argument, names) for argument in args]

@@ -56,7 +56,7 @@ def is_quantizer_name(name: str) -> bool:
 class Place:
     """What a rule does with one capture: the spec to use, and the quantizer's name if the rule gives one."""
 
-    spec: str
+    spec: str = DEFAULT_SPEC
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -360,7 +360,6 @@ class RuleSet:
             if rule.name in seen:
                 raise RuleFileError(f"two rules are called '{rule.name}'", "rename one", line=self._line(rule))
             seen.add(rule.name)
-            own: set[str] = set()
             for place in rule.quantize.values():
                 if place.spec != DEFAULT_SPEC and place.spec not in self.specs:
                     raise RuleFileError(
@@ -370,8 +369,8 @@ class RuleSet:
                     )
                 if place.name is None:
                     continue
-                other = named.setdefault(place.name, rule.name)
-                if other != rule.name or place.name in own:
+                other = named.get(place.name)
+                if other is not None:
                     twice = f"rule '{other}' twice names"
                     both = f"rules '{other}' and '{rule.name}' both name"
                     raise RuleFileError(
@@ -379,7 +378,7 @@ class RuleSet:
                         "give each its own name under 'as'",
                         line=self._line(rule),
                     )
-                own.add(place.name)
+                named[place.name] = rule.name
 
     def _check_entries(self) -> None:
         """Whatever names rules names some that there are."""

@@ -17,29 +17,27 @@ import yaml
 from qdq_surgery.errors import RuleFileError, printable
 from qdq_surgery.rules.limits import MAX_ENTRIES, MAX_LIST, MAX_RULES, hidden_character
 from qdq_surgery.rules.pattern import Pattern, parse_pattern
-from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
-from qdq_surgery.rules.spec import (
-    DEFAULT_SPEC,
-    CalibrationOptions,
-    Count,
-    Exclude,
-    Expect,
-    Place,
-    Rule,
-    RuleSet,
-    Scope,
-    Share,
-)
+from qdq_surgery.rules.schema import SCHEMA, SECTIONS, Key, Stored, make
+from qdq_surgery.rules.spec import DEFAULT_SPEC, Count, Rule, RuleSet
 from qdq_surgery.rules.yaml_tree import TAG, Budget, compose, cut, kind_of, read_text
 
-__all__ = ["SCHEMA", "load_rules", "shipped_rules"]
-
-#: The version of the file format that this release reads.
-SCHEMA = 1
+__all__ = ["load_rules", "shipped_rules"]
 
 _MAX_CHAIN = 16
 _SUFFIXES = (".yaml", ".yml")
-_SECTIONS = ("why", "extends", "specs", "exclude", "share", "calibration")
+
+#: What an entry of a list is called, and how many there may be.
+_ENTRIES = {
+    "rule": ("a rule", MAX_RULES),
+    "exclusion": ("an exclude entry", MAX_ENTRIES),
+    "share": ("a share entry", MAX_ENTRIES),
+}
+
+#: What is wrong with a section that lacks a key, where it has words of its own.
+_LACKS = {"rules": "the key '{key}' is missing", "calibrator": "the calibrator has no {key}"}
+
+#: The key that is meant where one word stands in place of a section.
+_SHORT = {"calibrator": "name", "place": "spec"}
 
 _T = TypeVar("_T")
 
@@ -98,67 +96,110 @@ def _load(path: Path, chain: tuple[Path, ...], budget: Budget) -> RuleSet:
 class _File:
     """One file being read: knows where it is, so that every error can say it."""
 
-    def __init__(self, path: Path, text: str, chain: tuple[Path, ...], budget: Budget) -> None:
-        self.path, self.text, self.chain, self.budget = path, text, chain, budget
+    def __init__(self, path: Path, content: str, chain: tuple[Path, ...], budget: Budget) -> None:
+        self.path, self.content, self.chain, self.budget = path, content, chain, budget
 
-    # -- the grammar, top down ---------------------------------------------------------------------------------
+    # -- sections, as the schema has them ------------------------------------------------------------------------
 
     def rule_set(self, root: yaml.MappingNode) -> RuleSet:
-        keys = self.keys(root, "the file", {"schema", "name", "rules"}, set(_SECTIONS), ())
-        if "schema" not in keys:
-            self.refuse("the key 'schema' is missing", f"write schema: {SCHEMA}", root)
-        schema = self.integer(keys["schema"], "schema")
-        if schema != SCHEMA:
+        keys = self.keys(root, "rules", "the file")
+        if "schema" in keys and (schema := self.integer(keys["schema"], "schema")) != SCHEMA:
             self.refuse(f"schema {schema} is not known", f"this release reads schema {SCHEMA}", keys["schema"])
-        for key in ("name",) if "extends" in keys else ("name", "rules"):
-            if key not in keys:
-                self.refuse(f"the key '{key}' is missing", f"write {key}:", root)
-        base = self.base(keys["extends"]) if "extends" in keys else None
-        specs = dict(base.specs) if base else {}
-        if "specs" in keys:
-            specs.update(self.mapping(keys["specs"], "specs", self.spec))
-        rules = (
-            tuple(self.rule(node) for node in self.sequence(keys["rules"], "rules", MAX_RULES))
-            if "rules" in keys
-            else ()
-        )
-        exclude = (
-            tuple(self.exclude(node) for node in self.sequence(keys["exclude"], "exclude", MAX_ENTRIES))
-            if "exclude" in keys
-            else ()
-        )
-        share = (
-            tuple(self.share(node) for node in self.sequence(keys["share"], "share", MAX_ENTRIES))
-            if "share" in keys
-            else ()
-        )
-        calibration = base.calibration if base else CalibrationOptions()
-        if "calibration" in keys:
-            calibration = self.calibration(keys["calibration"], calibration)
-        names: set[str] = set()
-        for rule in rules:
-            if rule.name in names:
-                self.refuse(f"two rules are called '{rule.name}'", "rename one", root, line=_line_of(rule))
-            names.add(rule.name)
+        self.check_needed(root, keys, "rules", "the file", but="rules" if "extends" in keys else "")
+        values = self.values(keys, "rules")
+        base: RuleSet = values.get("extends", RuleSet("", "", {}, ()))
         return self.checked(
             root,
             lambda: RuleSet(
-                name=self.string(keys["name"], "name"),
-                why=self.string(keys["why"], "why") if "why" in keys else "",
-                specs=specs,
-                rules=_merge(base.rules if base else (), rules),
-                exclude=(*(base.exclude if base else ()), *exclude),
-                extends=base.name if base else None,
+                name=values["name"],
+                why=values.get("why", ""),
+                specs={**base.specs, **values.get("specs", {})},
+                rules=_merge(base.rules, values.get("rules", ())),
+                exclude=(*base.exclude, *values.get("exclude", ())),
+                extends=base.name if "extends" in values else None,
                 path=self.path,
-                text=self.text,
-                files=(self.path, *(base.files if base else ())),
-                share=(*(base.share if base else ()), *share),
-                calibration=calibration,
+                text=self.content,
+                files=(self.path, *base.files),
+                share=(*base.share, *values.get("share", ())),
+                calibration=replace(base.calibration, **values.get("calibration", {})),
             ),
         )
 
-    def base(self, node: yaml.Node) -> RuleSet:
-        name = self.string(node, "extends")
+    def section(self, node: yaml.Node, section: str, where: str) -> Any:
+        """What a section says; its errors, where they know no place, get that of the section.
+
+        What a match, an expectation or a count says is refused where its rule begins.
+        """
+        if section in ("match", "expectation", "count"):
+            return self.made(node, section, where)
+        return self.checked(node, lambda: self.made(node, section, where))
+
+    def made(self, node: yaml.Node, section: str, where: str) -> Any:
+        if isinstance(node, yaml.ScalarNode) and section == "spec" and node.value == DEFAULT_SPEC:
+            return None
+        if isinstance(node, yaml.ScalarNode) and section in _SHORT:
+            return make(section, {_SHORT[section]: self.text(node, where)})
+        if section == "count" and not (isinstance(node, yaml.MappingNode) and node.value):
+            return self.plain_count(node, where)
+        keys = self.keys(node, section, where)
+        self.check_needed(node, keys, section, where)
+        if section in ("exclusion", "share"):
+            self.check_entry(node, keys, section, where)
+        values = self.values(keys, section)
+        if section == "rule":
+            self.check_rule(keys, values)
+        if "source" in SECTIONS[section]:
+            values["source"] = f"{printable(self.path.name)}:{node.start_mark.line + 1}"
+        # Options that a file leaves out are those of the file that it extends.
+        return values if section == "calibration" else make(section, values)
+
+    def values(self, keys: Mapping[str, yaml.Node], section: str) -> dict[str, Any]:
+        """The values of a section, read, by key."""
+        return {name: self.value(keys[name], key, name) for name, key in SECTIONS[section].items() if name in keys}
+
+    def value(self, node: yaml.Node, key: Key, where: str) -> Any:
+        if key.kind in ("section", "count"):
+            return self.section(node, key.of, where)
+        if key.kind == "sections":
+            entry, most = _ENTRIES[key.of]
+            return tuple(self.section(item, key.of, entry) for item in self.sequence(node, where, most))
+        if key.kind in ("mapping", "quantize"):
+            return self.mapping(node, where, lambda inner, name: self.section(inner, key.of, name))
+        return getattr(self, key.kind)(node, where)
+
+    def check_needed(
+        self, node: yaml.Node, keys: Mapping[str, yaml.Node], section: str, where: str, but: str = ""
+    ) -> None:
+        for name, key in SECTIONS[section].items():
+            if key.needed and name not in keys and name != but:
+                found = _LACKS.get(section, "{where} has no key '{key}'").format(where=where, key=name)
+                self.refuse(found, key.needed, node)
+
+    def check_rule(self, keys: Mapping[str, yaml.Node], values: Mapping[str, Any]) -> None:
+        pattern: Pattern | None = values["match"].get("pattern")
+        if pattern is None:
+            found = f"rule '{values['name']}' has no pattern"
+            self.refuse(found, "write for example pattern: linear(x, w)", keys["match"])
+        for capture, node in self.key_nodes(keys["quantize"]).items():
+            if capture not in pattern.captures():
+                self.refuse(
+                    f"rule '{values['name']}' quantizes '{capture}', which its pattern does not capture",
+                    f"the pattern captures: {', '.join(pattern.captures()) or 'none'}",
+                    node,
+                )
+
+    def check_entry(self, node: yaml.Node, keys: Mapping[str, yaml.Node], section: str, where: str) -> None:
+        globs = [key for key in ("sites", "rules", "captures") if key in SECTIONS[section]]
+        if not keys.keys() & {"within", "layers", *globs}:
+            self.refuse(f"{where} names nothing", f"write within, layers, {', '.join(globs[:-1])} or {globs[-1]}", node)
+        for key in globs:
+            if key in keys and isinstance(keys[key], yaml.SequenceNode) and not keys[key].value:
+                self.refuse(f"{key} names nothing", "write a glob such as 'add_*', or leave it out", keys[key])
+
+    # -- kinds of values, by the schema's name -------------------------------------------------------------------
+
+    def extends(self, node: yaml.Node, where: str) -> RuleSet:
+        name = self.text(node, where)
         if name not in shipped_rules() and not name.endswith(_SUFFIXES):
             # A rule file of a stranger must not name any file there is, of which the errors would then tell.
             self.refuse(
@@ -177,86 +218,8 @@ class _File:
             self.refuse(f"a chain of more than {_MAX_CHAIN} files", "extend a file that stands on its own", node)
         return _load(path, self.chain, self.budget)
 
-    def spec(self, node: yaml.Node, where: str) -> QuantSpec | None:
-        if isinstance(node, yaml.ScalarNode) and node.value == DEFAULT_SPEC:
-            return None
-        keys = self.keys(
-            node,
-            where,
-            {"num_bits", "axis", "unsigned", "narrow_range", "calibrator", "max_amax", "learn"},
-            set(),
-            (DEFAULT_SPEC,),
-        )
-        return self.checked(
-            node,
-            lambda: QuantSpec(
-                num_bits=self.integer(keys["num_bits"], "num_bits") if "num_bits" in keys else 8,
-                axis=self.integer_or_null(keys["axis"], "axis") if "axis" in keys else None,
-                unsigned=self.boolean(keys["unsigned"], "unsigned") if "unsigned" in keys else False,
-                narrow_range=self.boolean(keys["narrow_range"], "narrow_range") if "narrow_range" in keys else False,
-                calibrator=self.calibrator(keys["calibrator"]) if "calibrator" in keys else CalibratorSpec(),
-                max_amax=self.number(keys["max_amax"], "max_amax") if "max_amax" in keys else None,
-                learn=self.boolean(keys["learn"], "learn") if "learn" in keys else False,
-            ),
-        )
-
-    def calibrator(self, node: yaml.Node) -> CalibratorSpec:
-        if isinstance(node, yaml.ScalarNode):
-            return self.checked(node, lambda: CalibratorSpec(self.string(node, "calibrator")))
-        keys = self.keys(node, "calibrator", {"name"}, {"percentile", "num_bins"}, ())
-        if "name" not in keys:
-            self.refuse("the calibrator has no name", "write for example name: percentile", node)
-        return self.checked(
-            node,
-            lambda: CalibratorSpec(
-                self.string(keys["name"], "name"),
-                self.number(keys["percentile"], "percentile") if "percentile" in keys else None,
-                self.integer(keys["num_bins"], "num_bins") if "num_bins" in keys else None,
-            ),
-        )
-
-    def rule(self, node: yaml.Node) -> Rule:
-        keys = self.keys(node, "a rule", {"name", "why", "match", "quantize"}, {"expect", "optional"}, ())
-        for key in ("name", "why", "match", "quantize"):
-            if key not in keys:
-                self.refuse(f"a rule has no key '{key}'", f"write {key}:", node)
-        name = self.string(keys["name"], "name")
-        match = self.keys(keys["match"], "match", {"pattern"}, {"within", "layers"}, ())
-        if "pattern" not in match:
-            self.refuse(f"rule '{name}' has no pattern", "write for example pattern: linear(x, w)", keys["match"])
-        quantize = self.mapping(keys["quantize"], "quantize", self.place)
-        pattern = self.pattern(match["pattern"])
-        for capture, capture_node in self.key_nodes(keys["quantize"]).items():
-            if capture not in pattern.captures():
-                known = ", ".join(pattern.captures()) or "none"
-                self.refuse(
-                    f"rule '{name}' quantizes '{capture}', which its pattern does not capture",
-                    f"the pattern captures: {known}",
-                    capture_node,
-                )
-        return self.checked(
-            node,
-            lambda: Rule(
-                name=name,
-                why=self.string(keys["why"], "why"),
-                pattern=pattern,
-                quantize=quantize,
-                scope=self.scope(match),
-                expect=self.expect(keys["expect"]) if "expect" in keys else Expect(),
-                optional=self.boolean(keys["optional"], "optional") if "optional" in keys else False,
-                source=self.source(node),
-            ),
-        )
-
-    def place(self, node: yaml.Node, where: str) -> Place:
-        if isinstance(node, yaml.ScalarNode):
-            return self.checked(node, lambda: Place(self.string(node, where)))
-        keys = self.keys(node, where, {"spec", "as"}, set(), ())
-        spec = self.string(keys["spec"], "spec") if "spec" in keys else DEFAULT_SPEC
-        return self.checked(node, lambda: Place(spec, self.string(keys["as"], "as") if "as" in keys else None))
-
-    def pattern(self, node: yaml.Node) -> Pattern:
-        text = self.text_of(node, "pattern")  # its own reader says where a hidden character stands
+    def pattern(self, node: yaml.Node, where: str) -> Pattern:
+        text = self.raw_text(node, where)  # its own reader says where a hidden character stands
         assert isinstance(node, yaml.ScalarNode)
         try:
             return parse_pattern(text)
@@ -268,94 +231,77 @@ class _File:
             column = start.column + quotes // 2 + (error.column or 1) if as_it_is else None
             self.refuse(error.found, error.fix, node, column=column)
 
-    def scope(self, keys: Mapping[str, yaml.Node]) -> Scope:
-        return Scope(
-            within=self.strings(keys["within"], "within") if "within" in keys else None,
-            layers=self.layers(keys["layers"]) if "layers" in keys else None,
-        )
-
-    def layers(self, node: yaml.Node) -> tuple[int, ...] | str:
-        if isinstance(node, yaml.ScalarNode) and node.value == "all":
-            return "all"
+    def layers(self, node: yaml.Node, where: str) -> tuple[int, ...] | str:
         if isinstance(node, yaml.ScalarNode):
-            return (self.integer(node, "layers"),)
-        return tuple(self.integer(item, "layers") for item in self.sequence(node, "layers"))
+            return "all" if node.value == "all" else (self.integer(node, where),)
+        return tuple(self.integer(item, where) for item in self.sequence(node, where))
 
-    def expect(self, node: yaml.Node) -> Expect:
-        keys = self.keys(node, "expect", {"per_layer", "total", "model_types"}, set(), ())
-        return Expect(
-            per_layer=self.count(keys["per_layer"], "per_layer") if "per_layer" in keys else None,
-            total=self.count(keys["total"], "total") if "total" in keys else None,
-            model_types=self.mapping(keys["model_types"], "model_types", self.count) if "model_types" in keys else {},
-        )
-
-    def count(self, node: yaml.Node, where: str) -> Count:
-        if isinstance(node, yaml.ScalarNode):
-            return Count(allowed=(self.integer(node, where),))
-        if isinstance(node, yaml.SequenceNode):
-            allowed = tuple(self.integer(item, where) for item in node.value)
-            if not allowed:
-                self.refuse(f"{where} allows no number", "write for example 6, [6, 10] or {min: 1}", node)
-            return Count(allowed=allowed)
-        keys = self.keys(node, where, {"min", "max"}, set(), ())
-        if not keys:
+    def plain_count(self, node: yaml.Node, where: str) -> Count:
+        """A count that is a number, or a list of numbers."""
+        if isinstance(node, yaml.MappingNode):
             self.refuse(f"{where} says nothing", "write min, max or both", node)
-        return Count(
-            minimum=self.integer(keys["min"], "min") if "min" in keys else None,
-            maximum=self.integer(keys["max"], "max") if "max" in keys else None,
-        )
+        numbers = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not numbers:
+            self.refuse(f"{where} allows no number", "write for example 6, [6, 10] or {min: 1}", node)
+        return Count(allowed=tuple(self.integer(item, where) for item in numbers))
 
-    def exclude(self, node: yaml.Node) -> Exclude:
-        return self.checked(
-            node, lambda: Exclude(**self.choice(node, "an exclude entry", "why these stay in float", (), ()))
-        )
+    def texts(self, node: yaml.Node, where: str) -> tuple[str, ...]:
+        items = [node] if isinstance(node, yaml.ScalarNode) else self.sequence(node, where)
+        return tuple(self.text(item, where) for item in items)
 
-    def share(self, node: yaml.Node) -> Share:
-        why = "why these have one range"
-        return self.checked(
-            node, lambda: Share(**self.choice(node, "a share entry", why, ("captures",), ("optional",)))
-        )
+    def text(self, node: yaml.Node, where: str) -> str:
+        text = self.raw_text(node, where)
+        self.check_shown(text, where, node)
+        return text
 
-    def choice(
-        self, node: yaml.Node, where: str, why: str, more: tuple[str, ...], flags: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """An entry that chooses quantizers: its fields, by name."""
-        globs = ("sites", "rules", *more)
-        keys = self.keys(node, where, {"why"}, {"within", "layers", *globs, *flags}, ())
-        if "why" not in keys:
-            self.refuse(f"{where} has no key 'why'", f"say {why}", node)
-        if not keys.keys() & {"within", "layers", *globs}:
-            self.refuse(f"{where} names nothing", f"write within, layers, {', '.join(globs[:-1])} or {globs[-1]}", node)
-        for key in globs:
-            if key in keys and isinstance(keys[key], yaml.SequenceNode) and not keys[key].value:
-                self.refuse(f"{key} names nothing", "write a glob such as 'add_*', or leave it out", keys[key])
-        return {
-            "why": self.string(keys["why"], "why"),
-            "scope": self.scope(keys),
-            "source": self.source(node),
-            **{key: self.strings(keys[key], key) for key in globs if key in keys},
-            **{key: self.boolean(keys[key], key) for key in flags if key in keys},
-        }
-
-    def calibration(self, node: yaml.Node, base: CalibrationOptions) -> CalibrationOptions:
-        """Options that are left out are those of ``base``."""
-        keys = self.keys(node, "calibration", {"dropout", "recalibrate_weights"}, set(), ())
-        return replace(base, **{key: self.boolean(value, key) for key, value in keys.items()})
-
-    # -- typed readers -----------------------------------------------------------------------------------------
-
-    def keys(
-        self, node: yaml.Node, where: str, wanted: set[str], optional: set[str], words: tuple[str, ...]
-    ) -> dict[str, yaml.Node]:
-        """The values of a mapping, by key; keys outside ``wanted`` and ``optional`` and repeated keys are refused."""
-        if not isinstance(node, yaml.MappingNode):
-            also = f", or one of: {', '.join(words)}" if words else ""
+    def raw_text(self, node: yaml.Node, where: str) -> str:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != TAG + "str" or not node.value.strip():
             self.refuse(
-                f"{where} is {kind_of(node)}", f"write keys: {', '.join(sorted(wanted | optional))}{also}", node
+                f"{where} is {kind_of(node)}, not a text", "write a word, in quotes if it looks like a number", node
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            self.refuse(f"{where} has half a character (a surrogate)", "remove the escape", node)
+        return str(node.value)
+
+    def integer(self, node: yaml.Node, where: str) -> int:
+        if not isinstance(node, yaml.ScalarNode) or node.tag != TAG + "int":
+            self.refuse(f"{where} is {kind_of(node)}, not a whole number", "write for example 8", node)
+        # YAML 1.1 also reads 0x10, 1_000 and 1:30 as integers.
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,8})", node.value):
+            self.refuse(f"{where} is '{cut(node.value)}', not a decimal whole number", "write for example 8", node)
+        return int(node.value)
+
+    def integer_or_null(self, node: yaml.Node, where: str) -> int | None:
+        if isinstance(node, yaml.ScalarNode) and node.tag == TAG + "null" and node.value == "null":
+            return None
+        return self.integer(node, where)
+
+    def number(self, node: yaml.Node, where: str) -> float:
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in (TAG + "int", TAG + "float"):
+            self.refuse(f"{where} is {kind_of(node)}, not a number", "write for example 99.99", node)
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?", node.value, re.IGNORECASE):
+            self.refuse(f"{where} is '{cut(node.value)}', not a decimal number", "write for example 99.99", node)
+        return float(node.value)
+
+    #: As a number; stored rules say null where a file leaves it out.
+    limit = number
+
+    def flag(self, node: yaml.Node, where: str) -> bool:
+        if not isinstance(node, yaml.ScalarNode) or node.value not in ("true", "false") or node.style is not None:
+            self.refuse(f"{where} is {kind_of(node)}", "write true or false", node)
+        return bool(node.value == "true")
+
+    # -- nodes -------------------------------------------------------------------------------------------------
+
+    def keys(self, node: yaml.Node, section: str, where: str) -> dict[str, yaml.Node]:
+        """The nodes of a section, by key; keys that it does not have and repeated keys are refused."""
+        known = sorted(name for name, key in SECTIONS[section].items() if key.stored is not Stored.ONLY)
+        if not isinstance(node, yaml.MappingNode):
+            also = f", or one of: {DEFAULT_SPEC}" if section == "spec" else ""
+            self.refuse(f"{where} is {kind_of(node)}", f"write keys: {', '.join(known)}{also}", node)
         for name, key in self.key_nodes(node).items():
-            if name not in wanted | optional:
-                self.refuse(f"unknown key '{name}' in {where}", f"known: {', '.join(sorted(wanted | optional))}", key)
+            if name not in known:
+                self.refuse(f"unknown key '{name}' in {where}", f"known: {', '.join(known)}", key)
         return {key.value: value for key, value in node.value}
 
     def key_nodes(self, node: yaml.Node) -> dict[str, yaml.Node]:
@@ -388,58 +334,11 @@ class _File:
             self.refuse(f"{where} has {len(node.value)} entries", f"write at most {most}", node.value[most])
         return list(node.value)
 
-    def strings(self, node: yaml.Node, where: str) -> tuple[str, ...]:
-        if isinstance(node, yaml.ScalarNode):
-            return (self.string(node, where),)
-        return tuple(self.string(item, where) for item in self.sequence(node, where))
-
-    def string(self, node: yaml.Node, where: str) -> str:
-        text = self.text_of(node, where)
-        self.check_shown(text, where, node)
-        return text
-
-    def text_of(self, node: yaml.Node, where: str) -> str:
-        if not isinstance(node, yaml.ScalarNode) or node.tag != TAG + "str" or not node.value.strip():
-            self.refuse(
-                f"{where} is {kind_of(node)}, not a text", "write a word, in quotes if it looks like a number", node
-            )
-        if any("\ud800" <= letter <= "\udfff" for letter in node.value):
-            self.refuse(f"{where} has half a character (a surrogate)", "remove the escape", node)
-        return str(node.value)
-
-    def integer(self, node: yaml.Node, where: str) -> int:
-        if not isinstance(node, yaml.ScalarNode) or node.tag != TAG + "int":
-            self.refuse(f"{where} is {kind_of(node)}, not a whole number", "write for example 8", node)
-        # YAML 1.1 also reads 0x10, 1_000 and 1:30 as integers.
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]{0,8})", node.value):
-            self.refuse(f"{where} is '{cut(node.value)}', not a decimal whole number", "write for example 8", node)
-        return int(node.value)
-
-    def integer_or_null(self, node: yaml.Node, where: str) -> int | None:
-        if isinstance(node, yaml.ScalarNode) and node.tag == TAG + "null" and node.value == "null":
-            return None
-        return self.integer(node, where)
-
-    def number(self, node: yaml.Node, where: str) -> float:
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in (TAG + "int", TAG + "float"):
-            self.refuse(f"{where} is {kind_of(node)}, not a number", "write for example 99.99", node)
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)(\.[0-9]*)?(e[-+]?[0-9]+)?", node.value, re.IGNORECASE):
-            self.refuse(f"{where} is '{cut(node.value)}', not a decimal number", "write for example 99.99", node)
-        return float(node.value)
-
-    def boolean(self, node: yaml.Node, where: str) -> bool:
-        if not isinstance(node, yaml.ScalarNode) or node.value not in ("true", "false") or node.style is not None:
-            self.refuse(f"{where} is {kind_of(node)}", "write true or false", node)
-        return bool(node.value == "true")
-
     def check_shown(self, text: str, where: str, node: yaml.Node) -> None:
         """Refuse hidden characters; only a ``why`` may have lines."""
         hidden = hidden_character(text, keep="\n" if where == "why" else "")
         if hidden is not None:
             self.refuse(f"{where} has the hidden character U+{ord(hidden):04X}", "remove it", node)
-
-    def source(self, node: yaml.Node) -> str:
-        return f"{printable(self.path.name)}:{node.start_mark.line + 1}"
 
     # -- errors ------------------------------------------------------------------------------------------------
 
@@ -464,12 +363,9 @@ class _File:
             self.refuse(error.found, error.fix, node, line=error.line)
 
 
-def _line_of(rule: Rule) -> int:
-    return int(rule.source.rpartition(":")[2])
-
-
 def _merge(base: tuple[Rule, ...], own: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Own rules replace those of the base that have their name; the others come first, so that they win."""
-    replaced = {rule.name: rule for rule in own}
-    kept = tuple(replaced.pop(rule.name, rule) for rule in base)
-    return (*(rule for rule in own if rule.name in replaced), *kept)
+    named = {rule.name: rule for rule in own}
+    kept = tuple(named.get(rule.name, rule) for rule in base)
+    used = set(map(id, kept))  # of two own rules with one name, the first stays in front and is refused
+    return (*(rule for rule in own if id(rule) not in used), *kept)

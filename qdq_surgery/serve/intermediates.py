@@ -23,16 +23,16 @@ class Runtime:
 
     Attributes:
         name: Of a target that opens files.
-        optimised: Whether it may rewrite the graph.
+        optimized: Whether it may rewrite the graph.
     """
 
     name: str
-    optimised: bool
+    optimized: bool
 
     @property
     def words(self) -> str:
         """For tables."""
-        return self.name if self.optimised else f"{self.name}, optimisations off"
+        return self.name if self.optimized else f"{self.name}, optimisations off"
 
     @property
     def version(self) -> str:
@@ -42,7 +42,7 @@ class Runtime:
 
 def runtimes(name: str) -> tuple[Runtime, ...]:
     """The modes of a runtime, first the one that rewrites least."""
-    return tuple(Runtime(name, optimised) for optimised in session_on(name).modes)
+    return tuple(Runtime(name, optimized) for optimized in session_on(name).modes)
 
 
 def probe(file: OnnxFile, inputs: Mapping[str, NDArray[Any]], values: Sequence[str], runtime: Runtime) -> Arrays:
@@ -59,7 +59,7 @@ def probe(file: OnnxFile, inputs: Mapping[str, NDArray[Any]], values: Sequence[s
     check_file(file.path)  # once more: it may be another one by now
     session = session_on(runtime.name)
     try:
-        return session.probe(file, inputs, values, runtime.optimised)
+        return session.probe(file, inputs, values, runtime.optimized)
     except ExportError:
         raise
     except Exception as error:  # each runtime has exceptions of its own

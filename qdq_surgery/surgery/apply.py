@@ -9,6 +9,7 @@ import copy
 import functools
 import types
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,18 +17,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import MatchError
-from qdq_surgery.graph.block_graph import Routine
+from qdq_surgery.graph.block_graph import BlockGraph
 from qdq_surgery.graph.compiled_graph import CompiledGraph
+from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.hf.config_facts import attention_of, set_attention
+from qdq_surgery.match.edits import Edit, Origin
 from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.site_names import is_site_name
 from qdq_surgery.quantize.factory import Defaults, Maker, device_of
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.untrusted import quoted
-from qdq_surgery.surgery.edits import Edit, Origin
 from qdq_surgery.surgery.model_state import ModelState, set_state
-from qdq_surgery.surgery.quantized_forward import GUARDED, CompiledGraphs, QuantizedForward
+from qdq_surgery.surgery.quantized_forward import CompiledGraphs, QuantizedForward
 from qdq_surgery.trace.attention import QDQ_ATTENTION, QUANTIZED_FORWARDS, check_not_bypassed, eager_function
 from qdq_surgery.trace.units import structure
 
@@ -46,7 +48,7 @@ __all__ = [
 _CPU = torch.device("cpu")
 
 #: (path of the block, kind) -> the routines recorded for it, one for each kind of call.
-Recordings = Mapping[tuple[str, str], Iterable[Routine]]
+Recordings = Mapping[tuple[str, str], Iterable[BlockGraph]]
 
 #: (path of the block, kind) -> origins of all matmul-like calls in it: a block whose graphs are recorded at its first
 #: call needs no more.
@@ -95,8 +97,8 @@ def prepare(
         defaults: Left out, those of now.
         modules: The model's modules by name, if they are known.
     """
-    surgeon = _Surgeon(model, plan, recordings, known or {}, defaults or Defaults.now())
-    return surgeon.run(dict(model.named_modules()) if modules is None else modules)
+    by_name = dict(model.named_modules()) if modules is None else modules
+    return _Surgeon(model, plan, recordings, known or {}, Maker(plan, defaults or Defaults.now()), by_name).run()
 
 
 def implant(implants: Iterable[Implant]) -> None:
@@ -105,37 +107,32 @@ def implant(implants: Iterable[Implant]) -> None:
         each.owner._modules[each.name] = each.quantizer
 
 
+@dataclass
 class _Surgeon:
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        recordings: Recordings | None,
-        known: Known,
-        defaults: Defaults,
-    ) -> None:
-        self.model, self.plan, self.recordings, self.known = model, plan, recordings, known
-        self.maker = Maker(plan, defaults)
-        self.modules: Mapping[str, nn.Module] = {}
-        self.device = model.device
-        self.compiled: dict[int, CompiledGraph] = {}
-        self.variants: dict[tuple[Any, ...], CompiledGraphs] = {}
-        self.implants: list[Implant] = []
+    model: PreTrainedModel
+    plan: Plan
+    recordings: Recordings | None
+    known: Known
+    maker: Maker
+    modules: Mapping[str, nn.Module]
+    compiled: dict[int, CompiledGraph] = field(default_factory=dict)
+    variants: dict[tuple[Any, ...], CompiledGraphs] = field(default_factory=dict)
+    implants: list[Implant] = field(default_factory=list)
 
-    def run(self, modules: Mapping[str, nn.Module]) -> list[Implant]:
-        self.modules = modules
+    def __post_init__(self) -> None:
+        self.device = self.model.device
+
+    def run(self) -> list[Implant]:
         self._own_configs(self.plan.attention)
-        blocks: dict[tuple[str, str], list[Site]] = {}
-        linears: dict[str, list[Site]] = {}
+        sites: dict[tuple[str, str], list[Site]] = {}
         for site in self.plan.sites:
-            if site.routine == "module":
-                linears.setdefault(site.owner, []).append(site)
-            else:
-                blocks.setdefault((site.owner, site.routine), []).append(site)
-        for owner, sites in linears.items():
-            self._swap_linear(self.modules[owner], sites)
-        for (owner, kind), sites in blocks.items():
-            self._rewrite(owner, kind, sites)
+            sites.setdefault((site.owner, site.routine), []).append(site)
+        for (owner, kind), own in sites.items():
+            if kind == "module":
+                self._swap_linear(self.modules[owner], own)
+        for (owner, kind), edits in self.plan.edits().items():
+            if kind != "module":
+                self._rewrite(owner, kind, edits, sites.get((owner, kind), []))
         set_state(self.model, ModelState(self.plan))
         return self.implants
 
@@ -157,17 +154,16 @@ class _Surgeon:
         self._add(linear, "_input_quantizer", by_role.get("input"), device)
         self._add(linear, "_weight_quantizer", by_role.get("weight"), device)
 
-    def _rewrite(self, owner: str, kind: str, sites: list[Site]) -> None:
+    def _rewrite(self, owner: str, kind: str, edits: tuple[Edit, ...], sites: list[Site]) -> None:
         block = self.modules[owner]
         base = base_class(type(block))
         original = base.forward if kind == "forward" else eager_function(base)
         routines = [] if self.recordings is None else list(self.recordings[owner, kind])
-        edits = tuple(Edit(site.origin, site.position, site.name, site.operator) for site in sites)
         known = self.known.get((owner, kind), frozenset()) | frozenset(
             node.meta["origin"]
             for routine in routines
             for node in routine.graph.nodes
-            if node.meta.get("op") in GUARDED
+            if node.meta.get("op") in PRODUCTS
         )
         # Blocks of one make share what they record; every use asks again whether it holds for the block.
         make = (kind, edits, known, structure(block))

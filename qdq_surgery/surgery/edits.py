@@ -1,62 +1,54 @@
-"""Edits of a recorded graph: a quantizer between an operand and its operator, by the operator's place in the source."""
+"""Edits of a recorded graph, each at its operator's place in the source: one function for each kind of edit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from functools import singledispatch
 
 from torch.fx import Graph, Node
 
 from qdq_surgery.errors import TraceError
+from qdq_surgery.match.edits import Edit, InsertQuantizer, Origin
 
-__all__ = ["Edit", "Origin", "insert_quantizers"]
-
-Origin = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A quantizer between an operand and its operator.
-
-    Attributes:
-        origin: Identity of the operator's call within the source.
-        position: Index into the node's args, or a keyword.
-        quantizer: Attribute name of the quantizer on the owning block.
-        operator: What the node is.
-    """
-
-    origin: Origin
-    position: int | str
-    quantizer: str
-    operator: str
+__all__ = ["apply_edit", "apply_edits"]
 
 
-def insert_quantizers(graph: Graph, edits: tuple[Edit, ...]) -> list[Edit]:
-    """Put quantizer calls into ``graph`` at their places; returns the edits that found their place.
+def apply_edits(graph: Graph, edits: Iterable[Edit]) -> list[Edit]:
+    """Make ``edits`` in ``graph``, at their places; returns those that found their place.
 
     Args:
         graph: A recorded graph; it is edited.
+
+    Raises:
+        TraceError: An operator is not what an edit was planned for.
     """
     places: dict[Origin, Node] = {node.meta["origin"]: node for node in graph.nodes if "origin" in node.meta}
-    done = []
-    for edit in edits:
-        node = places.get(edit.origin)
-        if node is None:
-            continue
-        operand = _operand(node, edit)
-        with graph.inserting_before(node):
-            quantizer = graph.call_module(edit.quantizer, (operand,))
-        quantizer.meta.update(op="quantizer", origin=(*edit.origin, edit.position), source=node.meta["source"])
-        if isinstance(edit.position, str):
-            node.kwargs = {**node.kwargs, edit.position: quantizer}
-        else:
-            node.args = (*node.args[: edit.position], quantizer, *node.args[edit.position + 1 :])
-        done.append(edit)
+    done = [edit for edit in edits if edit.origin in places]
+    for edit in done:
+        apply_edit(edit, graph, places[edit.origin])
     graph.lint()
     return done
 
 
-def _operand(node: Node, edit: Edit) -> Node:
+@singledispatch
+def apply_edit(edit: Edit, _graph: Graph, _node: Node) -> None:
+    """Make ``edit`` in a graph, at the node of its operator; each kind of edit registers its function here."""
+    raise TypeError(f"no function is registered for a {type(edit).__name__}; write one with @apply_edit.register")
+
+
+@apply_edit.register
+def _insert_quantizer(edit: InsertQuantizer, graph: Graph, node: Node) -> None:
+    operand = _operand(node, edit)
+    with graph.inserting_before(node):
+        quantizer = graph.call_module(edit.quantizer, (operand,))
+    quantizer.meta.update(op="quantizer", origin=(*edit.origin, edit.position), source=node.meta["source"])
+    if isinstance(edit.position, str):
+        node.kwargs = {**node.kwargs, edit.position: quantizer}
+    else:
+        node.args = (*node.args[: edit.position], quantizer, *node.args[edit.position + 1 :])
+
+
+def _operand(node: Node, edit: InsertQuantizer) -> Node:
     """What the quantizer of ``edit`` is to stand behind.
 
     Raises:

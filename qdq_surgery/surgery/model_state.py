@@ -1,4 +1,4 @@
-"""What one asks a converted model: its plan, its quantizers, what it runs, and its behaviour without quantizers."""
+"""What one asks a converted model: its plan, its quantizers, what it runs, and its behavior without quantizers."""
 
 from __future__ import annotations
 

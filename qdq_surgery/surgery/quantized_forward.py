@@ -19,21 +19,20 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import DecisionChangedError, Routine, describe_leaf, flatten_call
+from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError, describe_leaf, flatten_call
 from qdq_surgery.graph.compiled_graph import CompiledGraph, compile_graph
+from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.graph.replay import check_replay
 from qdq_surgery.graph.shell_copy import shadow
+from qdq_surgery.match.edits import Edit, Origin
 from qdq_surgery.safety.random_state import kept_random
-from qdq_surgery.surgery.edits import Edit, Origin, insert_quantizers
+from qdq_surgery.surgery.edits import apply_edits
 from qdq_surgery.trace.recorder import record, recording_of
 
-__all__ = ["GUARDED", "CompiledGraphs", "QuantizedForward"]
+__all__ = ["CompiledGraphs", "QuantizedForward"]
 
 #: Kinds of calls that are remembered for each block; the one recorded longest ago is forgotten first.
 _MAX_GRAPHS = 64
-
-#: Operators that must not turn up in a variant at a place that the plan has not seen.
-GUARDED = frozenset({"linear", "matmul", "baddbmm", "einsum", "sdpa", "conv1d"})
 
 
 class _Undo:
@@ -96,7 +95,7 @@ class QuantizedForward:
 
     Attributes:
         original: The function that the graphs were recorded from, called with the block first.
-        edits: Where quantizers belong.
+        edits: What the plan does to the graphs.
         known: Origins of all matmul-like calls that the plan has seen, quantized or not.
         variants: Shared with the blocks that are alike.
     """
@@ -161,29 +160,29 @@ class QuantizedForward:
         ):
             ghost, args, kwargs = shadow(module), _copies(args), _copies(kwargs)
             routine, _ = record(ghost, self.original, args, kwargs, kind=self.kind, nested=False)
-            check_replay(routine, lambda each: compile_graph(each).run)
+            check_replay(routine)
         variant = self.compile_recorded(routine)
         self.variants.add(variant)
         return variant
 
-    def compile_recorded(self, routine: Routine) -> CompiledGraph:
+    def compile_recorded(self, routine: BlockGraph) -> CompiledGraph:
         """The variant for a freshly recorded routine of this block.
 
         Raises:
             TraceError: It has a matmul or linear that the plan knows nothing of.
         """
         for node in routine.graph.nodes:
-            if node.op != "call_module" and node.meta.get("op") in GUARDED and node.meta["origin"] not in self.known:
+            if node.op != "call_module" and node.meta.get("op") in PRODUCTS and node.meta["origin"] not in self.known:
                 raise TraceError(
                     f"{type(routine.owner).__name__}.{routine.function}: this call takes a path with a "
                     f"{node.meta['op']} at {node.meta['source']} that the plan has not seen; convert with "
                     "example_inputs= that take it"
                 )
-        missing = set(self.edits) - set(insert_quantizers(routine.graph, self.edits))
+        missing = set(self.edits) - set(apply_edits(routine.graph, self.edits))
         if missing:
             raise TraceError(
                 f"{type(routine.owner).__name__}.{routine.function}: this call goes past the place of "
-                f"{', '.join(sorted(edit.quantizer for edit in missing))}, which would stay unused; convert with "
+                f"{', '.join(sorted(map(str, missing)))}, which would stay unused; convert with "
                 "example_inputs= like those of this call"
             )
         return compile_graph(routine)

@@ -2,7 +2,7 @@
 
 Models that call ``ALL_ATTENTION_FUNCTIONS`` hide their matmuls in a function outside the block. Under the name
 :data:`QDQ_ATTENTION` that function is :func:`qdq_attention`: it runs the rewritten graph of the module that calls it,
-or, for a module that has none, the eager function of the module's own modelling file. Masks are those of ``eager``.
+or, for a module that has none, the eager function of the module's own modeling file. Masks are those of ``eager``.
 Registering the name changes no model; a model uses it when its config says so.
 """
 
@@ -36,7 +36,7 @@ QUANTIZED_FORWARDS = {"forward": "_qdq_forward", "attention": "_qdq_attention"}
 
 
 def eager_function(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The eager attention function that the modelling file of ``cls`` falls back to.
+    """The eager attention function that the modeling file of ``cls`` falls back to.
 
     Raises:
         TraceError: The file has none under transformers' usual name.

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Node
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import PLAIN, SELF, Routine, expect
+from qdq_surgery.graph.block_graph import PLAIN, SELF, BlockGraph, expect
 from qdq_surgery.graph.cleanup import is_parameter
 from qdq_surgery.graph.operators import callable_name
 from qdq_surgery.graph.symbolic_sizes import Real, Size, plain
@@ -33,7 +33,7 @@ class GraphBuilder:
         paused: Whether what runs is not written down.
     """
 
-    def __init__(self, routine: Routine, block: nn.Module, stop: CodeType) -> None:
+    def __init__(self, routine: BlockGraph, block: nn.Module, stop: CodeType) -> None:
         self.routine, self.graph, self.block, self.stop = routine, routine.graph, block, stop
         self.stand_in: nn.Module | None = None
         self.paused = False

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from qdq_surgery.errors import TraceError
 from qdq_surgery.graph.block_graph import (
     PLAIN,
-    Routine,
+    BlockGraph,
     describe_leaf,
     flatten_call,
     join_path,
@@ -64,7 +64,7 @@ def record(
     path: str = "",
     kind: str = "forward",
     nested: bool = True,
-) -> tuple[Routine, Any]:
+) -> tuple[BlockGraph, Any]:
     """Record ``function(block, *args, **kwargs)``.
 
     Args:
@@ -112,7 +112,7 @@ class _Recorder:
     """Holds one routine while it is recorded."""
 
     def __init__(self, block: nn.Module, path: str, kind: str, function: Callable[..., Any], nested: bool) -> None:
-        self.routine = Routine(path, kind, block, getattr(function, "__name__", "forward"))
+        self.routine = BlockGraph(path, kind, block, getattr(function, "__name__", "forward"))
         self.block, self.nested = block, nested
         self.build = GraphBuilder(self.routine, block, type(self).run.__code__)
         self.build.stand_in = self.stand_in = make_stand_in(block, "", self)
@@ -238,7 +238,7 @@ class _Recorder:
             try:
                 routine, output = record(block, function, args, kwargs, path=whole, kind=kind)
             except TraceError as error:
-                routine = Routine(whole, kind, block, getattr(function, "__name__", "forward"), failure=str(error))
+                routine = BlockGraph(whole, kind, block, getattr(function, "__name__", "forward"), failure=str(error))
                 output = function(block, *args, **kwargs)
         routine.caller, routine.call = self.routine, node
         node.meta["callee"] = routine

@@ -25,7 +25,7 @@ _GRAD_MODE = str(Path(TORCH_HOME, "autograd", "grad_mode.py"))
 def place(stop: CodeType) -> tuple[tuple[tuple[str, str, int], ...], str]:
     """Identity of the place that is running, from the caller of ``stop`` inwards; and file:line of its innermost line.
 
-    Frames of torch and of this package do not count: the place is one in a modelling file.
+    Frames of torch and of this package do not count: the place is one in a modeling file.
     """
     frames: list[tuple[str, str, int]] = []
     line = ""

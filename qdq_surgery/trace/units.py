@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError, TraceError
-from qdq_surgery.graph.block_graph import Leaf, Routine, describe_leaf, flatten_call, join_path, rebuild_call
+from qdq_surgery.graph.block_graph import BlockGraph, Leaf, describe_leaf, flatten_call, join_path, rebuild_call
 from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.graph.replay import copied
 from qdq_surgery.graph.shell_copy import shadow
@@ -42,7 +42,7 @@ class Unit:
 
     path: str
     layer: int | None
-    tree: Routine | None
+    tree: BlockGraph | None
 
 
 @dataclass
@@ -147,7 +147,7 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
 
 def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: dict[str, Call]) -> list[Unit]:
     units: list[Unit] = []
-    recorded: dict[tuple[Any, ...], list[Routine]] = {}
+    recorded: dict[tuple[Any, ...], list[BlockGraph]] = {}
     for path, layer in paths:
         call = calls.get(path)
         if call is None:
@@ -164,7 +164,7 @@ def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: 
     return units
 
 
-def _record_unit(module: nn.Module, call: Call) -> Routine:
+def _record_unit(module: nn.Module, call: Call) -> BlockGraph:
     if is_leaf(module):
         # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
         module = LoneLeaf(module)
@@ -173,7 +173,7 @@ def _record_unit(module: nn.Module, call: Call) -> Routine:
     try:
         return record(module, type(module).forward, args, kwargs)[0]
     except TraceError as error:
-        return Routine("", "forward", module, "forward", failure=str(error))
+        return BlockGraph("", "forward", module, "forward", failure=str(error))
 
 
 class LoneLeaf(nn.Module):
@@ -205,7 +205,7 @@ def _describe_example(value: Any) -> Leaf:
     return (*describe_leaf(value), tuple(value.shape)) if isinstance(value, torch.Tensor) else describe_leaf(value)
 
 
-def _reads_same(tree: Routine, module: nn.Module) -> bool:
+def _reads_same(tree: BlockGraph, module: nn.Module) -> bool:
     for routine in tree.walk():
         if routine.failure is not None:
             return False

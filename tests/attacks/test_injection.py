@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification
 
 import qdq_surgery as qs
 from qdq_surgery.checkpoint.plan_cache import DIGEST, METADATA
-from qdq_surgery.graph.block_graph import Routine
+from qdq_surgery.graph.block_graph import BlockGraph
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.surgery.apply import prepare
 from qdq_surgery.surgery.model_state import plan_of
@@ -120,7 +120,7 @@ def test_generated_source_cannot_hold_the_name(name: str, kind: str) -> None:
         node = graph.create_node(kind, name, () if kind == "get_attr" else (value,))
     graph.output(node)
     with pytest.raises(qs.TraceError, match="a name that cannot stand in a graph"):
-        compile_graph(Routine("", "forward", nn.Identity(), "forward", graph))
+        compile_graph(BlockGraph("", "forward", nn.Identity(), "forward", graph))
     assert RAN == []
 
 

@@ -8,8 +8,8 @@ import pytest
 
 ir = pytest.importorskip("onnx_ir")
 
-from qdq_surgery.onnx_graph.claim import claim
-from qdq_surgery.onnx_graph.products import Product
+from qdq_surgery.onnx_graph.claim import claim  # noqa: E402
+from qdq_surgery.onnx_graph.products import Product  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import yaml
 from qdq_surgery.errors import QdqSurgeryError, RuleFileError, printable
 from qdq_surgery.rules.pattern import parse_pattern
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
+from qdq_surgery.rules.schema import SCHEMA
 from qdq_surgery.rules.spec import CalibrationOptions, Count, Exclude, Expect, Place, Rule, RuleSet, Scope, Share
-from qdq_surgery.rules.yaml_file import SCHEMA, load_rules, shipped_rules
+from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
 
 HEAD = "schema: 1\nname: mine\n"
 

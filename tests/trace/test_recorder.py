@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import DecisionChangedError, Routine, flatten_call
+from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError, flatten_call
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.graph.shell_copy import shadow
 from qdq_surgery.surgery.quantized_forward import CompiledGraphs, QuantizedForward
 from qdq_surgery.trace.recorder import record
 
 
-def run_graph(routine: Routine, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def run_graph(routine: BlockGraph, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the recorded graph on other arguments."""
     values, _ = flatten_call(args, kwargs)
     return compile_graph(routine).run(block, values)
 
 
-def recorded(block: nn.Module, *args: Any, **kwargs: Any) -> Routine:
+def recorded(block: nn.Module, *args: Any, **kwargs: Any) -> BlockGraph:
     return record(shadow(block), type(block).forward, args, kwargs)[0]
 
 

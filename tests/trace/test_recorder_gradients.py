@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qdq_surgery.errors import TraceError
-from qdq_surgery.graph.block_graph import Routine
+from qdq_surgery.graph.block_graph import BlockGraph
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.graph.shell_copy import shadow
 from qdq_surgery.surgery.quantized_forward import CompiledGraphs, QuantizedForward
 from qdq_surgery.trace.recorder import record
 
 
-def recorded(block: nn.Module, *args: Any) -> Routine:
+def recorded(block: nn.Module, *args: Any) -> BlockGraph:
     return record(shadow(block), type(block).forward, args, {})[0]
 
 

@@ -1,6 +1,6 @@
 """What ONNX Runtime makes of Q/DQ pairs on a CPU.
 
-Each rule was held against the graph that ONNX Runtime 1.31.1 optimised (``tests/prove/test_lint.py`` does it again
+Each rule was held against the graph that ONNX Runtime 1.31.1 optimized (``tests/prove/test_lint.py`` does it again
 with the version that is installed).
 """
 
