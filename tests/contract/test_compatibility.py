@@ -9,6 +9,7 @@ converted here.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import platform
@@ -253,6 +254,8 @@ def test_the_public_names_are_still_there() -> None:
         found = now[name]
         assert set(wanted["members"]) <= set(found["members"]), name
         assert set(wanted["bases"]) <= set(found["bases"]), name
+        if dataclasses.is_dataclass(getattr(qs, name)):
+            continue  # results: read by their fields, which are members, and made here alone
         given = [key for key, (kind, _) in wanted["arguments"].items() if kind == "POSITIONAL_OR_KEYWORD"]
         assert [*found["arguments"]][: len(given)] == given, name
         for argument, facts in wanted["arguments"].items():
