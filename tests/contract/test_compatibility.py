@@ -44,6 +44,10 @@ FLOAT = 1e-5
 QUANTIZED = 0.05
 
 SHARDS = "*.safetensors"
+
+#: Beside the dataclasses: what users are given, and do not make.
+MADE_HERE = {"OnnxModel"}
+
 RULES = sorted(path.stem for path in (FIXTURES / "rules").glob("*.yaml"))
 
 
@@ -254,8 +258,8 @@ def test_the_public_names_are_still_there() -> None:
         found = now[name]
         assert set(wanted["members"]) <= set(found["members"]), name
         assert set(wanted["bases"]) <= set(found["bases"]), name
-        if dataclasses.is_dataclass(getattr(qs, name)):
-            continue  # results: read by their fields, which are members, and made here alone
+        if dataclasses.is_dataclass(getattr(qs, name)) or name in MADE_HERE:
+            continue  # the members of results are what is read
         given = [key for key, (kind, _) in wanted["arguments"].items() if kind == "POSITIONAL_OR_KEYWORD"]
         assert [*found["arguments"]][: len(given)] == given, name
         for argument, facts in wanted["arguments"].items():
