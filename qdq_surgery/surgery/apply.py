@@ -121,6 +121,7 @@ class _Surgeon:
         self.modules: Mapping[str, nn.Module] = {}
         self.device = model.device
         self.compiled: dict[int, CompiledGraph] = {}
+        self.edited: dict[int, tuple[Edit, ...]] = {}
         self.variants: dict[tuple[Any, ...], CompiledGraphs] = {}
         self.implants: list[Implant] = []
 
@@ -176,6 +177,8 @@ class _Surgeon:
         variants = self.variants.setdefault(make, CompiledGraphs())
         rewritten = QuantizedForward(kind, original, edits, known, variants)
         for routine in routines:
+            if self.edited.setdefault(id(routine), edits) != edits:
+                continue  # edited for a block whose sites are others: this block's graph is recorded at its first call
             if id(routine) not in self.compiled:
                 self.compiled[id(routine)] = rewritten.compile_recorded(routine)
             if self.compiled[id(routine)] not in variants.found:
