@@ -138,8 +138,9 @@ def test_the_rules_are_described() -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_no_line_of_prose_is_too_long(name: str) -> None:
+    most = 125 if name in ("README.md", "CHANGELOG.md") else 120
     for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
-        assert len(line) <= 125 or line.startswith(("|", " ")), f"{name}:{number}"
+        assert len(line) <= most or line.startswith(("|", " ")), f"{name}:{number}"
 
 
 @pytest.mark.parametrize("name", PAGES)
