@@ -116,6 +116,7 @@ class _Surgeon:
     maker: Maker
     modules: Mapping[str, nn.Module]
     compiled: dict[int, CompiledGraph] = field(default_factory=dict)
+    edited: dict[int, tuple[Edit, ...]] = field(default_factory=dict)
     variants: dict[tuple[Any, ...], CompiledGraphs] = field(default_factory=dict)
     implants: list[Implant] = field(default_factory=list)
 
@@ -170,6 +171,8 @@ class _Surgeon:
         variants = self.variants.setdefault(make, CompiledGraphs())
         rewritten = QuantizedForward(kind, original, edits, known, variants)
         for routine in routines:
+            if self.edited.setdefault(id(routine), edits) != edits:
+                continue  # edited for a block whose sites are others: this block's graph is recorded at its first call
             if id(routine) not in self.compiled:
                 self.compiled[id(routine)] = rewritten.compile_recorded(routine)
             if self.compiled[id(routine)] not in variants.found:
