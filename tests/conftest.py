@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import kept
 import pytest
 import reference_run
 import torch
@@ -17,7 +18,14 @@ def pytest_configure(config: pytest.Config) -> None:
     MobileBERT's embeddings hold each token's neighbours: calibrated on padding it says so, wherever it is used.
     """
     torch.set_num_threads(1)
+    if not hasattr(config, "workerinput"):
+        kept.begin()
     config.addinivalue_line("filterwarnings", r"ignore:MobileBert\w* lets padding into real tokens:UserWarning")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        kept.end()
 
 
 @pytest.fixture

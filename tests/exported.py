@@ -1,8 +1,7 @@
-"""Tiny exported models, made when they are first asked for and kept while the tests of one process run."""
+"""Tiny exported models, made when they are first asked for and kept for all workers while the tests run."""
 
 from __future__ import annotations
 
-import atexit
 import copy
 import functools
 import inspect
@@ -19,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from architectures import BASE, batch_for, build
+from kept import kept
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -32,9 +32,6 @@ from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
 # torch says what it does at every step of a trace, to pytest, which keeps it: a third of an export's time.
 logging.getLogger("torch.__trace").disabled = True
-
-_FOLDER = tempfile.TemporaryDirectory(prefix="qdq-surgery-tests-")
-atexit.register(_FOLDER.cleanup)
 
 
 @functools.cache
@@ -68,9 +65,12 @@ def inputs_for(model: PreTrainedModel, shape: tuple[int, int], *, mask: bool = T
 def _export(model_type: str, head: str, target: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Export]:
     settings = dict(options)
     how = {name: settings.pop(name) for name in ("opset", "activations", "precision", "dynamic") if name in settings}
-    qmodel = calibrated(model_type, head, settings.pop("rules", target), **settings)
-    path = Path(tempfile.mkdtemp(dir=_FOLDER.name)) / "model.onnx"
-    return qmodel, export_onnx(qmodel, path, target=target, **how)
+
+    def make(folder: Path) -> tuple[PreTrainedModel, Export]:
+        qmodel = calibrated(model_type, head, settings.pop("rules", target), **settings)
+        return qmodel, export_onnx(qmodel, folder / "model.onnx", target=target, **how)
+
+    return kept(make, "export", model_type, head, target, options)
 
 
 def exported(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from architectures import batch_for, build
+from kept import kept
 from torch.utils.flop_counter import FlopCounterMode
 
 import qdq_surgery as qs
@@ -51,10 +52,6 @@ CPUS = ("onnxruntime", "openvino")
 class Files:
     """Exported files, made when they are first asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._made: dict[tuple[Any, ...], Path] = {}
-
     def get(
         self, model_type: str, head: str, target: str, rules: str | None = None, off: tuple[str, ...] = (), **more: Any
     ) -> Path:
@@ -64,25 +61,25 @@ class Files:
             off: Ends of names of quantizers to switch off; ``""`` for all.
             more: For ``export_onnx``.
         """
-        key = (head, target, rules, off, *more.items())
-        if key not in self._made:
+
+        def make(folder: Path) -> Path:
             model = build(model_type, head, **WIDTHS.get(model_type, WIDE))
             qmodel = qs.convert(model, rules or target)
             qs.calibrate(qmodel, [batch_for(model, (3, 15))], "max")
             for name, quantizer in qs.quantizers(qmodel).items():
                 if name.endswith(off):
                     quantizer.disable()
-            path = self.folder / f"{len(self._made)}.{head}.onnx"
-            self._made[key] = export_onnx(qmodel, path, target=target, parity=False, **more).path
-        return self._made[key]
+            return export_onnx(qmodel, folder / f"{head}.onnx", target=target, parity=False, **more).path
+
+        return kept(make, "receipt", head, target, rules, off, *more.items())
 
     def bert(self, target: str, rules: str | None = None, off: tuple[str, ...] = (), **more: Any) -> Path:
         return self.get("bert", HEADS["bert"], target, rules, off, **more)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("files"))
+def files() -> Files:
+    return Files()
 
 
 def by_name(found: Receipt) -> dict[str, Gemm]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, batch_for, build, tensors_of
+from kept import kept
 from tiny_checkpoint import tiny_tokenizer
 from transformers import PreTrainedModel, pipeline
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -42,8 +43,7 @@ TEXTS = ["the cat sat on the mat", "a dog ran", "the bird sang to the dog on the
 class Files:
     """Quantized models and their files, made when they are first asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.tokenizer = tiny_tokenizer(TEXTS, size=60)
         self._made: dict[str, tuple[PreTrainedModel, Path]] = {}
 
@@ -54,7 +54,8 @@ class Files:
             more: ``dynamic``, or options of the config.
         """
         key = f"{head}-{'-'.join(f'{name}={value}' for name, value in more.items())}"
-        if key not in self._made:
+
+        def make(folder: Path) -> tuple[PreTrainedModel, Path]:
             dynamic = more.pop("dynamic", True)
             model = qs.convert(build(model_type, head, vocab_size=len(self.tokenizer), **more), inplace=True)
             batch = dict(self.tokenizer(TEXTS, padding=True, return_tensors="pt"))
@@ -63,9 +64,12 @@ class Files:
             if head.endswith("MultipleChoice"):
                 batch = {name: value.repeat(2, 1).unflatten(0, (2, 3)) for name, value in batch.items()}
             qs.calibrate(model, [batch])
-            path = self.folder / f"{key}.onnx"
+            path = folder / f"{key}.onnx"
             export_onnx(model, path, batch, target="onnxruntime", dynamic=dynamic)
-            self._made[key] = model, path
+            return model, path
+
+        if key not in self._made:
+            self._made[key] = kept(make, "served", model_type, key)
         return self._made[key]
 
     def batch(self, *texts: str) -> dict[str, torch.Tensor]:
@@ -73,8 +77,8 @@ class Files:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("files"))
+def files() -> Files:
+    return Files()
 
 
 @pytest.fixture(scope="module")
