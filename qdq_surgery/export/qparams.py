@@ -103,7 +103,7 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
 
 def _check_ranges(acting: dict[str, TensorQuantizer]) -> None:
     # A weight is a constant: so is its range.
-    without = [name for name, each in acting.items() if each.amax is None and each.role != "weight"]
+    without = [name for name, each in acting.items() if each.amax is None and _role(name, each) != "weight"]
     if without:
         names = "\n  ".join(without)
         count = f"{len(without)} quantizers have" if len(without) > 1 else "a quantizer has"
@@ -133,7 +133,7 @@ def _refuse(acting: dict[str, TensorQuantizer], target: Target) -> None:
         "set the ranges with qdq_surgery.calibrate or learn_ranges instead",
     )
     refuse(
-        [name for name, each in acting.items() if each.grid.narrow_range and each.role != "weight"],
+        [name for name, each in acting.items() if each.grid.narrow_range and _role(name, each) != "weight"],
         "with narrow_range on an activation, which QuantizeLinear does not know (it clips at -128)",
         "convert with narrow_range: false",
     )
@@ -159,7 +159,12 @@ def _qparams(name: str, quantizer: TensorQuantizer) -> QParams:
         axis = wide[0] - amax.ndim if wide else None  # as it broadcasts
         amax = amax.reshape(-1) if wide else amax.reshape(())
     ranges = None if amax is None else amax.numpy()
-    return QParams(name, quantizer.role, ranges, axis, quantizer.grid, bool(quantizer.use_fb_fake_quant))
+    return QParams(name, _role(name, quantizer), ranges, axis, quantizer.grid, bool(quantizer.use_fb_fake_quant))
+
+
+def _role(name: str, quantizer: TensorQuantizer) -> str:
+    """One that was put in by hand tells by its name."""
+    return "weight" if quantizer.provenance is None and name.endswith("weight_quantizer") else quantizer.role
 
 
 def _axes(amax: Tensor) -> int:
