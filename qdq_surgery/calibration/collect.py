@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,9 +50,9 @@ __all__ = [
 #: Seed of the dropout that rules may ask for.
 _SEED = 0
 
-#: The quantizers, by identity, that a collection has borrowed; and who looks at them.
-_COLLECTING: set[int] = set()
-_STARTING = threading.Lock()
+#: The quantizers, by identity, that a collection has borrowed, and which one. What changes this are single operations
+#: of a dict, which no thread comes between; a lock would stay locked after an interrupt.
+_COLLECTING: dict[int, object] = {}
 
 
 @dataclass(frozen=True)
@@ -261,15 +260,15 @@ def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], 
 @contextmanager
 def _only_collection(model: nn.Module, every: Sequence[TensorQuantizer]) -> Iterator[None]:
     """Two collections at once would each take the other's calibrators for what was there before."""
-    wanted = {id(each) for each in every}
-    owned: set[int] = set()
-    with put_back_after(lambda: _COLLECTING.difference_update(owned)):
-        with _STARTING:
-            other = bool(_COLLECTING & wanted)
-            if not other:
-                owned.update(wanted)
-                _COLLECTING.update(wanted)
-        if other:
+    own = object()
+
+    def give_back() -> None:
+        for each in every:
+            if _COLLECTING.get(id(each)) is own:
+                _COLLECTING.pop(id(each), None)
+
+    with put_back_after(give_back):
+        if any(_COLLECTING.setdefault(id(each), own) is not own for each in every):
             raise CalibrationError(
                 f"another collection or calibration of this {type(model).__name__} is running; wait for it, or give "
                 "each thread a copy of the model"

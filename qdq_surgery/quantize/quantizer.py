@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +37,6 @@ __all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
 
 #: A learned range does not fall below this.
 _SMALLEST = 1e-6
-
-#: One thread at a time says who holds a quantizer off.
-_HOLDING = threading.Lock()
 
 #: What every module has of its own: tables of parameters, children and hooks, and their types.
 _TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
@@ -86,7 +83,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     #: There is nothing here for transformers to initialize when it loads a model.
     _is_hf_initialized = True
     #: Who lets everything pass for a while, see :meth:`hold_off`; a copy has none.
-    _holders: tuple[int, ...] = ()
+    _holders: Mapping[int, None] = MappingProxyType({})
     #: The descriptor that a rule's ``default`` meant when this was made; ``None`` where a spec says it all.
     default: tensor_quant.QuantDescriptor | None = None
 
@@ -145,13 +142,12 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
 
     def hold_off(self, holder: int) -> None:
         """Let everything pass until ``holder``, and whoever else holds it off, lets go. A calibrator still sees it."""
-        with _HOLDING:
-            self._holders = (*(each for each in self._holders if each != holder), holder)
+        # Single operations of a dict, which no thread comes between. A lock would stay locked after an interrupt.
+        self.__dict__.setdefault("_holders", {})[holder] = None
 
     def let_go(self, holder: int) -> None:
         """The end of :meth:`hold_off` by the same ``holder``; also where there was no beginning."""
-        with _HOLDING:
-            self._holders = tuple(each for each in self._holders if each != holder)
+        self.__dict__.setdefault("_holders", {}).pop(holder, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_holders"}
@@ -221,7 +217,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """
         made = TensorQuantizer.__new__(TensorQuantizer)
         own = made.__dict__
-        own.update(vars(self))
+        own.update(self.__getstate__())
         for name, kind in _TABLES.items():
             own[name] = kind()
         own["provenance"] = provenance
