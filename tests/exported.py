@@ -65,12 +65,12 @@ def inputs_for(model: PreTrainedModel, shape: tuple[int, int], *, mask: bool = T
 def _export(model_type: str, head: str, target: str, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Export]:
     settings = dict(options)
     how = {name: settings.pop(name) for name in ("opset", "activations", "precision", "dynamic") if name in settings}
+    qmodel = calibrated(model_type, head, settings.pop("rules", target), **settings)
 
-    def make(folder: Path) -> tuple[PreTrainedModel, Export]:
-        qmodel = calibrated(model_type, head, settings.pop("rules", target), **settings)
-        return qmodel, export_onnx(qmodel, folder / "model.onnx", target=target, **how)
+    def make(folder: Path) -> Export:
+        return export_onnx(qmodel, folder / "model.onnx", target=target, **how)
 
-    return kept(make, "export", model_type, head, target, options)
+    return qmodel, kept(make, "export", model_type, head, target, options)
 
 
 def exported(

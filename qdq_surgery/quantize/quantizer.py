@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +82,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     #: There is nothing here for transformers to initialize when it loads a model.
     _is_hf_initialized = True
     #: Who lets everything pass for a while, see :meth:`hold_off`; a copy has none.
-    _holders: Mapping[int, None] = MappingProxyType({})
+    _holders: dict[int, None] | None = None
     #: The descriptor that a rule's ``default`` meant when this was made; ``None`` where a spec says it all.
     default: tensor_quant.QuantDescriptor | None = None
 

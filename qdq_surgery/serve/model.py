@@ -63,7 +63,7 @@ class OnnxModel:
     name of the one that was exported (``BertForQuestionAnswering``).
 
     Args:
-        engine: The file, opened on its runtime.
+        session: The file, opened on its runtime.
         origin: What the file says of the model that was exported.
         again: Opens the file once more, for a copy or a pickle.
 

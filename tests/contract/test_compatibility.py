@@ -23,7 +23,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from qdq_surgery.onnx_file.stored import read_metadata, stored_weights
 from repository import ROOT, TESTS
 from safetensors.torch import load_file
 from saved import config_of, count_matches, metadata_of
@@ -33,6 +32,7 @@ from transformers import PreTrainedModel
 import qdq_surgery as qs
 from make_fixtures import EXPORTS, MODELS, commands, computed, parser_of_the_command, public_names, ranges
 from qdq_surgery.checkpoint import plan_cache
+from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.surgery.model_state import plan_of
 
 FIXTURES = TESTS / "fixtures" / "0.1.0"
@@ -235,13 +235,13 @@ def test_exporting_again_gives_the_same_integers_and_metadata(exported: Path, tm
     path = tmp_path / "again.onnx"
     inputs = inputs_of(tensors("exports", exported.stem))
     qs.export_onnx(load("bert"), path, inputs, exported.stem, parity=False, **EXPORTS[exported.stem])
-    found, wanted = read_metadata(path), read_metadata(exported)
+    found, wanted = (dict(open_exported(each).metadata) for each in (path, exported))
     assert found.keys() == wanted.keys()
     for key in found.keys() - {"version", "config"}:
         assert found[key] == wanted[key]
     if same_versions("transformers"):
         assert json.loads(found["config"]) == json.loads(wanted["config"])
-    weights = stored_weights(path), stored_weights(exported)
+    weights = open_exported(path).weights, open_exported(exported).weights
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 

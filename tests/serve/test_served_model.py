@@ -54,8 +54,7 @@ class Files:
             more: ``dynamic``, or options of the config.
         """
         key = f"{head}-{'-'.join(f'{name}={value}' for name, value in more.items())}"
-
-        def make(folder: Path) -> tuple[PreTrainedModel, Path]:
+        if key not in self._made:
             dynamic = more.pop("dynamic", True)
             model = qs.convert(build(model_type, head, vocab_size=len(self.tokenizer), **more), inplace=True)
             batch = dict(self.tokenizer(TEXTS, padding=True, return_tensors="pt"))
@@ -64,12 +63,12 @@ class Files:
             if head.endswith("MultipleChoice"):
                 batch = {name: value.repeat(2, 1).unflatten(0, (2, 3)) for name, value in batch.items()}
             qs.calibrate(model, [batch])
-            path = folder / f"{key}.onnx"
-            export_onnx(model, path, batch, target="onnxruntime", dynamic=dynamic)
-            return model, path
 
-        if key not in self._made:
-            self._made[key] = kept(make, "served", model_type, key)
+            def make(folder: Path) -> Path:
+                path = folder / f"{key}.onnx"
+                return export_onnx(model, path, batch, target="onnxruntime", dynamic=dynamic).path
+
+            self._made[key] = model, kept(make, "served", model_type, key)
         return self._made[key]
 
     def batch(self, *texts: str) -> dict[str, torch.Tensor]:
