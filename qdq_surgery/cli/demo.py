@@ -7,6 +7,7 @@ English that comes with Python: the docstrings of its standard library.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import random
 import re
@@ -145,6 +146,13 @@ def standard_library_texts(count: int) -> list[str]:
 
     Only a docstring's first paragraph, if it is 40 to 400 characters of prose.
     """
+    found = list(_prose())
+    random.Random(0).shuffle(found)
+    return found[:count]
+
+
+@functools.cache
+def _prose() -> tuple[str, ...]:
     home = Path(sysconfig.get_path("stdlib"))
     texts: dict[str, None] = {}
     for file in sorted((*home.glob("*.py"), *home.glob("[a-z]*/*.py"))):
@@ -161,9 +169,7 @@ def standard_library_texts(count: int) -> list[str]:
                 text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
                 if 40 <= len(text) <= 400 and re.match(r"[A-Z][a-z]* [a-z]", text) and ">>>" not in text:
                     texts[text] = None
-    found = list(texts)
-    random.Random(0).shuffle(found)
-    return found[:count]
+    return tuple(texts)
 
 
 def token_batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:

@@ -43,9 +43,9 @@ def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     attributes = dict(vars(module))
     for table in _TABLES:
         attributes[table] = dict(attributes[table])
-    for name, value in attributes.items():
-        if _is_hooks(name) and isinstance(value, (dict, set)):
-            attributes[name] = type(value)()
+    for name in _hooks_in(tuple(attributes)):
+        if isinstance(attributes[name], (dict, set)):
+            attributes[name] = type(attributes[name])()
     attributes["_compiled_call_impl"] = None  # of module.compile(): it would run the original
     for name in ("forward", "_old_forward"):  # set by accelerate's hooks: bound to the original
         if name in attributes:
@@ -55,10 +55,17 @@ def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return shell
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_hooks(name: str) -> bool:
-    """Whether an attribute holds hooks or sets of their ids, by nn.Module's own naming."""
-    return name.endswith("_hooks") or "_hooks_" in name
+@functools.lru_cache(maxsize=1024)
+def _hooks_in(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The attributes that hold hooks or sets of their ids, by nn.Module's own naming."""
+    return tuple(name for name in names if name.endswith("_hooks") or "_hooks_" in name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _others_in(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The attributes that are neither tables nor hooks, which were made a moment ago."""
+    known = {*_TABLES, *_hooks_in(names)}
+    return tuple(name for name in names if name not in known)
 
 
 def _bound_to(shell: nn.Module, module: nn.Module, function: Any) -> Any:
@@ -103,10 +110,8 @@ class _Shadow:
         own["_modules"] = {
             name: None if child is None else self.visit(child) for name, child in own["_modules"].items()
         }
-        for name, value in own.items():
-            # (Most are empty tables of hooks, made a moment ago.)
-            if name not in _TABLES and not _is_hooks(name):
-                own[name] = self._own(value)
+        for name in _others_in(tuple(own)):
+            own[name] = self._own(own[name])
         return shell
 
     def _own(self, value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pytorch_quantization import nn as quant_nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import AlreadyConvertedError, MatchError, ModelError, TraceError
@@ -148,7 +148,35 @@ def _tells(graph: BlockGraph, other: BlockGraph) -> bool:
     return False
 
 
+def _alike(graph: Graph, other: Graph) -> bool:
+    """Whether two graphs are the same, node by node; if not, their sources may still be."""
+    twins: dict[Node, Node] = {}
+
+    def same(one: Any, two: Any) -> bool:
+        if isinstance(one, Node):
+            return twins.get(one) is two
+        if type(one) is not type(two):
+            return False
+        if isinstance(one, (tuple, list)):
+            return len(one) == len(two) and all(map(same, one, two))
+        if isinstance(one, dict):
+            return one.keys() == two.keys() and all(same(value, two[name]) for name, value in one.items())
+        return bool(one == two)
+
+    if len(graph.nodes) != len(other.nodes):
+        return False
+    for one, two in zip(graph.nodes, other.nodes, strict=True):
+        if (one.op, one.target, one.name) != (two.op, two.target, two.name):
+            return False
+        if not same(one.args, two.args) or not same(one.kwargs, two.kwargs):
+            return False
+        twins[one] = two
+    return True
+
+
 def _difference(graph: Graph, other: Graph) -> str | None:
+    if _alike(graph, other):
+        return None
     lines, others = (str(g.python_code("self").src).splitlines() for g in (graph, other))
     if lines == others:
         return None

@@ -91,6 +91,8 @@ _ASKS_AUTOCAST = {
     )
 }
 
+_ASKS = _ASKS_GRADIENTS | _ASKS_AUTOCAST
+
 
 def _meaning(code: CodeType) -> str | None:
     """Why a recording cannot go on where ``code`` begins to run."""
@@ -136,26 +138,30 @@ def _hook(watched: Watched) -> Callable[[FrameType, str, Any], None]:
     meanings: dict[CodeType, str | None] = {}
     inside: list[FrameType] = []
 
+    def call(frame: FrameType, what: str) -> None:
+        if watched.paused:
+            return
+        if frame.f_code is APPLY:
+            watched.enter_function(frame)
+            inside.append(frame)
+        else:
+            watched.forbid(f"{what}; {_OUT}")
+
+    # It runs at every call of every function: what is usual comes first, and asks the least.
     def hook(frame: FrameType, event: str, arg: Any) -> None:
-        if event == "return":
+        if event == "call":
+            code = frame.f_code
+            if code not in meanings:
+                meanings[code] = "" if code is APPLY else _meaning(code)
+            what = meanings[code]
+            if what is not None:
+                call(frame, what)
+        elif event == "return":
             if inside and inside[-1] is frame:
                 inside.pop()
                 watched.leave_function(arg)
-        elif watched.paused:
-            return
-        elif event == "call":
-            code = frame.f_code
-            if code is APPLY:
-                watched.enter_function(frame)
-                inside.append(frame)
-                return
-            if code not in meanings:
-                meanings[code] = _meaning(code)
-            what = meanings[code]
-            if what is not None:
-                watched.forbid(f"{what}; {_OUT}")
-        elif event == "c_call" and (id(arg) in _ASKS_GRADIENTS or id(arg) in _ASKS_AUTOCAST):
-            if frame.f_code.co_filename.startswith((TORCH_HOME, OUR_HOME)):
+        elif event == "c_call" and id(arg) in _ASKS:
+            if watched.paused or frame.f_code.co_filename.startswith((TORCH_HOME, OUR_HOME)):
                 return
             if id(arg) in _ASKS_AUTOCAST:
                 watched.note_autocast()

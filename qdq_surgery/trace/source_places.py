@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -62,5 +62,8 @@ def grad_mode_owners() -> tuple[list[Any], bool]:
 
 def parameter_names(function: Callable[..., Any]) -> list[str]:
     """Names of the positional parameters after the block itself."""
+    function = inspect.unwrap(function)
+    if isinstance(function, FunctionType):  # a signature takes longer than all the rest of a small recording
+        return list(function.__code__.co_varnames[1 : function.__code__.co_argcount])
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds][1:]

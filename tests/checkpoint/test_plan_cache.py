@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -30,11 +31,10 @@ from qdq_surgery.checkpoint import plan_cache as lock
 from qdq_surgery.checkpoint.plan_cache import METADATA, fingerprint
 from qdq_surgery.surgery.model_state import plan_of
 
-#: Every architecture, with a head and without.
+#: Every architecture, with a head or without.
 MODELS = [
     (architecture.model_type, next(name for name in architecture.heads() if kind_of(name) == kind))
-    for architecture in ARCHITECTURES
-    for kind in ("base", "sequence")
+    for architecture, kind in zip(ARCHITECTURES, itertools.cycle(("base", "sequence")))
 ]
 
 
