@@ -128,32 +128,18 @@ def export_onnx(
         ModelError: The model is not converted, is in train mode, or a package is missing; says which extra has it.
     """
     chosen = get_target(target)
-    opset = _opset(chosen, opset)
-    activations = _one_of("activations", activations, ACTIVATIONS, chosen.activations, target)
     precision = None if precision is None else full_precision(precision)
-    precision = _one_of("precision", precision, PRECISIONS, chosen.precisions, target)
+    form = _Form(
+        chosen,
+        _opset(chosen, opset),
+        _one_of("activations", activations, ACTIVATIONS, chosen.activations, target),
+        _one_of("precision", precision, PRECISIONS, chosen.precisions, target),
+        dynamic,
+    )
     for package in ("onnx", "onnx_ir", "onnxscript"):
         require(package, "exporting to ONNX")
     file = writable(path, overwrite)
-    plan_of(qmodel)
-    if qmodel.training:
-        raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
-    _check_dtype(qmodel, precision)
-    qparams = read_qparams(qmodel, chosen)
-    source, weights = twin(qmodel), {}
-    inputs = sample_inputs(source, example_inputs, dynamic)
-
-    from qdq_surgery.export.onnx_trace import trace
-    from qdq_surgery.export.pipeline import build
-
-    if precision == "float16":
-        weights = _float_weights(source)
-        source = half_copy(source, qparams)
-        inputs = {
-            name: value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for name, value in inputs.items()
-        }
-    built = build(trace(source, inputs, opset, dynamic), qmodel, qparams, chosen, activations, weights)
+    source, inputs, built = _built(qmodel, example_inputs, form)
     findings = lint(built)
     with draft(file, overwrite) as temporary:
         built.save(temporary.graph, temporary.data.name)
@@ -161,7 +147,43 @@ def export_onnx(
         # and the runtimes open the same file. Only the list of sites is the built one: it says which value is compared
         # with which quantizer, and a wrong entry shows as a difference.
         certificate = _certified(source, open_file(temporary.graph, built.sites), inputs, chosen) if parity else None
-    return Export(file, target, opset, built.sites, findings, certificate)
+    return Export(file, target, form.opset, built.sites, findings, certificate)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a file is written."""
+
+    target: Target
+    opset: int
+    activations: str
+    precision: str
+    dynamic: bool
+
+
+def _built(
+    qmodel: PreTrainedModel, example_inputs: Mapping[str, Any] | None, form: _Form
+) -> tuple[PreTrainedModel, dict[str, Any], OnnxFile]:
+    """The model as it is written (in half precision, it may be), what it was traced with, and the graph."""
+    from qdq_surgery.export.onnx_trace import trace
+    from qdq_surgery.export.pipeline import build
+
+    plan_of(qmodel)
+    if qmodel.training:
+        raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
+    _check_dtype(qmodel, form.precision)
+    qparams = read_qparams(qmodel, form.target)
+    source, weights = twin(qmodel), {}
+    inputs = sample_inputs(source, example_inputs, form.dynamic)
+    if form.precision == "float16":
+        weights = _float_weights(source)
+        source = half_copy(source, qparams)
+        inputs = {
+            name: value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+    traced = trace(source, inputs, form.opset, form.dynamic)
+    return source, inputs, build(traced, qmodel, qparams, form.target, form.activations, weights)
 
 
 def _certified(model: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], target: Target) -> Parity:

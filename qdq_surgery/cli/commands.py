@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -74,6 +75,10 @@ def _say(what: str, text: str) -> None:
     print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)
 
 
+#: Where a command is added to.
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND, description="Put QDQBERT's quantizers into a Hugging Face encoder, by rule files."
@@ -81,11 +86,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{COMMAND} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    for add in (_add_convert, _add_calibrate, _add_diff, _add_plan, _add_rules, _add_export, _add_demo):
+        add(commands)
+    return parser
+
+
+def _add_convert(commands: _Commands) -> None:
     command = commands.add_parser("convert", help="convert a model and write it with its rules and a report")
     _model_options(command)
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
     command.set_defaults(run=_convert)
 
+
+def _add_calibrate(commands: _Commands) -> None:
     command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
     command.add_argument("model", metavar="MODEL_DIR", help=f"{_FOLDER_HELP}, with its tokenizer; converted or not")
     command.add_argument(
@@ -111,16 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--length", type=int, help="most tokens of a text (default: 128, or what the model takes)")
     command.set_defaults(run=_calibrate)
 
+
+def _add_diff(commands: _Commands) -> None:
     command = commands.add_parser("diff", help="show each block's graph before and after")
     _model_options(command)
     _output_options(command)
     command.set_defaults(run=_diff)
 
+
+def _add_plan(commands: _Commands) -> None:
     command = commands.add_parser("plan", help="list the sites, the refusals and the counts; convert nothing")
     _model_options(command)
     _output_options(command)
     command.set_defaults(run=_plan)
 
+
+def _add_rules(commands: _Commands) -> None:
     command = commands.add_parser("rules", help="list, show and check rule files")
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     action = actions.add_parser("list", help="the rule sets that come with the package")
@@ -134,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     _class_option(action)
     action.set_defaults(run=_rules_check)
 
+
+def _add_export(commands: _Commands) -> None:
     command = commands.add_parser("export", help="write a calibrated model as ONNX for one runtime, and check the file")
     command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote")
     command.add_argument("output", metavar="FILE", help="the ONNX file to write")
@@ -150,12 +171,13 @@ def _parser() -> argparse.ArgumentParser:
     _output_options(command)
     command.set_defaults(run=_export, refuse=command.error)
 
+
+def _add_demo(commands: _Commands) -> None:
     command = commands.add_parser("demo", help="convert, calibrate, compare and export the real all-MiniLM-L6-v2")
     command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
     command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
     command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     command.set_defaults(run=_demo)
-    return parser
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
