@@ -67,10 +67,13 @@ def _export(model_type: str, head: str, target: str, options: tuple[tuple[str, A
     how = {name: settings.pop(name) for name in ("opset", "activations", "precision", "dynamic") if name in settings}
     qmodel = calibrated(model_type, head, settings.pop("rules", target), **settings)
 
-    def make(folder: Path) -> Export:
-        return export_onnx(qmodel, folder / "model.onnx", target=target, **how)
+    def make(folder: Path) -> tuple[dict[str, Tensor], Export]:
+        return qmodel.state_dict(), export_onnx(qmodel, folder / "model.onnx", target=target, **how)
 
-    return qmodel, kept(make, "export", model_type, head, target, options)
+    # Ranges found in another process may differ in their last bit, and then a tie goes the other way.
+    state, file = kept(make, "export", model_type, head, target, options)
+    qmodel.load_state_dict(state)
+    return qmodel, file
 
 
 def exported(

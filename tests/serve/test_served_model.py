@@ -64,11 +64,14 @@ class Files:
                 batch = {name: value.repeat(2, 1).unflatten(0, (2, 3)) for name, value in batch.items()}
             qs.calibrate(model, [batch])
 
-            def make(folder: Path) -> Path:
+            def make(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
                 path = folder / f"{key}.onnx"
-                return export_onnx(model, path, batch, target="onnxruntime", dynamic=dynamic).path
+                return model.state_dict(), export_onnx(model, path, batch, target="onnxruntime", dynamic=dynamic).path
 
-            self._made[key] = model, kept(make, "served", model_type, key)
+            # Ranges found in another process may differ in their last bit, and then a tie goes the other way.
+            state, path = kept(make, "served", model_type, key)
+            model.load_state_dict(state)
+            self._made[key] = model, path
         return self._made[key]
 
     def batch(self, *texts: str) -> dict[str, torch.Tensor]:
