@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,10 @@ def test_every_head(model_type: str, head: str, dtype: torch.dtype, calibrated: 
     assert_same(found, qmodel)
 
 
-@pytest.mark.parametrize("model_type", BY_TYPE)
-@pytest.mark.parametrize("rules", ["linear-only", "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize(
+    ("model_type", "rules"),
+    [*zip(BY_TYPE, itertools.cycle(["linear-only", "onnxruntime", "tensorrt"]))],
+)
 def test_other_rules(model_type: str, rules: str, tmp_path: Path) -> None:
     head = next(name for name in BY_TYPE[model_type].heads() if kind_of(name) == "sequence")
     qmodel = qs.convert(build(model_type, head), rules)

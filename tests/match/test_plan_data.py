@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -56,8 +57,15 @@ def test_most_rules_fit_most_architectures() -> None:
     assert sum(fits(model_type, rules) for model_type in ("bert", "modernbert") for rules in shipped_rules()) >= 14
 
 
-@pytest.mark.parametrize("model_type", BY_TYPE)
-@pytest.mark.parametrize("rules", ["qdqbert", "linear-only", "fuse-qkv", "onnxruntime", "tensorrt"])
+#: Each architecture by the reference's rules, and by others in turn.
+CASES = [
+    *((model_type, "qdqbert") for model_type in BY_TYPE),
+    *zip(BY_TYPE, itertools.cycle(["linear-only", "fuse-qkv", "onnxruntime", "tensorrt"])),
+    *(("bert", rules) for rules in ("fuse-qkv", "onnxruntime", "tensorrt")),
+]
+
+
+@pytest.mark.parametrize(("model_type", "rules"), CASES)
 def test_a_plan_comes_back(model_type: str, rules: str) -> None:
     if not fits(model_type, rules):
         with pytest.raises(qs.MatchError):

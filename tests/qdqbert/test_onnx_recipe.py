@@ -129,7 +129,7 @@ def calibrate(qmodel: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
         quantizer.enable_quant()
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])
 def test_the_dynamo_exporter_with_dynamic_shapes(model_type: str, tmp_path: Path) -> None:
     qmodel = qs.convert(build(model_type, BASE[model_type]))
     calibrate(qmodel, batch_for(qmodel, (4, 8)))
