@@ -19,6 +19,9 @@ TORCH_HOME = str(Path(torch.__file__).parent)
 #: The whole package, not this folder of it.
 OUR_HOME = str(Path(__file__).parent.parent)
 
+#: What stands behind an instruction for its caches; no release before 3.11 has any, and none has another use for it.
+_CACHE = b"\0"
+
 _GRAD_MODE = str(Path(TORCH_HOME, "autograd", "grad_mode.py"))
 
 
@@ -28,17 +31,32 @@ def place(stop: CodeType) -> tuple[tuple[tuple[str, str, int], ...], str]:
     Frames of torch and of this package do not count: the place is one in a modeling file.
     """
     frames: list[tuple[str, str, int]] = []
-    line = ""
+    line, told = "", True  # whether what the frame called is ours: then C called it
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not stop:
         code = frame.f_code
         name = _name_outside(code.co_filename)
         if name is not None:
-            frames.append((name, code.co_name, frame.f_lasti))
+            at = frame.f_lasti if told else _end_of_call(code, frame.f_lasti)
+            frames.append((name, code.co_name, at))
             if code.co_filename != contextlib.__file__:
                 line = line or f"{name}:{frame.f_lineno}"
+        told = code.co_filename.startswith(OUR_HOME)
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(frames), line
+
+
+@functools.lru_cache(maxsize=4096)
+def _end_of_call(code: CodeType, at: int) -> int:
+    """The last place of the instruction at ``at``, its caches included.
+
+    CPython runs a call of a Python function from one Python function in the same loop, and then stands at the end of
+    the instruction; where something sees each frame (a debugger, dynamo), it does not, and stands at its beginning.
+    """
+    text = code.co_code
+    while text[at + 2 : at + 3] == _CACHE:
+        at += 2
+    return at
 
 
 @functools.lru_cache(maxsize=4096)
