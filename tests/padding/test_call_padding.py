@@ -606,3 +606,30 @@ def test_trimmed_leaves_the_rest_alone(mask: Tensor | None) -> None:
     found = trimmed(batch)
     assert found == batch
     assert found is not batch
+
+
+def test_padding_enters_no_range_of_a_channel() -> None:
+    """One range for each hidden unit: those of both texts alone, whatever stands in the padding."""
+    rules = qs.load_rules("linear-only")
+    channels = QuantSpec(axis=2, calibrator=CalibratorSpec("max"))
+    qmodel = qs.convert(
+        build("bert", "BertModel"), dataclasses.replace(rules, specs={**rules.specs, "activation": channels})
+    )
+    short, long = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 10, 11, 12, 13]])
+
+    def ranges(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: seen.amax for name, seen in qs.collect(qmodel, batches, histograms=False).seen.items()}
+
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6])
+    padded = [
+        ranges(
+            [{"input_ids": torch.cat([torch.cat([short, torch.full((1, 3), junk)], 1), long]), "attention_mask": mask}]
+        )
+        for junk in (20, 40)
+    ]
+    wanted = ranges([{"input_ids": short}, {"input_ids": long}])
+    assert {amax.shape[:2] for amax in wanted.values()} == {(1, 1)}
+    for name, amax in wanted.items():
+        assert torch.equal(padded[0][name], padded[1][name]), name
+        # Products of another number of rows are rounded otherwise.
+        assert torch.allclose(padded[0][name], amax, rtol=1e-5, atol=0), name
