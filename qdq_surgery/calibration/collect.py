@@ -203,10 +203,10 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     return model
 
 
-def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, Tensor]]:
-    """The quantizers of linears' weights that are enabled, each with its weight."""
+def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, QuantLinear]]:
+    """The quantizers of linears' weights that are enabled, each with its linear."""
     return {
-        f"{name}._weight_quantizer": (module._weight_quantizer, module.weight)
+        f"{name}._weight_quantizer": (module._weight_quantizer, module)
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear) and module._weight_quantizer is not None
         if module._weight_quantizer.enabled

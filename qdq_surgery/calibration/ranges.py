@@ -20,9 +20,11 @@ from qdq_surgery.calibration.collect import (
     weight_quantizers,
 )
 from qdq_surgery.errors import CalibrationError, OptionError
+from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.range_choice import check_method_name, choose, takes_percentile
 from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE, relative_error
 from qdq_surgery.quantize.calibrators import HistogramCalibrator
+from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import LEAST_PERCENTILE, CalibratorSpec, doubtful_percentile
 from qdq_surgery.safety.transaction import all_or_nothing
@@ -155,10 +157,13 @@ def calibrate(
         data = collect(qmodel, batches, histograms=any(each.is_histogram for each in methods.values()))
     _check_statistics(data, activations)
     found: dict[str, FoundRange] = {}
+    linears = {id(each._input_quantizer): each for each in model.modules() if isinstance(each, QuantLinear)}
     for name, quantizer in track(activations.items(), "computing ranges", len(activations)):
-        found[name] = _activation_range(name, quantizer, data.seen[name], methods[name])
-    for name, (quantizer, weight) in track(weight_quantizers(model).items(), "weights", None):
-        found[name] = weight_range(name, quantizer, weight)
+        found[name] = _activation_range(name, quantizer, data.seen[name], methods[name], linears.get(id(quantizer)))
+    scales = {id(each.quantizer): channel_scale(each.amax) for each in found.values() if each.quantizer.scaled}
+    for name, (quantizer, linear) in track(weight_quantizers(model).items(), "weights", None):
+        scale = scales.get(id(linear._input_quantizer), linear.channel_scale)
+        found[name] = weight_range(name, quantizer, linear.weight, scale)
     share_ranges_found(model, found)
     words = str(asked) if asked is not None else "the rules' methods"
     made = Calibration(words, tuple(each.how for each in found.values()), data.batches, data.rows, data.tokens)
@@ -220,13 +225,21 @@ def _check_statistics(data: Statistics, activations: Mapping[str, TensorQuantize
             )
 
 
-def _activation_range(name: str, quantizer: TensorQuantizer, seen: Seen, calibrator: CalibratorSpec) -> FoundRange:
+def _activation_range(
+    name: str, quantizer: TensorQuantizer, seen: Seen, calibrator: CalibratorSpec, linear: QuantLinear | None
+) -> FoundRange:
     if not bool((seen.amax > 0).any()):
         raise CalibrationError(
             f"{name} saw only zeros, from which no range can be found; bring data that reaches it, or disable or "
             "exclude it"
         )
     own = None if quantizer.spec is None else quantizer.spec.calibrator
+    if own is not None and quantizer.scaled:
+        weight_tops = None if linear is None else linear.weight.detach().float().abs().amax(0)
+        tops = seen.amax.reshape(-1)
+        amax = own.channel_ranges(tops, None if weight_tops is None else weight_tops.to(tops.device))
+        assert own.scale_method is not None
+        return _found(name, quantizer, amax, own.scale_method.words.format(value=own.scale_value))
     if quantizer.axes is not None and own is not None and own.by_channel:
         raise CalibrationError(
             f"{name} has one range for each channel of an activation, which {own.name} is not for; write axis: null, "
@@ -252,14 +265,21 @@ def _found(name: str, quantizer: TensorQuantizer, amax: Tensor, words: str) -> F
     return FoundRange(quantizer, limited, Range(name, words, float(limited.max())))
 
 
-def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor) -> FoundRange:
+def weight_range(
+    name: str, quantizer: TensorQuantizer, weight: Tensor, scale: Tensor | None = None
+) -> FoundRange:
     """The range of a weight, by its rule's method.
+
+    Args:
+        scale: (in_features,), by which its columns are multiplied before they are rounded.
 
     Raises:
         CalibrationError: The weight has a NaN or an infinite value.
     """
     if not bool(weight.isfinite().all()):
         raise CalibrationError(f"{name}: the weight has a NaN or an infinite value")
+    if scale is not None:
+        weight = weight.detach().float() * scale.to(weight.device)
     method = _own_method(quantizer)
     if quantizer.axes is not None and method.by_channel is not None:
         amax = method.by_channel(weight.detach(), quantizer.axes[0], quantizer.grid)

@@ -33,7 +33,7 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
     model = unwrapped(qmodel)
     shared = {name for group in plan_of(model).shared for name in group}
     kept = set() if weights else set(weight_quantizers(model))
-    kept |= {name for name, each in quantizers(model).items() if planned_name(name, each) in shared}
+    kept |= {name for name, each in quantizers(model).items() if planned_name(name, each) in shared or each.scaled}
     chosen = {name: each for name, each in quantizers(model).items() if name not in kept and each.enabled}
     for name, each in chosen.items():
         if each.amax is None:
@@ -70,8 +70,8 @@ def recalibrate_weights(qmodel: nn.Module) -> None:
     """
     model = unwrapped(qmodel)
     found = {
-        name: weight_range(name, quantizer, weight)
-        for name, (quantizer, weight) in weight_quantizers(model).items()
+        name: weight_range(name, quantizer, linear.weight, linear.channel_scale)
+        for name, (quantizer, linear) in weight_quantizers(model).items()
         if not quantizer.learns
     }
     share_ranges_found(model, found)

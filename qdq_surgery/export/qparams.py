@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ExportError
+from qdq_surgery.match.site_names import LINEAR_NAMES
+from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
 from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import quantizers
 from qdq_surgery.targets.target import Target
@@ -40,6 +43,10 @@ class QParams:
         axis: The per-channel axis, from the end where it is negative; ``None`` for one range.
         grid: Its integers.
         native: Whether the model rounds by the native formula (``use_fb_fake_quant``).
+        channels: float32, (channels,): what an activation is divided by, channel by channel, before it is rounded, and
+            what the columns of a weight are multiplied by; ``None``: nothing.
+        taken_back: Whether the weight behind an activation is multiplied by ``channels``, so that nothing else has to
+            be.
     """
 
     name: str
@@ -48,6 +55,8 @@ class QParams:
     axis: int | None
     grid: Grid
     native: bool
+    channels: NDArray[np.float32] | None = None
+    taken_back: bool = False
 
     def scale(self, amax: NDArray[np.float32]) -> NDArray[np.float32]:
         """ONNX's scale for ``amax``, float32, same shape, > 0."""
@@ -98,7 +107,20 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
         )
     _check_ranges(acting)
     _refuse(acting, target)
-    return {name: _qparams(name, each) for name, each in acting.items()}
+    found = {name: _qparams(name, each) for name, each in acting.items()}
+    for name, linear in qmodel.named_modules():
+        if isinstance(linear, QuantLinear):
+            _pass_scale(found, f"{name}.{LINEAR_NAMES['input']}", f"{name}.{LINEAR_NAMES['weight']}", linear)
+    return found
+
+
+def _pass_scale(found: dict[str, QParams], activation: str, weight: str, linear: QuantLinear) -> None:
+    """What a linear's input is divided by, its weight takes back."""
+    scale = linear.channel_scale
+    if scale is not None and weight in found:
+        found[weight] = replace(found[weight], channels=scale.float().cpu().numpy())
+        if activation in found:
+            found[activation] = replace(found[activation], taken_back=True)
 
 
 def _check_ranges(acting: dict[str, TensorQuantizer]) -> None:
@@ -151,6 +173,11 @@ def _refuse(acting: dict[str, TensorQuantizer], target: Target) -> None:
 
 
 def _qparams(name: str, quantizer: TensorQuantizer) -> QParams:
+    if quantizer.scaled and quantizer.amax is not None:
+        ranges = quantizer.amax.detach().float().cpu()
+        channels, lowest = channel_scale(ranges).numpy(), ranges.min().numpy()
+        native = bool(quantizer.use_fb_fake_quant)
+        return QParams(name, quantizer.role, lowest, None, quantizer.grid, native, channels)
     amax, axes = quantizer.amax, quantizer.axes
     axis = axes[0] if axes is not None and len(axes) == 1 else None
     if amax is not None:
@@ -158,8 +185,8 @@ def _qparams(name: str, quantizer: TensorQuantizer) -> QParams:
         wide = [at for at, size in enumerate(amax.shape) if size != 1]
         axis = wide[0] - amax.ndim if wide else None  # as it broadcasts
         amax = amax.reshape(-1) if wide else amax.reshape(())
-    ranges = None if amax is None else amax.numpy()
-    return QParams(name, _role(name, quantizer), ranges, axis, quantizer.grid, bool(quantizer.use_fb_fake_quant))
+    values = None if amax is None else amax.numpy()
+    return QParams(name, _role(name, quantizer), values, axis, quantizer.grid, bool(quantizer.use_fb_fake_quant))
 
 
 def _role(name: str, quantizer: TensorQuantizer) -> str:

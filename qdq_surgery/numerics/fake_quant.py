@@ -98,7 +98,7 @@ def native_fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor
     qmin, qmax = grid.full.qmin, grid.qmax
     work = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
     scale = grid.step(amax.float())
-    axis = _channel_axis(amax)
+    axis = _channel_axis(amax, inputs.ndim)
     if torch.compiler.is_compiling():
         # The operator with a tensor as scale has no shape function, so no exporter can trace it: this is its formula.
         if torch.is_grad_enabled() and inputs.requires_grad:
@@ -142,7 +142,7 @@ def onnx_fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     if grid.bits != 8:
         raise ValueError(f"ONNX's QuantizeLinear has 8 bits, this quantizer has {grid.bits}; disable it for the export")
     kind = torch.uint8 if grid.unsigned else torch.int8
-    axis = _channel_axis(amax)
+    axis = _channel_axis(amax, inputs.ndim)
     shape = () if axis is None else (amax.numel(),)
     work = inputs.float()
     scale = grid.step(amax.float()).reshape(shape)
@@ -157,9 +157,9 @@ def onnx_fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     return outputs.to(inputs.dtype)
 
 
-def _channel_axis(amax: Tensor) -> int | None:
-    """The axis along which ``amax`` varies; ``None`` for a single value."""
-    axes = [axis for axis, size in enumerate(amax.shape) if size != 1]
+def _channel_axis(amax: Tensor, rank: int) -> int | None:
+    """The axis of a tensor of so many along which ``amax``, as it broadcasts, varies; ``None`` for a single value."""
+    axes = [axis for axis, size in enumerate(amax.shape, rank - amax.ndim) if size != 1]
     if len(axes) > 1:
         raise TypeError(f"one axis can have ranges of its own, but amax has the shape {tuple(amax.shape)}")
     return axes[0] if axes else None

@@ -41,6 +41,7 @@ class Site:
         factor: That value is ``factor`` times the fake-quantized value of PyTorch: not 1 where a scale of the
             attention was folded in.
         transposed: Whether a weight is stored as (in, out) rather than PyTorch's (out, in).
+        scaled: Whether that value is the fake-quantized one divided by a scale for each channel.
     """
 
     quantizers: list[str]
@@ -50,6 +51,7 @@ class Site:
     value: str
     factor: float = 1.0
     transposed: bool = field(default=False)
+    scaled: bool = False
 
     @property
     def name(self) -> str:
@@ -59,7 +61,9 @@ class Site:
 
 def dump_sites(sites: Sequence[Site]) -> str:
     """As JSON, for the file's metadata."""
-    return json.dumps([asdict(site) for site in sites])
+    entries = [asdict(site) for site in sites]
+    # Releases before the scales read what has none.
+    return json.dumps([{key: value for key, value in each.items() if key != "scaled" or value} for each in entries])
 
 
 def load_sites(text: str, where: str = "the list of sites") -> list[Site]:
@@ -188,5 +192,6 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "value": _is_name,
     "factor": _is_factor,
     "transposed": lambda value: isinstance(value, bool),
+    "scaled": lambda value: isinstance(value, bool),
 }
-_REQUIRED = _FIELDS.keys() - {"factor", "transposed"}
+_REQUIRED = _FIELDS.keys() - {"factor", "transposed", "scaled"}

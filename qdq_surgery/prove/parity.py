@@ -298,6 +298,8 @@ class _Forced:
         site = self._site(name, output)
         value = self._values[site.value].astype(np.float32) / np.float32(site.factor)
         theirs = torch.from_numpy(value.T.copy() if site.transposed else value).reshape(output.shape)
+        if site.scaled and quantizer.channel_scale is not None:
+            theirs = theirs * quantizer.channel_scale.cpu()
         self.checks.append(self._compare(name, quantizer, inputs.float().cpu(), output.float().cpu(), theirs, site))
         return theirs.to(output)
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAKE_QUANT", "FAKE_QUANT_DOMAIN", "tag", "tagged"]
+__all__ = ["FAKE_QUANT", "FAKE_QUANT_DOMAIN", "is_tagged", "tag", "tagged"]
 
 FAKE_QUANT_DOMAIN, FAKE_QUANT = "qdq_surgery", "FakeQuant"
 
@@ -38,6 +38,11 @@ def _name(quantizer: nn.Module, names: Mapping[nn.Module, str]) -> str:
     if made_for in names.values():
         return str(made_for)
     raise KeyError(quantizer)
+
+
+def is_tagged() -> bool:
+    """Whether quantizers leave nodes in this thread. (torch.compile has no export under way, and could not ask.)"""
+    return not torch.compiler.is_dynamo_compiling() and _NAMES.get() is not None
 
 
 def tag(quantizer: nn.Module, inputs: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from pytorch_quantization import nn as quant_nn
 from torch import Tensor
 from torch.nn import functional
 
+from qdq_surgery.quantize.export_node import is_tagged
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 
 __all__ = ["QuantLinear"]
@@ -23,12 +24,32 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
     _input_quantizer: TensorQuantizer | None
     _weight_quantizer: TensorQuantizer | None
 
+    @property
+    def channel_scale(self) -> Tensor | None:
+        """What each input channel is divided by before it is rounded, (in_features,); ``None``: nothing.
+
+        The columns of the weight are multiplied by it before they are rounded.
+        """
+        return None if self._input_quantizer is None else self._input_quantizer.channel_scale
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as it is multiplied with: rounded, or as it is where nothing rounds it."""
+        quantizer = self._weight_quantizer
+        if quantizer is None:
+            return self.weight
+        # In a deployment file the weight is stored rounded: its node there stands for the product, too.
+        scale = self.channel_scale if quantizer.quantizes and not is_tagged() else None
+        if scale is None:
+            return quantizer(self.weight)  # type: ignore[no-any-return]
+        # In float32: a weight in half precision would be rounded before it is rounded.
+        rounded: Tensor = quantizer(self.weight.float() * scale)
+        return (rounded / scale).to(self.weight.dtype)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
         """(..., in_features) to (..., out_features), as nn.Linear does, with both operands quantized."""
         if self._input_quantizer is not None:
             input = self._input_quantizer(input)  # noqa: A001
-        weight = self.weight if self._weight_quantizer is None else self._weight_quantizer(self.weight)
-        return functional.linear(input, weight, self.bias)
+        return functional.linear(input, self.quantized_weight(), self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

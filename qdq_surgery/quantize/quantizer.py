@@ -19,6 +19,7 @@ from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 
 from qdq_surgery.errors import CalibrationError
+from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.fake_quant import (
     exporting_to_onnx,
     fake_quant,
@@ -128,6 +129,22 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def axes(self) -> tuple[int, ...] | None:
         """The axes along which each channel has its own range; ``None``: one range for the whole tensor."""
         return kept_axes(self._axis)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each channel of what it sees has a scale, so that they share one step: its rule says ``axis: -1``."""
+        return self.spec is not None and self.spec.scaled
+
+    @property
+    def channel_scale(self) -> Tensor | None:
+        """What each channel is divided by before it is rounded, (channels,); ``None``: nothing, or it has no range."""
+        amax = self.amax
+        return channel_scale(amax.detach()) if self.scaled and amax is not None else None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether what passes is rounded."""
+        return self.enabled and bool(self._if_quant)
 
     @property
     def role(self) -> str:
@@ -318,12 +335,17 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             strict: Whether to raise, rather than set NaN, when the calibrator has seen nothing.
 
         Raises:
-            RuntimeError: There is no calibrator, or it has seen nothing.
+            RuntimeError: There is no calibrator, it has seen nothing, or there is a scale per channel.
         """
         strict = kwargs.pop("strict", True)
         calibrator = getattr(self, "_calibrator", None)
         if calibrator is None:
             raise RuntimeError("this quantizer has no calibrator")
+        if self.scaled:
+            raise RuntimeError(
+                f"{self._name()} has a scale per channel, on which its linear's weight depends: call "
+                "qdq_surgery.calibrate, which finds both"
+            )
         own = None if self.spec is None or args or "method" in kwargs else self.spec.calibrator
         if own is not None and own.name != "histogram" and isinstance(calibrator, calib.HistogramCalibrator):
             percentile = {} if own.percentile is None else {"percentile": own.percentile}

@@ -100,6 +100,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "name": Key("text", needed="write for example name: percentile", stored=_WRITTEN),
         "percentile": Key("number"),
         "num_bins": Key("integer"),
+        "threshold": Key("number"),
+        "alpha": Key("number"),
     },
     "rule": {
         "name": Key("text", needed="write name:", stored=_ALWAYS),

@@ -58,6 +58,7 @@ class _Lowering:
         self._activations: dict[tuple[object, ...], Pair] = {}
         self._weights: dict[tuple[str, str], tuple[ir.Value, ir.Value, ir.Value]] = {}
         self._names: dict[str, int] = {}
+        self._multiplied: dict[Pair, ir.Value] = {}
 
     def activation(self, node: ir.Node, value: ir.Value, qparams: QParams) -> None:
         if qparams.amax is None:
@@ -67,13 +68,16 @@ class _Lowering:
             )
         stored, middle = self._stored_grid(qparams.grid)
         scale = qparams.scale(qparams.amax)
-        key = (id(value), stored, middle, qparams.axis, scale.tobytes())
+        channels = None if qparams.channels is None else qparams.channels.tobytes()
+        key = (id(value), stored, middle, qparams.axis, scale.tobytes(), channels)
         known = self._activations.get(key)
         if known is not None:
             known.site.quantizers.append(qparams.name)
-            self._replace(node, known.dequantize.outputs[0])
+            self._replace(node, self._taken_back(known, node, qparams))
             return
         name = self._unique(qparams.name)
+        if qparams.channels is not None:
+            value = self._times(f"{name}/divided", value, 1.0 / qparams.channels, node)
         parameters = [
             self._constant(f"{name}/scale", typed_scale(scale, _numpy_type(value))),
             self._zero_point(np.full(scale.shape, middle, integer_type(stored))),
@@ -85,10 +89,32 @@ class _Lowering:
         quantize.outputs[0].type = ir.TensorType(ir.DataType[str(stored.onnx_type)])
         dequantize = self._dequantize(name, [quantize.outputs[0], *parameters], attributes, node.outputs[0])
         self.graph.insert_before(node, [quantize, dequantize])
-        self._replace(node, dequantize.outputs[0])
-        site = Site([qparams.name], qparams.role, quantize.name, *_named(dequantize))
+        site = Site(
+            [qparams.name], qparams.role, quantize.name, *_named(dequantize), scaled=qparams.channels is not None
+        )
         self.pairs.append(Pair(site, dequantize, quantize))
         self._activations[key] = self.pairs[-1]
+        self._replace(node, self._taken_back(self.pairs[-1], node, qparams))
+
+    def _taken_back(self, pair: Pair, node: ir.Node, qparams: QParams) -> ir.Value:
+        """What the pair gives, times the scales that nothing behind it takes back."""
+        if qparams.channels is None or qparams.taken_back:
+            return pair.value
+        if pair not in self._multiplied:
+            name = f"{pair.site.name}/multiplied"
+            self._multiplied[pair] = self._times(name, pair.value, qparams.channels, node)
+        return self._multiplied[pair]
+
+    def _times(self, name: str, value: ir.Value, channels: NDArray[np.float32], before: ir.Node) -> ir.Value:
+        factors = self._constant(f"{name}/scale", channels.astype(_numpy_type(value)))
+        product = ir.node("Mul", [value, factors], name=name)
+        product.outputs[0].name, product.outputs[0].shape, product.outputs[0].type = (
+            f"{name}/value",
+            value.shape,
+            value.type,
+        )
+        self.graph.insert_before(before, product)
+        return product.outputs[0]
 
     def _stored_grid(self, grid: Grid) -> tuple[Grid, int]:
         """The integers of the file, and which of them is 0.
@@ -143,6 +169,8 @@ class _Lowering:
             values = self.weights.get(value.name)
             if values is None:
                 values = value.const_value.numpy().astype(np.float32)
+            if qparams.channels is not None:
+                values = values * qparams.channels
             # A constant where others have an activation: the kernels want it as they want those.
             stored, middle = (qparams.grid, 0) if qparams.role == "weight" else self._stored_grid(qparams.grid)
             integers = qparams.integers(values)
