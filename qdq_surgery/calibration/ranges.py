@@ -265,9 +265,7 @@ def _found(name: str, quantizer: TensorQuantizer, amax: Tensor, words: str) -> F
     return FoundRange(quantizer, limited, Range(name, words, float(limited.max())))
 
 
-def weight_range(
-    name: str, quantizer: TensorQuantizer, weight: Tensor, scale: Tensor | None = None
-) -> FoundRange:
+def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor, scale: Tensor | None = None) -> FoundRange:
     """The range of a weight, by its rule's method.
 
     Args:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from qdq_surgery.export.onnx_trace import Traced
+from qdq_surgery.export.passes.fold_channel_scales import fold_channel_scales
 from qdq_surgery.export.passes.fold_score_scale import fold_score_factors
 from qdq_surgery.export.passes.lower_qdq import lower
 from qdq_surgery.export.passes.name_nodes import name_nodes
@@ -44,6 +45,7 @@ def build(
     model, graph = traced.model, traced.model.graph
     pairs = lower(graph, qparams, activations, weights)
     fold_score_factors(graph, pairs)
+    fold_channel_scales(graph)
     if target.plain_bias:
         plain_bias(graph)
     if target.plain_skip_norm:

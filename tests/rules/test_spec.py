@@ -15,6 +15,7 @@ from qdq_surgery.errors import RuleFileError, printable
 from qdq_surgery.numerics.fake_quant import fake_quant
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.rules.pattern import parse_pattern
+from qdq_surgery.numerics.channel_scales import SCALE_METHODS
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec, calibrator_names
 from qdq_surgery.rules.spec import (
     DEFAULT_SPEC,
@@ -95,9 +96,9 @@ REFUSED: list[Any] = [
     ),
     *(
         pytest.param(
-            lambda axis=axis: QuantSpec(axis=axis), f"axis {axis} is outside 0 to 3", "or null", id=f"axis-{axis}"
+            lambda axis=axis: QuantSpec(axis=axis), f"axis {axis} is outside -1 to 3", "or null", id=f"axis-{axis}"
         )
-        for axis in (-4, -1, 4)
+        for axis in (-4, -2, 4)
     ),
     *(
         pytest.param(
@@ -107,7 +108,52 @@ REFUSED: list[Any] = [
             id=f"axis-with-{name}",
         )
         for name in calibrator_names()
-        if name not in ("max", "mse")
+        if name not in ("max", "mse", *SCALE_METHODS)
+    ),
+    *(
+        pytest.param(
+            lambda name=name, axis=axis: QuantSpec(axis=axis, calibrator=CalibratorSpec(name)),
+            f"calibrator '{name}' finds a scale for each channel, but axis is {'null' if axis is None else axis}",
+            "^write axis: -1$",
+            id=f"axis-{axis}-with-{name}",
+        )
+        for name in SCALE_METHODS
+        if name != "max"
+        for axis in (None, 0, 3)
+    ),
+    *(
+        pytest.param(
+            lambda name=name: QuantSpec(axis=-1, calibrator=CalibratorSpec(name)),
+            f"calibrator '{name}' finds no scale for each channel, but axis is -1",
+            "^write calibrator: max, outliers, smooth, or axis: null$",
+            id=f"scaled-with-{name}",
+        )
+        for name in calibrator_names()
+        if name not in SCALE_METHODS
+    ),
+    pytest.param(
+        lambda: QuantSpec(axis=-1, learn=True),
+        "a scale per channel is not learned",
+        "remove learn",
+        id="scaled-learned",
+    ),
+    pytest.param(
+        lambda: CalibratorSpec("outliers", threshold=0.5),
+        "threshold 0.5 is outside 1 to 1000",
+        "^write for example 1.5$",
+        id="threshold-below-one",
+    ),
+    pytest.param(
+        lambda: CalibratorSpec("smooth", alpha=float("nan")), "alpha nan is outside 0 to 1", "0.5", id="alpha-nan"
+    ),
+    pytest.param(
+        lambda: CalibratorSpec("smooth", threshold=2.0),
+        "calibrator 'smooth' takes no threshold",
+        "^remove it, or write name: outliers$",
+        id="threshold-of-smooth",
+    ),
+    pytest.param(
+        lambda: CalibratorSpec("max", alpha=0.5), "calibrator 'max' takes no alpha", "name: smooth", id="alpha-of-max"
     ),
     *(
         pytest.param(
@@ -279,14 +325,14 @@ def test_percentiles_within_the_limits(percentile: float) -> None:
     assert CalibratorSpec("percentile", percentile).percentile == percentile
 
 
-@pytest.mark.parametrize("name", [name for name in calibrator_names() if name != "max"])
+@pytest.mark.parametrize("name", [name for name in calibrator_names() if name not in SCALE_METHODS])
 @pytest.mark.parametrize("bins", [128, 1 << 20])
 def test_bins_within_the_limits(name: str, bins: int) -> None:
     assert CalibratorSpec(name, num_bins=bins).num_bins == bins
 
 
-@pytest.mark.parametrize(("name", "is_histogram"), [(name, name != "max") for name in calibrator_names()])
-def test_all_but_max_need_a_histogram(name: str, is_histogram: bool) -> None:
+@pytest.mark.parametrize(("name", "is_histogram"), [(name, name not in SCALE_METHODS) for name in calibrator_names()])
+def test_all_but_maxima_need_a_histogram(name: str, is_histogram: bool) -> None:
     assert CalibratorSpec(name).is_histogram is is_histogram
 
 
@@ -295,6 +341,29 @@ def test_all_but_max_need_a_histogram(name: str, is_histogram: bool) -> None:
 def test_one_range_per_channel_by_max_or_mse(name: str, axis: int) -> None:
     spec = QuantSpec(axis=axis, calibrator=CalibratorSpec(name))
     assert (spec.axis, spec.calibrator.name) == (axis, name)
+
+
+@pytest.mark.parametrize("calibrator", ["max", "outliers", "smooth"])
+def test_a_scale_per_channel(calibrator: str) -> None:
+    spec = QuantSpec(axis=-1, calibrator=CalibratorSpec(calibrator))
+    assert spec.scaled
+    assert str(spec) == f"int8 scaled {calibrator}"
+    assert not QuantSpec(axis=0).scaled
+
+
+@pytest.mark.parametrize(
+    ("spec", "value"),
+    [
+        (CalibratorSpec("outliers"), 1.5),
+        (CalibratorSpec("outliers", threshold=3), 3),
+        (CalibratorSpec("smooth"), 0.5),
+        (CalibratorSpec("smooth", alpha=0.0), 0.0),
+        (CalibratorSpec("max"), None),
+    ],
+    ids=str,
+)
+def test_the_option_of_a_scale(spec: CalibratorSpec, value: float | None) -> None:
+    assert spec.scale_value == value
 
 
 @pytest.mark.parametrize("value", [2.0**-23, 1e-3, 10, 2.0**126])

@@ -650,8 +650,8 @@ MEANING: Cases = {
         for value in ("-8", "0", "1", "17")
     },
     **{
-        f"axis-{value}": (with_spec(f"^{{axis: {value}}}"), f"axis {value} is outside 0 to 3", "or null")
-        for value in ("-4", "-1", "4", "768")
+        f"axis-{value}": (with_spec(f"^{{axis: {value}}}"), f"axis {value} is outside -1 to 3", "or null")
+        for value in ("-4", "-2", "4", "768")
     },
     **{
         f"axis-with-{name}": (
@@ -1076,7 +1076,7 @@ def test_a_scalar_that_fills_the_file_is_not_quoted_whole(text: str, letter: str
     path, line, column = write_marked(tmp_path / "mine.yaml", text.replace("LONG", letter * ((1 << 16) - 1000)))
     error = refusal(path)
     assert (error.path, error.line, error.column) == (path.resolve(), line, column)
-    assert len(error.found) + len(error.fix) < 400
+    assert len(error.found) + len(error.fix) < 420
 
 
 def nodes_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -1629,12 +1629,13 @@ def test_a_shipped_name_goes_before_a_file_of_that_name(tmp_path: Path, monkeypa
 SHIPPED = {
     "fuse-qkv": "qdqbert",
     "linear-only": None,
-    "onnxruntime": "qdqbert",
-    "openvino": "qdqbert",
+    "onnxruntime": "qdqbert-scaled",
+    "openvino": "qdqbert-scaled",
     "qdqbert": None,
-    "tensorrt": "qdqbert",
-    "tensorrt-both": "qdqbert",
-    "tensorrt-none": "qdqbert",
+    "qdqbert-scaled": "qdqbert",
+    "tensorrt": "qdqbert-scaled",
+    "tensorrt-both": "qdqbert-scaled",
+    "tensorrt-none": "qdqbert-scaled",
 }
 
 
@@ -1649,14 +1650,14 @@ def test_a_shipped_file_loads(name: str) -> None:
     assert rules == load_rules(path)
     assert rules.name == name == path.stem
     base = SHIPPED[name]
-    files = (path.resolve(), *(() if base is None else (shipped_rules()[base].resolve(),)))
+    files = (path.resolve(), *(() if base is None else load_rules(base).files))
     assert (rules.path, rules.files, rules.extends) == (path.resolve(), files, base)
     assert rules.text == path.read_text(encoding="utf-8")
     assert rules.why
     inherited = () if base is None else load_rules(base).rules
-    assert all(rule in rules.rules for rule in inherited)
+    names = {rule.name for rule in rules.rules}
+    assert names >= {rule.name for rule in inherited}  # some are replaced
     own = [rule for rule in rules.rules if rule not in inherited]
-    assert len(own) == len(rules.rules) - len(inherited)
     assert own or base is not None  # what extends another may only exclude
     assert all(rule.why and rule.source.startswith(f"{path.name}:") for rule in own)
 

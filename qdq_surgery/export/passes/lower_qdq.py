@@ -22,7 +22,10 @@ from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_graph.qdq_pairs import Pair
 from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
 
-__all__ = ["lower", "typed_scale"]
+__all__ = ["DIVIDED", "lower", "typed_scale"]
+
+#: How the name of a product ends that divides an activation channel by channel.
+DIVIDED = "/divided"
 
 
 def lower(
@@ -77,7 +80,7 @@ class _Lowering:
             return
         name = self._unique(qparams.name)
         if qparams.channels is not None:
-            value = self._times(f"{name}/divided", value, 1.0 / qparams.channels, node)
+            value = self._times(f"{name}{DIVIDED}", value, 1.0 / qparams.channels, node)
         parameters = [
             self._constant(f"{name}/scale", typed_scale(scale, _numpy_type(value))),
             self._zero_point(np.full(scale.shape, middle, integer_type(stored))),
