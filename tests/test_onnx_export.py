@@ -777,6 +777,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ir, "save", fail)
 
 
+@pytest.mark.traces
 @pytest.mark.parametrize(
     ("fail", "kind", "said"),
     [

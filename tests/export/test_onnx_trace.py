@@ -310,6 +310,7 @@ def test_a_tied_weight_stays_tied() -> None:
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.traces
 def test_models_run_meanwhile(bert: PreTrainedModel) -> None:
     """torch says to the whole process that it is exporting; quantizers in other threads go on quantizing."""
     batch, outputs, errors = batch_for(bert, (2, 9)), [], []
