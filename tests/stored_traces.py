@@ -22,6 +22,7 @@ from torch.onnx._internal.exporter import _registration
 from transformers import PreTrainedModel
 
 from qdq_surgery.export import onnx_trace
+from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import quantizers
 
 __all__ = ["fingerprint", "install"]
@@ -84,7 +85,9 @@ def fingerprint(qmodel: PreTrainedModel) -> str:
     tagged = quantizers(qmodel)
     made = hashlib.sha256()
     for name, module in qmodel.named_modules(remove_duplicate=False):
-        own = {} if name in tagged else {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
+        own = {key: value for key, value in vars(module).items() if key[0] != "_" and isinstance(value, _PLAIN)}
+        if isinstance(module, TensorQuantizer):  # whether it acts at all; its grid and range are no part of a trace
+            own = {key: bool(getattr(module, key)) for key in ("_disabled", "_if_quant", "_holders")}
         made.update(f"{name} {type(module).__module__}.{type(module).__qualname__} {sorted(own.items())}".encode())
     made.update(repr((sorted(tagged), qmodel.config._attn_implementation, qmodel.config.to_json_string())).encode())
     states = [*qmodel.named_parameters(remove_duplicate=False), *qmodel.named_buffers(remove_duplicate=False)]

@@ -52,12 +52,17 @@ def other_number(model: PreTrainedModel) -> None:
     model.encoder.layer[0].output.LayerNorm.eps = 0.5
 
 
+def other_switch(model: PreTrainedModel) -> None:
+    next(iter(qs.quantizers(model).values())).disable()
+
+
 def other_ranges(model: PreTrainedModel) -> None:
     for quantizer in qs.quantizers(model).values():
-        quantizer.amax = 3.0
+        assert quantizer.amax is not None
+        quantizer.amax = quantizer.amax * 3.0
 
 
-@pytest.mark.parametrize("change", [other_weight, other_config, other_module, other_number])
+@pytest.mark.parametrize("change", [other_weight, other_config, other_module, other_number, other_switch])
 def test_another_model_is_told(change: Callable[[PreTrainedModel], None]) -> None:
     model = calibrated(num_hidden_layers=1)
     before = stored_traces.fingerprint(model)

@@ -529,6 +529,7 @@ def quantized(model_type: str, rules: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @on_x86
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_exported_models_fuse_as_the_linter_says(model_type: str, tmp_path: Path) -> None:
@@ -543,6 +544,7 @@ def test_exported_models_fuse_as_the_linter_says(model_type: str, tmp_path: Path
     assert 2 * layers["Subgraph", True] == enabled[FUSED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_the_shipped_rules_block_nothing_on_their_target(target: str, tmp_path: Path) -> None:
     model = quantized("bert", target)
