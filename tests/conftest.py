@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import importlib.util
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from pytorch_quantization import nn as quant_nn
 
 from reference_cases import THREADS
 
+HAS_EXPORTER = all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir", "onnxscript"))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread for each worker: the models are tiny, and threads would only wait for one another.
@@ -18,14 +23,36 @@ def pytest_configure(config: pytest.Config) -> None:
     MobileBERT's embeddings hold each token's neighbours: calibrated on padding it says so, wherever it is used.
     """
     torch.set_num_threads(1)
+    # torch says what it does at every step of a trace, to pytest, which keeps it: a third of an export's time.
+    logging.getLogger("torch.__trace").disabled = True
     if not hasattr(config, "workerinput"):
         kept.begin()
     config.addinivalue_line("filterwarnings", r"ignore:MobileBert\w* lets padding into real tokens:UserWarning")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that at the end no worker waits for another."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: it is not looked through again at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         kept.end()
+
+
+@pytest.fixture(autouse=True)
+def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal traces are made once, but for tests whose subject is the trace: those are marked ``traces``."""
+    if HAS_EXPORTER and request.node.get_closest_marker("traces") is None:
+        import stored_traces
+
+        stored_traces.install(monkeypatch)
 
 
 @pytest.fixture

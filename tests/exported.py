@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,6 @@ from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.prove.parity import Check, certify
 from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
-
-# torch says what it does at every step of a trace, to pytest, which keeps it: a third of an export's time.
-logging.getLogger("torch.__trace").disabled = True
 
 
 @functools.cache
@@ -104,20 +100,6 @@ def traced_once(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, 
     }
     found = _traced(tuple(qs.quantizers(qmodel)), opset)
     return replace(found, model=found.model.clone())
-
-
-def remembering(real: Callable[..., Traced]) -> Callable[..., Traced]:
-    """In place of ``trace``, while one model is exported for several targets: most of an export's time."""
-    known: dict[Any, Traced] = {}
-
-    def traced(model: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynamic: bool) -> Traced:
-        shapes = tuple((name, getattr(value, "shape", value)) for name, value in inputs.items())
-        key = (id(next(model.parameters())), model.dtype, opset, dynamic, shapes)
-        if key not in known:
-            known[key] = real(model, inputs, opset, dynamic)
-        return replace(known[key], model=known[key].model.clone())
-
-    return traced
 
 
 def assert_parity(qmodel: PreTrainedModel, path: Path, inputs: Mapping[str, Any], *runtimes: str) -> None:

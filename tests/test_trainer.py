@@ -243,8 +243,7 @@ def test_the_best_checkpoint_is_loaded_with_its_ranges(tmp_path: Path) -> None:
 # Options of Trainer --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", [CLASSIFIER, TAGGER])
-@pytest.mark.parametrize("distilled", [False, True], ids=["labels", "teacher"])
+@pytest.mark.parametrize(("head", "distilled"), [(CLASSIFIER, False), (TAGGER, True)], ids=["labels", "teacher"])
 def test_two_batches_of_two_are_one_of_four(tmp_path: Path, head: str, distilled: bool) -> None:
     # All rows have as many labels each, so that a mean of means is the mean.
     texts = Texts(rows=12, tagged=head == TAGGER)
@@ -392,8 +391,7 @@ class _Flipped(Texts):
         return {**made, "labels": torch.where(made["labels"] == -100, -100, 1 - made["labels"])}
 
 
-@pytest.mark.parametrize("head", [CLASSIFIER, TAGGER])
-@pytest.mark.parametrize("weight", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize(("head", "weight"), [(CLASSIFIER, 1.0), (CLASSIFIER, 0.5), (TAGGER, 1.0)])
 def test_the_weight_of_the_teacher(tmp_path: Path, head: str, weight: float) -> None:
     states = []
     for kind in (Texts, _Flipped):

@@ -19,6 +19,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.mark.slow
 def test_mutated_checkpoints_load_as_they_say_or_are_refused() -> None:
     outcome = checkpoints.run(150, 7)
     assert outcome.is_right, str(outcome)

@@ -18,6 +18,7 @@ from qdq_surgery.errors import RuleFileError
 from qdq_surgery.rules.yaml_file import load_rules
 
 
+@pytest.mark.slow
 def test_mutated_rules_are_read_as_they_say_or_refused() -> None:
     outcome = fuzzed.run(300, 20)
     assert outcome.is_right, str(outcome)

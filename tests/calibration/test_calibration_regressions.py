@@ -230,6 +230,7 @@ def test_a_list_of_axes_is_an_axis() -> None:
     assert qs.quantizers(model)["encoder.layer.0.output.dense._input_quantizer"].amax.shape == (1, 1, 48)
 
 
+@pytest.mark.slow
 def test_16_bits_take_no_gigabytes() -> None:
     """The README's own file asks for it: 16 bits, the best method. The tables are made in blocks."""
     model = converted()

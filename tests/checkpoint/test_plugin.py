@@ -467,6 +467,7 @@ def test_a_model_of_another_method_is_refused() -> None:
         qs.convert(calibrated())
 
 
+@pytest.mark.slow
 def test_without_the_package(folder: Path) -> None:
     """transformers warns, and gives the float model."""
     code = (
@@ -479,6 +480,7 @@ def test_without_the_package(folder: Path) -> None:
     assert "Unknown quantization type, got qdq_surgery" in run.stderr
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path) -> None:
     code = (
         "import qdq_surgery, torch; torch.set_num_threads(1); "

@@ -112,6 +112,7 @@ def weight(model: PreTrainedModel) -> torch.Tensor:
     return model.classifier.weight  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_killed_at_any_time(tmp_path: Path, other: PreTrainedModel) -> None:
     """By a signal that no process can answer, at ten times spread over several savings."""
     folder, models = tmp_path / "model", {"a": calibrated(), "b": other}

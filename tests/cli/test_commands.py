@@ -189,6 +189,7 @@ def test_a_failed_conversion_leaves_no_folder(folder: Path, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module_and_through_a_closed_pipe(folder: Path) -> None:
     command = f"{sys.executable} -m qdq_surgery diff {folder} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True)
@@ -237,6 +238,7 @@ def test_nothing_in_a_folder_is_lost_silently(folder: Path, tmp_path: Path, caps
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")

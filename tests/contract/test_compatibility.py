@@ -280,6 +280,7 @@ def test_the_commands_have_their_options() -> None:
         assert not [name for name in now[command].keys() - options.keys() if now[command][name]["wanted"]]
 
 
+@pytest.mark.slow
 def test_both_ways_to_start_the_command_are_there() -> None:
     [place] = re.findall(r'^qdq-surgery = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert place == "qdq_surgery.cli:main"

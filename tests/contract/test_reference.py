@@ -116,6 +116,7 @@ def test_own_calibrators_agree_but_for_the_grid(golden: Golden) -> None:
         assert torch.allclose(amax, wanted[name], rtol=close, atol=ACROSS_VERSIONS), name
 
 
+@pytest.mark.slow
 def test_own_entropy_is_that_of_the_reference(reference: Path) -> None:
     """On what the quantizers saw: pytorch-quantization's own function finds the same range on our histograms."""
     golden = Golden(reference / "model-entropy.safetensors")

@@ -142,6 +142,7 @@ def test_a_first_call_of_a_new_kind_leaves_buffers_alone() -> None:
     assert float(counting.calls) == before + 1
 
 
+@pytest.mark.slow
 def test_importing_changes_no_logging() -> None:
     """Of another process: in this one it has been imported long since."""
     code = """

@@ -134,6 +134,7 @@ def test_a_loss_trains_it(encoder: SentenceTransformer) -> None:
     assert all(torch.equal(each.amax, ranges[name]) for name, each in qs.quantizers(encoder).items())
 
 
+@pytest.mark.slow
 def test_a_pool_of_processes(encoder: SentenceTransformer) -> None:
     wanted = encoder.encode(TEXTS, batch_size=3)
     pool = encoder.start_multi_process_pool(["cpu"])

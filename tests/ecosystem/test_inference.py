@@ -332,6 +332,7 @@ def test_linear_only_takes_any_implementation(model_type: str) -> None:
 # Compilers -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_compiled_training_step() -> None:
     qmodel = calibrated().train()
@@ -348,6 +349,7 @@ def test_a_compiled_training_step() -> None:
     assert_equal(results[1], results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @torch.no_grad()
 def test_a_model_compiled_in_place() -> None:
@@ -365,6 +367,7 @@ def test_a_model_compiled_in_place() -> None:
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models_in_the_worker_of_a_loader() -> None:
     """They are pickled to a new process, where nothing is recorded yet."""
     qmodel = calibrated()

@@ -202,6 +202,7 @@ def test_another_attention_is_refused(folder: Path) -> None:
         model(**padded(model))
 
 
+@pytest.mark.slow
 def test_compiled_at_once_in_parts(folder: Path) -> None:
     model = load(folder)
     torch._dynamo.reset()
@@ -225,6 +226,7 @@ def test_compiled_in_one_graph_after_a_call(folder: Path) -> None:
         assert torch.equal(compiled(**batch).logits, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported(strict: bool, folder: Path) -> None:

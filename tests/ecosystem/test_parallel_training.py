@@ -319,6 +319,7 @@ def test_data_parallel(model_type: str, head: str, kind: Callable[..., Any]) -> 
         assert len(called(twin, batch)) == len(qs.quantizers(qmodel))
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     qmodel = learned(calibrated(**STILL)).train()
     texts = Texts()

@@ -58,6 +58,10 @@ CONFIGURATIONS = {
 }
 
 
+#: Traced with open shapes: a task's towers, boxes and entities have axes of their own. The others in half the time.
+OPEN = ("deberta-v3", "two-towers", "layoutlmv3", "luke")
+
+
 def outputs(model: Any, batch: dict[str, Tensor], masks: tuple[str, ...]) -> dict[str, Tensor]:
     """What it says of tokens that are there, and of whole rows."""
     with torch.no_grad():
@@ -72,6 +76,7 @@ def outputs(model: Any, batch: dict[str, Tensor], masks: tuple[str, ...]) -> dic
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_its_whole_life(name: str, tmp_path: Path) -> None:
     case = CONFIGURATIONS[name]
@@ -96,7 +101,7 @@ def test_its_whole_life(name: str, tmp_path: Path) -> None:
     for field, value in outputs(found, case.batch(1), masks).items():
         assert torch.equal(value, quantized[field]), field
 
-    exported = qs.export_onnx(found, tmp_path / "model.onnx", case.batch(0))  # with its certificate
+    exported = qs.export_onnx(found, tmp_path / "model.onnx", case.batch(0), dynamic=name in OPEN)  # certified
     assert exported.parity is not None
     served = outputs(qs.load_onnx(tmp_path / "model.onnx"), case.batch(1), masks)
     assert served

@@ -65,6 +65,7 @@ def scores_mask(model: PreTrainedModel) -> dict[str, Any]:
 TOKENS: list[int | str] = ["batch", "sequence"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "special"),
     [
@@ -86,6 +87,7 @@ def test_batch_and_sequence_stay_open(
     }
 
 
+@pytest.mark.slow
 def test_choices_stay_open() -> None:
     model = calibrated(head="BertForMultipleChoice", num_hidden_layers=1)
     found = axes(model, sample_inputs(model, None, True))
@@ -93,6 +95,7 @@ def test_choices_stay_open() -> None:
     assert found["logits"] == ["batch", "choices"]
 
 
+@pytest.mark.slow
 def test_a_decoder_that_looks_at_an_encoder() -> None:
     model = calibrated(head="BertLMHeadModel", num_hidden_layers=1, is_decoder=True, add_cross_attention=True)
     inputs = inputs_for(model, (2, 9))
@@ -111,6 +114,7 @@ def test_closed_shapes(bert: PreTrainedModel) -> None:
     assert found["last_hidden_state"] == [1, 9, 32]
 
 
+@pytest.mark.slow
 def test_no_axis_has_the_tracers_name(bert: PreTrainedModel) -> None:
     graph = trace(bert, inputs_for(bert, (2, 9)), 20, True).model.graph
     sizes = [size for node in graph for value in node.outputs for size in value.shape or ()]
@@ -119,6 +123,7 @@ def test_no_axis_has_the_tracers_name(bert: PreTrainedModel) -> None:
     assert all(set(name.replace("batch", "").replace("sequence", "")) <= set("*+-/(), 0123456789") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 12), (10, 61)], ids=["heads, width", "intermediate, vocabulary"])
 def test_an_example_of_numbers_in_the_config(shape: tuple[int, int]) -> None:
     """None is baked in where it is also a width, a head count or a vocabulary."""
@@ -130,6 +135,7 @@ def test_an_example_of_numbers_in_the_config(shape: tuple[int, int]) -> None:
 # --- what is in the graph -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_quantizer_leaves_its_name(bert: PreTrainedModel) -> None:
     traced = trace(bert, inputs_for(bert, (2, 9)), 20, True)
     left = [node.attributes["quantizer"].as_string() for node in traced.model.graph if node.op_type == FAKE_QUANT]
@@ -140,9 +146,10 @@ def test_each_quantizer_leaves_its_name(bert: PreTrainedModel) -> None:
     assert weights <= set(traced.model.graph.initializers)  # under their own names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [19, 23])
 def test_the_opset_is_the_one_asked_for(opset: int, bert: PreTrainedModel) -> None:
-    assert trace(bert, inputs_for(bert, (2, 9)), opset, True).model.opset_imports[""] == opset
+    assert trace(bert, inputs_for(bert, (2, 9)), opset, False).model.opset_imports[""] == opset
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
@@ -168,6 +175,7 @@ def test_inputs_that_the_model_does_not_take(inputs: dict[str, Any], reason: str
     assert said.endswith("; pass example_inputs= that it takes")
 
 
+@pytest.mark.slow
 def test_an_argument_among_many(bert: PreTrainedModel) -> None:
     inputs = {**inputs_for(bert, (2, 9)), "output_hidden_states": True}
     for dynamic in (True, False):
@@ -262,6 +270,7 @@ def test_a_mask_of_scores_is_not_short(scores: tuple[int, ...], bert: PreTrained
 # --- chunks and twins ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chunks_are_one() -> None:
     model = calibrated(num_hidden_layers=1, chunk_size_feed_forward=3)
     layer = model.encoder.layer[0]
@@ -310,6 +319,8 @@ def test_a_tied_weight_stays_tied() -> None:
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.traces
 def test_models_run_meanwhile(bert: PreTrainedModel) -> None:
     """torch says to the whole process that it is exporting; quantizers in other threads go on quantizing."""
     batch, outputs, errors = batch_for(bert, (2, 9)), [], []
@@ -338,9 +349,11 @@ def test_models_run_meanwhile(bert: PreTrainedModel) -> None:
     assert sum(node.op_type == FAKE_QUANT for node in traced.model.graph) == 20
 
 
+@pytest.mark.slow
+@pytest.mark.traces
 def test_in_a_thread_of_its_own(bert: PreTrainedModel) -> None:
     made: list[Any] = []
-    thread = threading.Thread(target=lambda: made.append(trace(bert, inputs_for(bert, (2, 9)), 20, True)))
+    thread = threading.Thread(target=lambda: made.append(trace(bert, inputs_for(bert, (2, 9)), 20, False)))
     thread.start()
     thread.join()
     assert sum(node.op_type == FAKE_QUANT for node in made[0].model.graph) == 20

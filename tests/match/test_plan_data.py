@@ -52,6 +52,7 @@ def fits(model_type: str, rules: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_most_rules_fit_most_architectures() -> None:
     assert all(fits(model_type, "qdqbert") for model_type in BY_TYPE)
     assert sum(fits(model_type, rules) for model_type in ("bert", "modernbert") for rules in shipped_rules()) >= 14

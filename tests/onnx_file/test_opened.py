@@ -51,6 +51,7 @@ LOOKS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look", LOOKS)
 def test_each_opens_a_file_once(look: str, bert: Bert, parsed: list[str]) -> None:
     qmodel, made = bert

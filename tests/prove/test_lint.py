@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.errors import ExportError
-from qdq_surgery.export import onnx_trace
 from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.onnx_graph.findings import Finding, Findings
 from qdq_surgery.prove.lint import lint
@@ -25,7 +24,6 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
 
-from exported import remembering  # noqa: E402
 from graphs import S8, U8, Graph, attention  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -531,12 +529,10 @@ def quantized(model_type: str, rules: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @on_x86
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_exported_models_fuse_as_the_linter_says(
-    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_trace, "trace", remembering(onnx_trace.trace))
+def test_exported_models_fuse_as_the_linter_says(model_type: str, tmp_path: Path) -> None:
     model, path = quantized(model_type, "qdqbert"), tmp_path / "m.onnx"
     for activations in ("uint8", "int8"):
         export_onnx(model, path, activations=activations, parity=False, overwrite=True)
@@ -548,6 +544,7 @@ def test_exported_models_fuse_as_the_linter_says(
     assert 2 * layers["Subgraph", True] == enabled[FUSED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_the_shipped_rules_block_nothing_on_their_target(target: str, tmp_path: Path) -> None:
     model = quantized("bert", target)

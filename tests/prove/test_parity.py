@@ -236,6 +236,7 @@ def wide() -> tuple[PreTrainedModel, Path]:
     return qmodel, file.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_ties_are_no_differences(runtime: str, wide: tuple[PreTrainedModel, Path]) -> None:
     pytest.importorskip(runtime)

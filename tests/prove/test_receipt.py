@@ -34,8 +34,12 @@ SHAPE = (2, 24)
 #: Wide enough for the runtimes' integer kernels.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 WIDTHS = {
-    "distilbert": {"dim": 64, "hidden_dim": 128},
-    "mobilebert": {**WIDE, "true_hidden_size": 64, "intra_bottleneck_size": 64},
+    "bert": WIDE,
+    "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 1},
+    "albert": WIDE,  # whose second layer is the first once more
+    "deberta-v2": {**WIDE, "num_hidden_layers": 1},
+    "mobilebert": {**WIDE, "true_hidden_size": 64, "intra_bottleneck_size": 64, "num_hidden_layers": 1},
+    "modernbert": {**WIDE, "num_hidden_layers": 2},  # the second looks at its neighborhood only
 }
 
 HEADS = {
@@ -48,6 +52,9 @@ HEADS = {
 }
 
 CPUS = ("onnxruntime", "openvino")
+
+#: The architectures in turn for each.
+TARGETS = dict(zip(HEADS, itertools.cycle(CPUS)))
 
 
 class Files:
@@ -64,7 +71,10 @@ class Files:
         """
 
         def make(folder: Path) -> Path:
-            model = build(model_type, head, **WIDTHS.get(model_type, WIDE))
+            model = build(model_type, head, **WIDTHS[model_type])
+            # With fixed shapes, traced in half the time, but for one, and for OpenVINO, which then fuses otherwise.
+            if (model_type, head) != ("bert", HEADS["bert"]) and target == "onnxruntime":
+                more.update(example_inputs=batch_for(model, SHAPE), dynamic=False)
             qmodel = qs.convert(model, rules or target)
             qs.calibrate(qmodel, [batch_for(model, (3, 15))], "max")
             for name, quantizer in qs.quantizers(qmodel).items():
@@ -101,7 +111,8 @@ def integer_products(path: Path) -> int:
     return sum(node.op_type in kernels for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
-@pytest.mark.parametrize(("model_type", "target"), [*zip(HEADS, itertools.cycle(CPUS)), ("bert", CPUS[1])])
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "target"), [*TARGETS.items(), ("bert", CPUS[1])])
 def test_the_encoder_runs_in_int8(model_type: str, target: str, files: Files) -> None:
     path = files.get(model_type, HEADS[model_type], target)
     found = receipt(path, shape=SHAPE)
@@ -120,6 +131,7 @@ def test_the_encoder_runs_in_int8(model_type: str, target: str, files: Files) ->
         assert sum(gemm.int8 for gemm in found.gemms) == integer_products(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "target", "outside"),
     [
@@ -141,12 +153,13 @@ def test_heads_are_named_as_exceptions(head: str, target: str, outside: set[str]
     assert 0.5 < found.total < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", HEADS)
 def test_multiply_adds_are_those_of_pytorch(model_type: str, files: Files) -> None:
     """Against PyTorch's own counter, over the model as it was."""
     head = HEADS[model_type]
     # The counter hooks into the graph of gradients, where there is one.
-    model = build(model_type, head, **WIDTHS.get(model_type, WIDE)).requires_grad_(False)
+    model = build(model_type, head, **WIDTHS[model_type]).requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         model(**batch_for(model, SHAPE))
     found = receipt(files.get(model_type, head, "onnxruntime"), shape=SHAPE)
@@ -157,11 +170,12 @@ def test_what_is_constant_is_no_work(files: Files) -> None:
     """DeBERTa's projections of positions: OpenVINO computes them when it opens the file."""
     found = receipt(files.get("deberta-v2", HEADS["deberta-v2"], "openvino"), shape=SHAPE)
     fixed = [gemm for gemm in found.gemms if gemm.module.endswith(("pos_key_proj", "pos_query_proj"))]
-    assert len(fixed) == 4
+    assert len(fixed) == 2
     assert {(gemm.macs, gemm.int8, gemm.reason) for gemm in fixed} == {(0, False, None)}
-    assert "4 of the products are computed once" in found.to_text()
+    assert "2 of the products are computed once" in found.to_text()
 
 
+@pytest.mark.slow
 def test_residual_pairs_are_left_over_on_onnxruntime(files: Files) -> None:
     found = receipt(files.bert("onnxruntime", "qdqbert"), shape=SHAPE)
     assert found.linear == found.attention == 1.0
@@ -183,6 +197,7 @@ def test_residual_pairs_are_left_over_on_onnxruntime(files: Files) -> None:
     found.require(leftover=None)
 
 
+@pytest.mark.slow
 def test_openvino_merges_the_residual_branch(files: Files) -> None:
     found = receipt(files.bert("openvino", "qdqbert"), shape=SHAPE)
     assert found.linear == found.attention == 1.0
@@ -208,6 +223,7 @@ def spoilt(path: Path, folder: Path, module: str) -> Path:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", CPUS)
 def test_a_spoilt_weight_is_reported(target: str, files: Files, tmp_path: Path) -> None:
     module = "bert.encoder.layer.1.intermediate.dense"
@@ -232,6 +248,7 @@ NO_CONTEXT = ("layer.0.attention.self.matmul_a_input_quantizer", "layer.1.attent
 NO_QUERY = ("layer.0.attention.self.matmul_q_input_quantizer", "layer.1.intermediate.dense._input_quantizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", CPUS)
 @pytest.mark.parametrize(
     ("off", "expected"),
@@ -269,6 +286,7 @@ def test_an_integer_weight_alone_is_not_int8(target: str, kernel: str, files: Fi
     assert found.linear == 0.875
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", CPUS)
 def test_a_float_file_has_nothing_in_int8(runtime: str, files: Files) -> None:
     found = receipt(files.bert("onnxruntime", off=("",)), runtime, shape=SHAPE)
@@ -435,6 +453,7 @@ def engine() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["path", "data"])
 def test_layers_of_tensorrt(form: str, files: Files, tmp_path: Path) -> None:
     given: Any = engine()

@@ -198,6 +198,7 @@ def test_copies_and_pickles(name: str) -> None:
         assert len(made(ids, output_attentions=True).attentions) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["made", "unpickled"])
 def test_a_fresh_process_knows_the_classes(how: str, tmp_path: Path) -> None:
     """transformers notes by class what a model can return, when it makes one: here it makes no QDQBertModel."""

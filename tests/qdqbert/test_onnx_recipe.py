@@ -82,6 +82,7 @@ def native_switch() -> Iterator[None]:
     quant_nn.TensorQuantizer.use_fb_fake_quant = False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("default_descriptors", "native_switch")
 def test_the_old_documentation_word_for_word(tmp_path: Path) -> None:
     scope: dict[str, Any] = {"torch": torch, "device": "cpu", "path": str(tmp_path / "model.onnx")}
@@ -129,9 +130,10 @@ def calibrate(qmodel: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
         quantizer.enable_quant()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "deberta-v2"])
 def test_the_dynamo_exporter_with_dynamic_shapes(model_type: str, tmp_path: Path) -> None:
-    qmodel = qs.convert(build(model_type, BASE[model_type]))
+    qmodel = qs.convert(build(model_type, BASE[model_type], num_hidden_layers=1))
     calibrate(qmodel, batch_for(qmodel, (4, 8)))
     graph = export(qmodel, batch_for(qmodel, (3, 9)), tmp_path / "model.onnx").graph
     by_output = {output: node for node in graph.node for output in node.output}
@@ -160,6 +162,7 @@ def test_the_dynamo_exporter_with_dynamic_shapes(model_type: str, tmp_path: Path
     assert difference.mean() < 0.02
 
 
+@pytest.mark.slow
 def test_weights_have_one_scale_per_channel(tmp_path: Path) -> None:
     qmodel = qs.convert(build("bert", "BertModel", num_hidden_layers=1), "linear-only")
     calibrate(qmodel, batch_for(qmodel, (2, 6)))
@@ -174,6 +177,7 @@ def test_weights_have_one_scale_per_channel(tmp_path: Path) -> None:
     assert axes[0] == 6
 
 
+@pytest.mark.slow
 def test_what_the_export_refuses(tmp_path: Path) -> None:
     qmodel = qs.convert(build("bert", "BertModel", num_hidden_layers=1))
     batch = batch_for(qmodel, (2, 5))

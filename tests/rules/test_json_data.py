@@ -158,6 +158,7 @@ def rule_sets(draw: st.DrawFn) -> RuleSet:
     )
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(rules=rule_sets())
 def test_any_rules_come_back(rules: RuleSet) -> None:

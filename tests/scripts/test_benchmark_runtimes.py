@@ -180,6 +180,7 @@ def test_an_import_that_fails_inside_a_package_is_no_missing_package(
         package("half_installed_peer")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_contenders_on_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

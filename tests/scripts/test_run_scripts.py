@@ -86,6 +86,7 @@ def scores(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qa", "pairs", "ner"])
 def test_from_an_encoder_to_onnx(name: str, places: dict[str, Place], capsys: pytest.CaptureFixture[str]) -> None:
     place = places[name]
@@ -134,6 +135,7 @@ def test_the_onnx_file_of_a_float_model(places: dict[str, Place]) -> None:
     assert (trained / "predictions.tsv").read_text() == (place.folder / "evaluated" / "predictions.tsv").read_text()
 
 
+@pytest.mark.slow
 def test_a_file_for_another_runtime_elsewhere(places: dict[str, Place]) -> None:
     """Written from a converted folder into a folder of its own, with the tokenizer beside it."""
     place = places["pairs"]
@@ -209,6 +211,7 @@ def test_refusals_say_what_to_do(places: dict[str, Place], model: str, options: 
     assert re.search(found, message)
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_evaluated(places: dict[str, Place]) -> None:
     place = places["pairs"]
     file = place.run("encoder", "tagged", "--fp32 --do_train --save_onnx") / "model.onnx"
@@ -284,6 +287,7 @@ def test_long_contexts_are_answered_in_windows(places: dict[str, Place]) -> None
     assert all(answers[name] == candidates[0]["text"] for name, candidates in ranked.items())
 
 
+@pytest.mark.slow
 def test_two_processes_calibrate_like_one(places: dict[str, Place]) -> None:
     """torchrun: each process brings half of the batches, and training leaves the ranges as they are."""
     place = places["qa"]

@@ -101,6 +101,7 @@ def refusal(call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize(
     "head",
@@ -132,6 +133,7 @@ def test_it_returns_what_the_model_returns(head: str, runtime: str, files: Files
     assert all(torch.equal(one, other) for one, other in zip(as_tuple, found.to_tuple(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_tuples_are_put_together(runtime: str, files: Files) -> None:
     qmodel, path = files.get("BertModel", output_hidden_states=True)
@@ -261,6 +263,7 @@ def test_what_is_left_out_is_what_the_model_takes(runtime: str, spans: Path, fil
     assert not torch.equal(other.start_logits, wanted.start_logits)
 
 
+@pytest.mark.slow
 def test_what_changes_nothing_may_be_given(tmp_path: Path, files: Files) -> None:
     qmodel, batch = files.get("BertForSequenceClassification")[0], files.batch("the cat sat")
     ids = batch["input_ids"]

@@ -77,6 +77,7 @@ def test_that_test_can_fail() -> None:
     assert sorted(deciding(DECIDED)) == [2, 3, 4, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_runtime() -> None:
     optional = (*RUNTIMES, "onnx", "onnx_ir", "onnxscript")
     code = f"import sys, qdq_surgery, qdq_surgery.cli; print([name for name in {optional} if name in sys.modules])"
@@ -188,6 +189,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Target:
     return target
 
 
+@pytest.mark.slow
 def test_a_target_that_is_registered_goes_all_the_way(
     toy: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
