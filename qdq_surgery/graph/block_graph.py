@@ -58,23 +58,24 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[An
     """All values in the arguments of a call, with the path of each: tuples, lists and dicts are opened."""
     values: list[Any] = []
     paths: list[str] = []
-
-    def visit(value: Any, path: str) -> None:
-        if type(value) in (tuple, list) or isinstance(value, torch.Size):
-            for index, item in enumerate(value):
-                visit(item, f"{path}.{index}")
-        elif type(value) is dict:
-            for key, item in value.items():
-                visit(item, f"{path}.{key}")
-        else:
-            values.append(value)
-            paths.append(path)
-
     for index, value in enumerate(args):
-        visit(value, str(index))
+        _flatten(value, str(index), values, paths)
     for key, value in kwargs.items():
-        visit(value, key)
+        _flatten(value, key, values, paths)
     return values, paths
+
+
+# (No closure: one that calls itself is a circle, which would hold the tensors of every call until it is collected.)
+def _flatten(value: Any, path: str, values: list[Any], paths: list[str]) -> None:
+    if type(value) in (tuple, list) or isinstance(value, torch.Size):
+        for index, item in enumerate(value):
+            _flatten(item, f"{path}.{index}", values, paths)
+    elif type(value) is dict:
+        for key, item in value.items():
+            _flatten(item, f"{path}.{key}", values, paths)
+    else:
+        values.append(value)
+        paths.append(path)
 
 
 def rebuild_call(value: Any, leaves: Iterator[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import AlreadyConvertedError, MatchError, ModelError, TraceError
-from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError, join_path
+from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.graph.replay import check_replay, copied
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples, resized, without_mask
@@ -119,6 +119,7 @@ def _compare(first: Survey, other: Survey) -> None:
                 graph.baked_size = (
                     f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
                 )
+    other.drop_examples()
 
 
 def _depends(graph: BlockGraph, other: BlockGraph | None) -> str | None:
@@ -194,17 +195,20 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     Raises:
         TraceError: A block has a graph in one of these that holds for one shape only, or none at all.
     """
-    found: dict[tuple[str, str], list[BlockGraph]] = {key: [] for key in made.edits() if key[1] != "module"}
-    for mode, survey_ in _surveys(model, look).items() if found else ():
-        for unit in survey_.units:
-            for graph in unit.tree.walk() if unit.tree is not None else ():
-                key = (join_path(unit.path, graph.path), graph.kind)
-                if key not in found:
-                    continue
-                if graph.failure is not None or graph.baked_size is not None:
-                    raise TraceError(f"{key[0]}, in {mode}: {graph.failure or graph.baked_size}")
-                found[key].append(graph)
-    kept = {key: _distinct(graphs) for key, graphs in found.items()}
+    kept: dict[tuple[str, str], list[BlockGraph]] = {key: [] for key in made.edits() if key[1] != "module"}
+    if not kept:
+        look.first.drop_examples()
+        return kept
+    for mode, seen in _surveys(model, look):
+        for path, graph in seen.graphs():
+            graphs = kept.get((path, graph.kind))
+            if graphs is None:
+                continue
+            if graph.failure is not None or graph.baked_size is not None:
+                raise TraceError(f"{path}, in {mode}: {graph.failure or graph.baked_size}")
+            if not any(_same_call(graph, one) for one in graphs):
+                graphs.append(graph)
+        seen.drop_examples(but={graph for graphs in kept.values() for graph in graphs})
     for (path, _), graphs in kept.items():
         for graph in graphs:
             try:
@@ -214,26 +218,22 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     return kept
 
 
-def _surveys(model: PreTrainedModel, look: Look) -> dict[str, Survey]:
-    """What the model does in each mode that its calls may have, by the mode's name; each is seen at two shapes."""
+def _surveys(model: PreTrainedModel, look: Look) -> Iterator[tuple[str, Survey]]:
+    """What the model does in each mode that its calls may have, after the mode's name; each is seen at two shapes."""
     masks = [("", look)]
     if "attention_mask" in look.inputs:
         bare, other = without_mask(look.inputs), without_mask(look.others)
         masks.append((" without a mask", Look(bare, other, survey(model, bare), survey(model, other))))
         _compare(masks[1][1].first, masks[1][1].second)
-    surveys = {f"eval mode{mask}": seen.first for mask, seen in masks}
+    for mask, seen in masks:
+        yield f"eval mode{mask}", seen.first
     for mask, seen in masks:
         first = survey(model, seen.inputs, training=True, calls=seen.first.calls)
         _compare(first, survey(model, seen.others, training=True, calls=seen.second.calls))
-        surveys[f"training mode{mask}"] = first
-    return surveys
+        yield f"training mode{mask}", first
 
 
-def _distinct(graphs: list[BlockGraph]) -> list[BlockGraph]:
-    """One graph for each kind of call."""
-    kept: list[BlockGraph] = []
-    for graph in graphs:
-        kind = (graph.signature, graph.argument_paths, graph.reads)
-        if not any((one.signature, one.argument_paths, one.reads) == kind for one in kept):
-            kept.append(graph)
-    return kept
+def _same_call(graph: BlockGraph, other: BlockGraph) -> bool:
+    """Whether the two graphs are of one kind of call."""
+    kinds = [(one.signature, one.argument_paths, one.reads) for one in (graph, other)]
+    return kinds[0] == kinds[1]

@@ -15,7 +15,7 @@ they differ by no more than half of that, or are as near to the float model's as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -341,18 +341,15 @@ def _scale(quantizer: TensorQuantizer, inputs: Tensor) -> Tensor:
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False), without_ffn_chunking(model):
         returned = model(**inputs)
-    made: dict[str, NDArray[Any]] = {}
+    return {name: value for head, part in returned.items() for name, value in _arrays(head, part)}
 
-    def flatten(name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            made[name] = value.float().cpu().numpy()
-        elif isinstance(value, (tuple, list)):
-            for at, each in enumerate(value):
-                flatten(f"{name}.{at}", each)
 
-    for name, value in returned.items():
-        flatten(name, value)
-    return made
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
+    if isinstance(value, Tensor):
+        yield name, value.float().cpu().numpy()
+    elif isinstance(value, (tuple, list)):
+        for at, each in enumerate(value):
+            yield from _arrays(f"{name}.{at}", each)
 
 
 def _differences(wanted: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]) -> dict[str, float]:

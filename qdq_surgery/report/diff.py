@@ -152,7 +152,10 @@ def diff(before: PreTrainedModel, after: PreTrainedModel, *, example_inputs: dic
             "they differ in class or weights"
         )
     inputs = make_examples(before, SHAPES[0]) if example_inputs is None else checked_examples(before, example_inputs)
-    return Diff(made, tuple(_compare(survey(before, inputs), survey(after, inputs))))
+    surveys = survey(before, inputs), survey(after, inputs)
+    for seen in surveys:
+        seen.drop_examples()
+    return Diff(made, tuple(_compare(*surveys)))
 
 
 def _compare(before: Survey, after: Survey) -> Iterator[BlockDiff]:

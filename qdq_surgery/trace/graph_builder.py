@@ -49,6 +49,11 @@ class GraphBuilder:
         node.meta.update(op="input", shape=shape, origin=("input", path), source="")
         return node
 
+    def finish(self) -> None:
+        """The graph is written: let go of the example's tensors, which the circle with the stand-in would keep."""
+        for held in (self.alive, self.nodes, self.sizes):
+            held.clear()
+
     def where(self) -> str:
         return f"{type(self.block).__name__}.{self.routine.function}"
 

@@ -86,7 +86,10 @@ def record(
             "the model before it gets one"
         )
     recorder = _Recorder(block, path, kind, function, nested)
-    return recorder.routine, recorder.run(function, args, kwargs)
+    try:
+        return recorder.routine, recorder.run(function, args, kwargs)
+    finally:
+        recorder.build.finish()
 
 
 def recording_of(module: nn.Module) -> _Recorder | None:

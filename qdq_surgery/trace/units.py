@@ -6,7 +6,7 @@ have the same structure, get the same kind of arguments and read the same attrib
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -56,6 +56,18 @@ class Survey:
     units: list[Unit]
     shape: tuple[int, int] | None
     calls: dict[str, Call] = field(default_factory=dict, repr=False)
+
+    def graphs(self) -> Iterator[tuple[str, BlockGraph]]:
+        """Path of each block that was reached, and its graph: one that layers share comes once for each of them."""
+        for unit in self.units:
+            for graph in unit.tree.walk() if unit.tree is not None else ():
+                yield join_path(unit.path, graph.path), graph
+
+    def drop_examples(self, but: Collection[BlockGraph] = ()) -> None:
+        """Let go of the examples: no graph is tried on its own any more, except ``but`` these."""
+        for _, graph in self.graphs():
+            if graph not in but:
+                graph.example = None
 
 
 def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:

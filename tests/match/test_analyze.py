@@ -1,0 +1,61 @@
+"""What a model was looked at with is gone when the look is over: at once, not when Python next collects its garbage."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from architectures import batch_for, build
+
+import qdq_surgery as qs
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """What lives in here only because it stands in a circle stays."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def activations() -> dict[int, torch.Size]:
+    """All float tensors that live, parameters left out. (Buffers of BERT are integers.)"""
+    found = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return {id(tensor): tensor.shape for tensor in found if tensor.is_floating_point()}
+
+
+def left_by(action: Callable[[], Any]) -> list[torch.Size]:
+    """Shapes of the tensors that live after ``action`` and did not before, what it returned dropped."""
+    with no_collection():
+        before = activations()
+        action()
+        return [shape for key, shape in activations().items() if key not in before]
+
+
+@pytest.mark.parametrize("rules", ["qdqbert", "linear-only"])
+@pytest.mark.parametrize("call", [qs.convert, qs.plan])
+def test_no_example_outlives_a_conversion(call: Callable[..., Any], rules: str) -> None:
+    model = build("bert", "BertModel")
+    assert left_by(lambda: call(model, rules)) == []
+
+
+def test_no_example_outlives_a_comparison() -> None:
+    before = build("bert", "BertModel")
+    after = qs.convert(before)
+    assert left_by(lambda: qs.diff(before, after)) == []
+
+
+def test_no_activation_outlives_a_call() -> None:
+    model = qs.convert(build("bert", "BertModel"))
+    batch = batch_for(model, (2, 7))
+    with torch.no_grad():
+        assert left_by(lambda: model(**batch)) == []
+        batch.pop("attention_mask", None)
+        assert left_by(lambda: model(**batch, output_attentions=True)) == []  # a graph of its own, recorded now
