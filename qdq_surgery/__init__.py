@@ -15,6 +15,7 @@ import qdq_surgery.safety.upstream  # noqa: F401
 
 # isort: split
 from qdq_surgery.calibration.collect import Statistics, collect
+from qdq_surgery.calibration.equalization import Equalization, equalize
 from qdq_surgery.calibration.ranges import Calibration, calibrate
 from qdq_surgery.calibration.training import fix_ranges, learn_ranges, recalibrate_weights
 from qdq_surgery.checkpoint.config import QDQConfig
@@ -65,6 +66,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Diff",
+    "Equalization",
     "Explanation",
     "Export",
     "ExportError",
@@ -103,6 +105,7 @@ __all__ = [
     "collect",
     "convert",
     "diff",
+    "equalize",
     "explain",
     "export_onnx",
     "fix_ranges",

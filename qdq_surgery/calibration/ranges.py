@@ -38,6 +38,9 @@ __all__ = [
     "Range",
     "calibrate",
     "check_method",
+    "find_ranges",
+    "own_method",
+    "set_ranges",
     "share_ranges_found",
     "weight_range",
 ]
@@ -148,33 +151,59 @@ def calibrate(
     activations = activation_quantizers(model)
     asked = None if method is None else CalibratorSpec(method, _percentile(method, percentile))
     methods = {
-        name: _own_method(each) if asked is None or each.role == "weight" else asked
+        name: own_method(each) if asked is None or each.role == "weight" else asked
         for name, each in activations.items()
     }
     if isinstance(batches, Statistics):
         data = batches
     else:
         data = collect(qmodel, batches, histograms=any(each.is_histogram for each in methods.values()))
+    found = find_ranges(model, data, activations, methods, weight_quantizers(model))
+    share_ranges_found(model, found)
+    words = str(asked) if asked is not None else "the rules' methods"
+    made = Calibration(words, tuple(each.how for each in found.values()), data.batches, data.rows, data.tokens)
+    with all_or_nothing(model):  # nothing has been changed up to here
+        set_ranges(found.values())
+        set_state(model, replace(state_of(model), calibration=made, saved_report=None))
+    return made
+
+
+def find_ranges(
+    model: nn.Module,
+    data: Statistics,
+    activations: Mapping[str, TensorQuantizer],
+    methods: Mapping[str, CalibratorSpec],
+    weights: Mapping[str, tuple[TensorQuantizer, QuantLinear]],
+) -> dict[str, FoundRange]:
+    """The ranges of ``activations`` from the statistics, then those of ``weights`` from the linears.
+
+    A weight is rounded after its columns took the scales of its input, the new ones where they are found here.
+
+    Args:
+        methods: For each activation.
+
+    Raises:
+        CalibrationError: A range cannot be found; names the quantizer.
+    """
     _check_statistics(data, activations)
     found: dict[str, FoundRange] = {}
     linears = {id(each._input_quantizer): each for each in model.modules() if isinstance(each, QuantLinear)}
     for name, quantizer in track(activations.items(), "computing ranges", len(activations)):
         found[name] = _activation_range(name, quantizer, data.seen[name], methods[name], linears.get(id(quantizer)))
     scales = {id(each.quantizer): channel_scale(each.amax) for each in found.values() if each.quantizer.scaled}
-    for name, (quantizer, linear) in track(weight_quantizers(model).items(), "weights", None):
+    for name, (quantizer, linear) in track(weights.items(), "weights", None):
         scale = scales.get(id(linear._input_quantizer), linear.channel_scale)
         found[name] = weight_range(name, quantizer, linear.weight, scale)
-    share_ranges_found(model, found)
-    words = str(asked) if asked is not None else "the rules' methods"
-    made = Calibration(words, tuple(each.how for each in found.values()), data.batches, data.rows, data.tokens)
-    with all_or_nothing(model):  # nothing has been changed up to here
-        for each in found.values():
-            quantizer = each.quantizer
-            learn = quantizer.learns or (quantizer.spec is not None and quantizer.spec.learn)
-            quantizer.set_range(each.amax)
-            quantizer.learn_amax(learn)
-        set_state(model, replace(state_of(model), calibration=made, saved_report=None))
-    return made
+    return found
+
+
+def set_ranges(found: Iterable[FoundRange]) -> None:
+    """Give the quantizers what was found for them; a range that is learned, or is to be by its rule, is a parameter."""
+    for each in found:
+        quantizer = each.quantizer
+        learn = quantizer.learns or (quantizer.spec is not None and quantizer.spec.learn)
+        quantizer.set_range(each.amax)
+        quantizer.learn_amax(learn)
 
 
 def check_method(method: str | None, percentile: float | None) -> None:
@@ -198,7 +227,8 @@ def _percentile(method: str, percentile: float | None) -> float | None:
     return DEFAULT_PERCENTILE if percentile is None and takes_percentile(method) else percentile
 
 
-def _own_method(quantizer: TensorQuantizer) -> CalibratorSpec:
+def own_method(quantizer: TensorQuantizer) -> CalibratorSpec:
+    """The method of a quantizer's rule, or of its descriptor where the rule leaves it open."""
     spec = quantizer.spec
     if spec is not None:
         return CalibratorSpec("max") if spec.calibrator.name == "histogram" else spec.calibrator
@@ -278,7 +308,7 @@ def weight_range(name: str, quantizer: TensorQuantizer, weight: Tensor, scale: T
         raise CalibrationError(f"{name}: the weight has a NaN or an infinite value")
     if scale is not None:
         weight = weight.detach().float() * scale.to(weight.device)
-    method = _own_method(quantizer)
+    method = own_method(quantizer)
     if quantizer.axes is not None and method.by_channel is not None:
         amax = method.by_channel(weight.detach(), quantizer.axes[0], quantizer.grid)
         return _found(name, quantizer, amax, str(method))

@@ -28,14 +28,13 @@ __all__ = ["SCALE_METHODS", "ScaleMethod", "channel_scale", "outlier_ranges", "s
 _WIDEST = 2.0**20
 
 
-def outlier_ranges(tops: Tensor, weight_tops: Tensor | None = None, threshold: float = 1.5) -> Tensor:
+def outlier_ranges(tops: Tensor, _: Tensor | None = None, threshold: float = 1.5) -> Tensor:
     """Ranges that only outlier channels have of their own: ``max(top, threshold * median of the tops)``.
 
     All others share the range of the threshold, so that their scale is 1.
 
     Args:
         tops: (channels,), each channel's largest magnitude; at least one is above 0.
-        weight_tops: Means nothing here.
         threshold: How many times as large as the median channel, of those above 0, an outlier is.
 
     Returns:
@@ -63,7 +62,7 @@ def smooth_ranges(tops: Tensor, weight_tops: Tensor | None = None, alpha: float 
     return _above_zero(scale * (known / scale).max())
 
 
-def max_ranges(tops: Tensor, weight_tops: Tensor | None = None) -> Tensor:
+def max_ranges(tops: Tensor, _: Tensor | None = None) -> Tensor:
     """Each channel's own largest magnitude: all channels become equally large."""
     return _above_zero(tops)
 

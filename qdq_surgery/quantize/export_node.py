@@ -41,7 +41,7 @@ def _name(quantizer: nn.Module, names: Mapping[nn.Module, str]) -> str:
 
 
 def is_tagged() -> bool:
-    """Whether quantizers leave nodes in this thread. (torch.compile has no export under way, and could not ask.)"""
+    """Whether quantizers leave nodes in this thread. torch.compile has no export under way, and could not ask."""
     return not torch.compiler.is_dynamo_compiling() and _NAMES.get() is not None
 
 

@@ -30,20 +30,23 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
 
         The columns of the weight are multiplied by it before they are rounded.
         """
-        return None if self._input_quantizer is None else self._input_quantizer.channel_scale
+        scale: Tensor | None = None if self._input_quantizer is None else self._input_quantizer.channel_scale
+        return scale
 
     def quantized_weight(self) -> Tensor:
         """The weight as it is multiplied with: rounded, or as it is where nothing rounds it."""
+        weight: Tensor = self.weight
         quantizer = self._weight_quantizer
         if quantizer is None:
-            return self.weight
+            return weight
         # In a deployment file the weight is stored rounded: its node there stands for the product, too.
         scale = self.channel_scale if quantizer.quantizes and not is_tagged() else None
         if scale is None:
-            return quantizer(self.weight)  # type: ignore[no-any-return]
+            plain: Tensor = quantizer(weight)
+            return plain
         # In float32: a weight in half precision would be rounded before it is rounded.
-        rounded: Tensor = quantizer(self.weight.float() * scale)
-        return (rounded / scale).to(self.weight.dtype)
+        rounded: Tensor = quantizer(weight.float() * scale)
+        return (rounded / scale).to(weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
         """(..., in_features) to (..., out_features), as nn.Linear does, with both operands quantized."""

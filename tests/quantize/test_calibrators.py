@@ -16,6 +16,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
 from qdq_surgery.errors import CalibrationError, OptionError
+from qdq_surgery.numerics.channel_scales import SCALE_METHODS
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.numerics.histogram import BINS, Histogram
 from qdq_surgery.numerics.range_choice import BEST, RANGE_METHODS, choose, method_names
@@ -33,7 +34,6 @@ from qdq_surgery.quantize.calibrators import (
     MaxCalibrator,
 )
 from qdq_surgery.quantize.quantizer import TensorQuantizer
-from qdq_surgery.numerics.channel_scales import SCALE_METHODS
 from qdq_surgery.rules.quant_spec import calibrator_names
 
 HALF = [torch.float16, torch.bfloat16]

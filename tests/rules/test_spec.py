@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from qdq_surgery.errors import RuleFileError, printable
+from qdq_surgery.numerics.channel_scales import SCALE_METHODS
 from qdq_surgery.numerics.fake_quant import fake_quant
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.rules.pattern import parse_pattern
-from qdq_surgery.numerics.channel_scales import SCALE_METHODS
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec, calibrator_names
 from qdq_surgery.rules.spec import (
     DEFAULT_SPEC,

@@ -33,12 +33,12 @@ def _fold(graph: ir.Graph, product: ir.Node) -> bool:
         return False
     if norm.outputs[0].is_graph_output() or product.outputs[0].is_graph_output():
         return False
-    own = [at for at in (_GAMMA, _BETA) if at < len(norm.inputs) and norm.inputs[at] is not None]
-    constants = [ir.convenience.get_const_tensor(norm.inputs[at]) for at in own]
+    own = {at: value for at, value in enumerate(norm.inputs) if at in (_GAMMA, _BETA) and value is not None}
+    constants = {at: ir.convenience.get_const_tensor(value) for at, value in own.items()}
     by = ir.convenience.get_const_tensor(factors)
-    if by is None or any(each is None or each.shape != by.shape for each in constants):
+    if by is None or any(each is None or each.shape != by.shape for each in constants.values()):
         return False
-    for at, constant in zip(own, constants, strict=True):
+    for at, constant in constants.items():
         assert constant is not None
         array = constant.numpy()
         made = (array.astype(np.float64) * by.numpy()).astype(array.dtype)
