@@ -146,7 +146,7 @@ def onnx_fake_quant(inputs: Tensor, amax: Tensor, grid: Grid = INT8) -> Tensor:
     shape = () if axis is None else (amax.numel(),)
     work = inputs.float()
     scale = grid.step(amax.float()).reshape(shape)
-    zero_point = torch.zeros(shape, dtype=kind, device=inputs.device)
+    zero_point = torch.full(shape, grid.zero_point, dtype=kind, device=inputs.device)
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     integers = torch.onnx.ops.symbolic(
         "QuantizeLinear", (work, scale, zero_point), attributes, dtype=kind, shape=inputs.shape

@@ -18,28 +18,31 @@ _ONNX_BITS = (4, 8, 16)
 
 @dataclass(frozen=True)
 class Grid:
-    """Evenly spaced numbers, a step apart, symmetric around 0: integers times the step.
+    """Evenly spaced numbers, a step apart, 0 among them: integers times the step.
 
     Attributes:
         bits: The width of an integer.
         unsigned: Whether the integers start at 0.
         narrow_range: Whether the lowest integer of a signed grid is left out, so that both ends are equally far away.
+        zero_point: How many of an unsigned grid's integers lie below 0: as it is stored, this integer is 0. For what is
+            hardly negative, such as a GELU's output.
     """
 
     bits: int = 8
     unsigned: bool = False
     narrow_range: bool = False
+    zero_point: int = 0
 
     @property
     def qmax(self) -> int:
         """The highest integer, which ``amax`` becomes."""
         highest: int = 2 ** (self.bits - 1 + int(self.unsigned)) - 1
-        return highest
+        return highest - self.zero_point
 
     @property
     def qmin(self) -> int:
         """The lowest integer."""
-        return 0 if self.unsigned else -self.qmax if self.narrow_range else -self.qmax - 1
+        return -self.zero_point if self.unsigned else -self.qmax if self.narrow_range else -self.qmax - 1
 
     @property
     def levels(self) -> int:
@@ -49,7 +52,7 @@ class Grid:
     @property
     def full(self) -> Grid:
         """The same grid with its lowest integer, as ONNX's operators have it."""
-        return Grid(self.bits, self.unsigned)
+        return Grid(self.bits, self.unsigned, zero_point=self.zero_point)
 
     @property
     def onnx_type(self) -> str | None:
@@ -61,7 +64,10 @@ class Grid:
         return amax / self.qmax
 
     def __str__(self) -> str:
-        return f"{'u' if self.unsigned else ''}int{self.bits}{' narrow' if self.narrow_range else ''}"
+        return f"{'u' if self.unsigned else ''}int{self.bits}{' narrow' if self.narrow_range else ''}{self._below()}"
+
+    def _below(self) -> str:
+        return f" zero at {self.zero_point}" if self.zero_point else ""
 
 
 INT8 = Grid()

@@ -88,7 +88,9 @@ def kept_axes(axis: Any) -> tuple[int, ...] | None:
 
 def grid_of(quantizer: Any) -> Grid:
     """The grid of a descriptor, or of a quantizer."""
-    return Grid(quantizer._num_bits, quantizer._unsigned, quantizer._narrow_range)
+    spec = getattr(quantizer, "spec", None)  # a descriptor has none, nor a zero point
+    zero_point = 0 if spec is None else spec.zero_point
+    return Grid(quantizer._num_bits, quantizer._unsigned, quantizer._narrow_range, zero_point)
 
 
 def fields_of(quantizer: Any) -> tuple[int, tuple[int, ...] | None, bool, bool, bool]:

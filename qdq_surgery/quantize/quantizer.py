@@ -419,7 +419,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             return learned_fake_quant(inputs, amax, grid)
         if self.use_fb_fake_quant:
             return native_fake_quant(inputs, amax, grid)
-        if grid.unsigned and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
+        if grid.unsigned and not grid.zero_point and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
             raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
         return fake_quant(inputs, amax, grid)
 

@@ -147,6 +147,7 @@ class QuantSpec:
         narrow_range: Grid [-(2^(b-1) - 1), ...], so without the lowest integer.
         calibrator: How the range is found.
         max_amax: The most that calibration may find, in the units of the tensor (clip-gelu: 10 behind a GELU).
+        zero_point: How many integers of an unsigned grid lie below 0.
         learn: Whether training moves the range on, from where calibration put it (LSQ, arXiv 1902.08153).
     """
 
@@ -157,6 +158,7 @@ class QuantSpec:
     calibrator: CalibratorSpec = CalibratorSpec()
     max_amax: float | None = None
     learn: bool = False
+    zero_point: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_bits <= 16:
@@ -183,6 +185,14 @@ class QuantSpec:
             )
         if self.unsigned and self.narrow_range:
             raise RuleFileError("narrow_range drops the lowest signed integer, but the grid is unsigned", "remove one")
+        if self.zero_point and not self.unsigned:
+            raise RuleFileError(
+                "zero_point says how many integers of an unsigned grid lie below 0, but the grid is signed",
+                "write unsigned: true, or remove it",
+            )
+        highest = 2**self.num_bits // 2
+        if not 0 <= self.zero_point <= highest:
+            raise RuleFileError(f"zero_point {self.zero_point} is outside 0 to {highest}", "write for example 32")
 
     def _check_scaled(self) -> None:
         method = self.calibrator.scale_method
@@ -210,7 +220,7 @@ class QuantSpec:
     @property
     def grid(self) -> Grid:
         """The integers."""
-        return Grid(self.num_bits, self.unsigned, self.narrow_range)
+        return Grid(self.num_bits, self.unsigned, self.narrow_range, self.zero_point)
 
     def __str__(self) -> str:
         axis = "per-tensor" if self.axis is None else "scaled" if self.scaled else f"axis {self.axis}"

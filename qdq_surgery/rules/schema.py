@@ -95,6 +95,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "calibrator": Key("section", "calibrator", stored=_ALWAYS),
         "max_amax": Key("limit", stored=_WRITTEN),
         "learn": Key("flag", stored=_WRITTEN),
+        "zero_point": Key("integer"),
     },
     "calibrator": {
         "name": Key("text", needed="write for example name: percentile", stored=_WRITTEN),

@@ -18,6 +18,7 @@ GRIDS = {
     "uint16": (Grid(16, unsigned=True), 0, 65535, "UINT16"),
     "int2": (Grid(2), -2, 1, None),
     "int6 narrow": (Grid(6, narrow_range=True), -31, 31, None),
+    "uint8 zero at 32": (Grid(unsigned=True, zero_point=32), -32, 223, "UINT8"),
 }
 
 
@@ -25,7 +26,10 @@ GRIDS = {
 def test_limits_type_and_words(words: str, case: tuple[Grid, int, int, str | None]) -> None:
     grid, lowest, highest, onnx_type = case
     assert (str(grid), grid.qmin, grid.qmax, grid.onnx_type) == (words, lowest, highest, onnx_type)
-    assert (grid.levels, grid.full.qmin) == (highest + 1, 0 if grid.unsigned else -highest - 1)
+    assert (grid.levels, grid.full.qmin) == (
+        highest + 1,
+        -grid.zero_point if grid.unsigned else -highest - 1,
+    )
 
 
 @pytest.mark.parametrize("bits", range(2, 17))

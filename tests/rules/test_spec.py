@@ -131,6 +131,16 @@ REFUSED: list[Any] = [
         for name in calibrator_names()
         if name not in SCALE_METHODS
     ),
+    pytest.param(lambda: QuantSpec(zero_point=3), "but the grid is signed", "unsigned: true", id="signed-zero-point"),
+    *(
+        pytest.param(
+            lambda value=value: QuantSpec(unsigned=True, zero_point=value),
+            f"zero_point {value} is outside 0 to 128",
+            "32",
+            id=f"zero-point-{value}",
+        )
+        for value in (-1, 129)
+    ),
     pytest.param(
         lambda: QuantSpec(axis=-1, learn=True),
         "a scale per channel is not learned",

@@ -124,7 +124,9 @@ class _Lowering:
 
         A grid moved by half its width is the same grid: what runs on unsigned integers is quantized to the same values.
         """
-        return (Grid(grid.bits, unsigned=True), -grid.full.qmin) if self.unsigned and not grid.unsigned else (grid, 0)
+        if self.unsigned and not grid.unsigned:
+            return Grid(grid.bits, unsigned=True), -grid.full.qmin
+        return grid, grid.zero_point
 
     def weight(self, node: ir.Node, value: ir.Value, qparams: QParams) -> None:
         """A constant: its integers are stored."""
