@@ -31,7 +31,7 @@ def half_copy(qmodel: PreTrainedModel, qparams: Mapping[str, QParams]) -> PreTra
         ExportError: Ranges or weights exceed the largest number that float16 has; names them all.
     """
     largest = torch.finfo(torch.float16).max
-    ranges = [name for name, each in qparams.items() if each.amax is not None and float(each.amax.max()) > largest]
+    ranges = [name for name, each in qparams.items() if each.largest() > largest]
     weights = [name for name, value in qmodel.named_parameters() if float(value.detach().abs().max()) > largest]
     for what, names in (("ranges of the quantizers", ranges), ("weights", weights)):
         if names:

@@ -66,6 +66,11 @@ class QParams:
         found: NDArray[np.float32] = np.where(none, _NO_RANGE, scale)
         return found
 
+    def largest(self) -> float:
+        """The largest value that it lets pass; 0 where its range is that of its values."""
+        top = 0.0 if self.amax is None else float(self.amax.max())
+        return top if self.channels is None or self.role == "weight" else top * float(self.channels.max())
+
     def amax_of(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """The range, shape () or (channels,); of the values themselves where none is fixed."""
         if self.amax is not None:

@@ -84,6 +84,14 @@ class OnnxGraph:
         known = {site.dequantize: site for site in file.sites}
         self.pairs = tuple(_pair(node, known) for node in self.graph if node.op_type == "DequantizeLinear")
         self._by_value = {pair.value: pair for pair in self.pairs}
+        # What gives each channel back its scale belongs to the pair.
+        self._scales = {
+            use.node
+            for pair in self.pairs
+            if pair.site.scaled
+            for use in pair.value.uses()
+            if use.node.op_type == "Mul" and use.idx == 0 and stored(use.node.inputs[1])
+        }
 
     def readers(self, pair: Pair) -> tuple[Reader, ...]:
         """What reads the pair in the end."""
@@ -99,7 +107,7 @@ class OnnxGraph:
 
     def _moved(self, node: ir.Node) -> bool:
         factor = node.op_type in self._factors and len(node.inputs) == 2 and stored(node.inputs[1])
-        return node.op_type in self._moves or factor
+        return node.op_type in self._moves or factor or node in self._scales
 
     def operand(self, value: ir.Value | None) -> Operand:
         """Where a value comes from."""
@@ -218,7 +226,7 @@ class OnnxGraph:
         """The GEMM with weights whose output a value is, quantized or not, but for its bias."""
         pair = None if value is None else self._by_value.get(value)
         if pair is not None and pair.quantize is not None:
-            value = pair.source
+            value = _undivided(pair)
         node = None if value is None else value.producer()
         if node is not None and node.op_type == "Add" and sum(map(stored, node.inputs)) == 1:
             value = next(each for each in node.inputs if not stored(each))
@@ -248,6 +256,14 @@ def _pair(node: ir.Node, known: Mapping[str, Site]) -> Pair:
     if quantize is None:
         return Pair(known.get(name) or Site([name or value], "weight", None, name, value), node)
     return Pair(known.get(name) or Site([name or value], "input", quantize.name, name, value), node, quantize)
+
+
+def _undivided(pair: Pair) -> ir.Value | None:
+    """What a pair quantizes, before each channel was divided by its scale."""
+    node = None if pair.source is None else pair.source.producer()
+    if pair.site.scaled and node is not None and node.op_type == "Mul" and stored(node.inputs[1]):
+        return node.inputs[0]
+    return pair.source
 
 
 def _path_up(start: ir.Node, wanted: Collection[ir.Node]) -> tuple[ir.Node, ...] | None:

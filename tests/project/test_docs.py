@@ -160,9 +160,9 @@ def test_code_of_the_other_pages_runs(name: str, tmp_path: Path, monkeypatch: py
         exec(block, scope)
 
 
-def test_the_four_commands_are_there() -> None:
+def test_the_five_commands_are_there() -> None:
     [block] = blocks("bash", (ROOT / "CONTRIBUTING.md").read_text())
     words = re.findall(r"^([^#\n]+?)\s+#", block, re.MULTILINE)
-    assert len(words) == 4
+    assert len(words) == 5
     for path in re.findall(r"(?:scripts|tests|\.ci)/[\w/.]+", " ".join(words)):
         assert (ROOT / path).exists(), path

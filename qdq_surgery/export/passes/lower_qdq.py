@@ -104,7 +104,7 @@ class _Lowering:
         if qparams.channels is None or qparams.taken_back:
             return pair.value
         if pair not in self._multiplied:
-            name = f"{pair.site.name}/multiplied"
+            name = f"{str(pair.dequantize.name).removesuffix('/DequantizeLinear')}/multiplied"
             self._multiplied[pair] = self._times(name, pair.value, qparams.channels, node)
         return self._multiplied[pair]
 

@@ -201,6 +201,12 @@ def _residual(pair: Pair, residual: Residual) -> Verdict:
         return "blocks", _ADD, reason, f"in the rule file: {split}"
     if residual.local is not None:
         return "idle", _ADD, "no use while the other input of the add, the GEMM's output, has Q/DQ too", split
+    if pair.site.scaled:
+        reason = (
+            "the residual input is INT8, and a product with a scale for each channel stands between it and the add, of "
+            "which the guides say nothing"
+        )
+        return "note", _ADD, reason, "build the engine: receipt tells what became of it"
     return "enables", _ADD, "the residual input is INT8, the GEMM's own output is not rounded before the add", ""
 
 
