@@ -180,9 +180,10 @@ def _refuse(acting: dict[str, TensorQuantizer], target: Target) -> None:
 def _qparams(name: str, quantizer: TensorQuantizer) -> QParams:
     if quantizer.scaled and quantizer.amax is not None:
         ranges = quantizer.amax.detach().float().cpu()
-        channels, lowest = channel_scale(ranges).numpy(), ranges.min().numpy()
+        scale = channel_scale(ranges)
+        channels = None if bool((scale == 1).all()) else scale.numpy()
         native = bool(quantizer.use_fb_fake_quant)
-        return QParams(name, quantizer.role, lowest, None, quantizer.grid, native, channels)
+        return QParams(name, quantizer.role, ranges.min().numpy(), None, quantizer.grid, native, channels)
     amax, axes = quantizer.amax, quantizer.axes
     axis = axes[0] if axes is not None and len(axes) == 1 else None
     if amax is not None:

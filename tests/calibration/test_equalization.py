@@ -306,8 +306,7 @@ def test_the_old_loop_is_refused_where_a_weight_depends_on_the_scales() -> None:
 def test_every_method_by_a_rule_file(calibrator: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "schema: 1\nname: mine\nextends: qdqbert-scaled\n"
-        f"specs:\n  scaled: {{axis: -1, calibrator: {calibrator}}}\n",
+        f"schema: 1\nname: mine\nextends: qdqbert-scaled\nspecs:\n  scaled: {{axis: -1, calibrator: {calibrator}}}\n",
         encoding="utf-8",
     )
     qmodel = qs.convert(spoiled(), path)
