@@ -56,6 +56,8 @@ from qdq_surgery.report.diff import Diff, diff
 from qdq_surgery.report.explain import Explanation, explain
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
+from qdq_surgery.sensitivity.measure import sensitivity
+from qdq_surgery.sensitivity.result import Sensitivity
 from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
 from qdq_surgery.version import __version__
@@ -95,6 +97,7 @@ __all__ = [
     "Refusal",
     "RuleFileError",
     "RuleSet",
+    "Sensitivity",
     "Site",
     "Statistics",
     "TensorQuantizer",
@@ -118,5 +121,6 @@ __all__ = [
     "quantizers",
     "recalibrate_weights",
     "receipt",
+    "sensitivity",
     "shipped_rules",
 ]

@@ -6,8 +6,6 @@ it ends. What was seen is returned; nothing is set.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -18,16 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
 from qdq_surgery.calibration.distributed import agree, gather_histograms, gather_maxima, gather_sums
 from qdq_surgery.errors import CalibrationError, ModelError
-from qdq_surgery.hf.config_facts import chunk_size, configs_of
-from qdq_surgery.hf.example_inputs import checked_examples
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.numerics.histogram import Histogram
 from qdq_surgery.numerics.range_choice import PERCENTILES, RANGE_METHODS, choose, takes_percentile
 from qdq_surgery.numerics.range_methods import relative_error
 from qdq_surgery.padding.call_padding import Padding
-from qdq_surgery.padding.token_masks import check_decoder, trimmed
 from qdq_surgery.quantize.calibrators import HistogramCalibrator, MaxCalibrator, Watch
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
@@ -42,6 +38,7 @@ __all__ = [
     "Statistics",
     "activation_quantizers",
     "collect",
+    "only_borrower",
     "planned_name",
     "unwrapped",
     "weight_quantizers",
@@ -243,7 +240,7 @@ def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], 
         for module, mode in training:
             module.training = mode
 
-    with _only_collection(model, every), put_back_after(put_back):
+    with only_borrower(model, every), put_back_after(put_back):
         for each in every:
             each._if_calib = each._if_quant = False
         for name, quantizer in watched.items():
@@ -258,8 +255,14 @@ def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], 
 
 
 @contextmanager
-def _only_collection(model: nn.Module, every: Sequence[TensorQuantizer]) -> Iterator[None]:
-    """Two collections at once would each take the other's calibrators for what was there before."""
+def only_borrower(model: nn.Module, every: Sequence[TensorQuantizer]) -> Iterator[None]:
+    """While this holds, nothing else of the package borrows these quantizers.
+
+    Two collections at once would each take the other's calibrators for what was there before.
+
+    Raises:
+        CalibrationError: Something has borrowed one of them already.
+    """
     own = object()
 
     def give_back() -> None:
@@ -284,18 +287,9 @@ def _run(
     counts: list[int],
 ) -> None:
     total = len(batches) if isinstance(batches, Sized) else None
-    chunk = chunk_size(*configs_of(model))
-    labels = not getattr(model.config, "is_encoder_decoder", False)  # those of an encoder-decoder are its decoder's
     for index, batch in enumerate(track(batches, "calibrating", total)):
-        if not isinstance(batch, Mapping):
-            raise CalibrationError(
-                f"batch {index} is a {type(batch).__name__}, wanted a dict of the model's arguments, such as "
-                "tokenizer(texts, padding=True, return_tensors='pt')"
-            )
+        inputs = prepared(model, batch, index)
         try:
-            _check_names(model, batch)
-            inputs = trimmed(checked_examples(model, batch, "it"), chunk, labels)
-            check_decoder(model.config, inputs)
             watch.padding.begin(inputs)
         except (ModelError, CalibrationError) as error:
             raise CalibrationError(f"batch {index}: {error}") from None
@@ -308,24 +302,11 @@ def _run(
             raise CalibrationError(f"batch {index}: {type(model).__name__} cannot run it: {error}") from error
         _check_finite(watched, watch.called, index)
         watch.settle(each._calibrator for each in watched.values())
-        mask = inputs.get("attention_mask")
-        ids = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim >= 2), None)
-        size = ids.shape if mask is None and ids is not None else mask.shape if mask is not None else (0, 0)
-        counts[0] += 1
-        counts[1] += int(torch.Size(size[: 1 if mask is None else -1]).numel())
-        counts[2] += int((mask != 0).sum()) if mask is not None else int(torch.Size(size[:2]).numel())
+        rows, tokens = counted(inputs)
+        counts[0], counts[1], counts[2] = counts[0] + 1, counts[1] + rows, counts[2] + tokens
     watch.seen.clear()
     if counts[0] == 0:
-        raise CalibrationError("there are no batches; give an iterable of dicts of tensors, and not one used up before")
-
-
-def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Most models take any keyword and ignore it: a misspelt mask would count all padding."""
-    known = inspect.signature(model.forward).parameters
-    for name in batch:
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
-        if name not in known and near:
-            raise CalibrationError(f"it has '{name}', which {type(model).__name__} does not know; write '{near[0]}'")
+        raise CalibrationError(NO_BATCHES)
 
 
 def _check_finite(watched: Mapping[str, TensorQuantizer], called: Iterable[str], index: int) -> None:

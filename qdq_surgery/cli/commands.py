@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +28,9 @@ from qdq_surgery.prove.receipt import receipt
 from qdq_surgery.report.diff import diff
 from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
 from qdq_surgery.safety.interrupt import COMMAND
+from qdq_surgery.sensitivity.measure import sensitivity
+from qdq_surgery.sensitivity.output_error import DEFAULT as DEFAULT_METRIC
+from qdq_surgery.sensitivity.output_error import METRICS
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 from qdq_surgery.targets.registry import DEFAULT, REFERENCE, TARGETS
 from qdq_surgery.targets.target import ACTIVATIONS, PRECISIONS, full_precision
@@ -34,7 +38,7 @@ from qdq_surgery.text.progress import steps
 from qdq_surgery.text.view import Column, Result, Table
 from qdq_surgery.texts.batches import text_batches
 from qdq_surgery.texts.input_file import printable
-from qdq_surgery.texts.samples import read_samples
+from qdq_surgery.texts.samples import Sample, read_samples
 from qdq_surgery.version import __version__
 
 __all__ = ["main"]
@@ -86,7 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{COMMAND} {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    for add in (_add_convert, _add_calibrate, _add_diff, _add_plan, _add_rules, _add_export, _add_demo):
+    added = (
+        _add_convert,
+        _add_calibrate,
+        _add_sensitivity,
+        _add_diff,
+        _add_plan,
+        _add_rules,
+        _add_export,
+        _add_demo,
+    )
+    for add in added:
         add(commands)
     return parser
 
@@ -101,17 +115,26 @@ def _add_convert(commands: _Commands) -> None:
 def _add_calibrate(commands: _Commands) -> None:
     command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
     command.add_argument("model", metavar="MODEL_DIR", help=f"{_FOLDER_HELP}, with its tokenizer; converted or not")
+    _texts_argument(command)
+    command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
+    _class_option(command)
+    command.add_argument("--rules", help=f"for a model that is not converted yet (default: {_RULES})")
+    command.add_argument("--method", choices=method_names(), help="for all activations (default: each by its rule)")
+    command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
+    _text_options(command)
+    command.set_defaults(run=_calibrate)
+
+
+def _texts_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "texts",
         metavar="TEXTS",
         help="a UTF-8 file: one text in each line, or .csv, .tsv or .jsonl with columns; .jsonl may have 'input_ids' "
         "(and 'attention_mask', 'token_type_ids') or 'tokens' in each row",
     )
-    command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
-    _class_option(command)
-    command.add_argument("--rules", help=f"for a model that is not converted yet (default: {_RULES})")
-    command.add_argument("--method", choices=method_names(), help="for all activations (default: each by its rule)")
-    command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
+
+
+def _text_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--column",
         metavar="NAME",
@@ -122,7 +145,22 @@ def _add_calibrate(commands: _Commands) -> None:
     command.add_argument("--tokenizer", metavar="FOLDER", help="has the tokenizer (default: the model's folder)")
     command.add_argument("--batch", type=int, default=16, help="texts in a batch (default: %(default)s)")
     command.add_argument("--length", type=int, help="most tokens of a text (default: 128, or what the model takes)")
-    command.set_defaults(run=_calibrate)
+
+
+def _add_sensitivity(commands: _Commands) -> None:
+    command = commands.add_parser("sensitivity", help="measure what each site, kind of site and layer costs in INT8")
+    command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote, with its tokenizer")
+    _texts_argument(command)
+    _class_option(command)
+    command.add_argument("--metric", choices=METRICS, default=DEFAULT_METRIC, help="(default: %(default)s)")
+    command.add_argument("--sites", action="store_true", help="measure sites, and of the rest only what is named, too")
+    command.add_argument("--kinds", action="store_true", help="kinds of sites, likewise; takes a few runs only")
+    command.add_argument("--layers", action="store_true", help="encoder layers, likewise")
+    command.add_argument("--fold", action="store_true", help="show sites that differ only in their layer as one")
+    command.add_argument("--resume", metavar="FILE", help="keep the figures here, and go on from it if it is there")
+    _text_options(command)
+    _output_options(command)
+    command.set_defaults(run=_sensitivity)
 
 
 def _add_diff(commands: _Commands) -> None:
@@ -233,17 +271,46 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     with steps(2) as bar:
         bar.next("loading")
         model = _load(arguments)
-        data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
-        for note in data.notes:
-            _say("note", note)
+        data = _batches(arguments, samples, model)
         bar.next("converting")
         if quantizers(model) and arguments.rules is not None:
             raise ModelError(f"{arguments.model} is converted already, by its own rules; leave --rules out")
         qmodel = model if quantizers(model) else convert(model, arguments.rules or _RULES, inplace=True)
-    made = calibrate(qmodel, data.batches, arguments.method, percentile=arguments.percentile)
+    made = calibrate(qmodel, data, arguments.method, percentile=arguments.percentile)
     save_model(qmodel, arguments.output, source=tokenizer)
     print(made)
     print(f"\nwritten to {arguments.output}")
+
+
+def _batches(
+    arguments: argparse.Namespace, samples: Sequence[Sample], model: PreTrainedModel
+) -> list[dict[str, Tensor]]:
+    """The texts as the model takes them; what was done to them is said."""
+    tokenizer = arguments.tokenizer or arguments.model
+    data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
+    for note in data.notes:
+        _say("note", note)
+    return data.batches
+
+
+def _sensitivity(arguments: argparse.Namespace) -> None:
+    samples = read_samples(arguments.texts, arguments.column)
+    with steps(1) as bar:
+        bar.next("loading")
+        model = _load(arguments)
+        plan_of(model)  # it is converted
+        data = _batches(arguments, samples, model)
+    every = not (arguments.sites or arguments.kinds or arguments.layers)
+    made = sensitivity(
+        model,
+        data,
+        arguments.metric,
+        sites=every or arguments.sites,
+        kinds=every or arguments.kinds,
+        layers=every or arguments.layers,
+        resume=arguments.resume,
+    )
+    _show(made.folded() if arguments.fold else made, arguments)
 
 
 def _diff(arguments: argparse.Namespace) -> None:

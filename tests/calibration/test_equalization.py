@@ -11,29 +11,13 @@ import pytest
 import torch
 from architectures import BY_TYPE, batch_for, build
 from comparing import assert_same
+from outlier_model import CHANNELS, OUTLIER, spoiled
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.quantize.linear import QuantLinear
-
-#: How many times the others the outlier channels of :func:`spoiled` are.
-OUTLIER, CHANNELS = 60.0, (3, 17)
-
-
-def spoiled() -> PreTrainedModel:
-    """A BERT whose hidden states have two outlier channels, as released ones have: their LayerNorms make them."""
-    model = build("bert", "BertModel")
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) and name.endswith("output.LayerNorm"):
-                module.weight[list(CHANNELS)] *= OUTLIER
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("query", "key", "value"):
-                module.weight[:, list(CHANNELS)] /= OUTLIER  # so that what they say stays what it was
-    return model
-
 
 BATCH = batch_for(spoiled(), (4, 10), mask=True)
 

@@ -33,6 +33,7 @@ ORDER = [
     "report",
     "trainer",
     "onnx_file",
+    "sensitivity",
     "onnx_graph",
     "targets",
     "serve",

@@ -1,0 +1,155 @@
+"""A converted model while it is measured: which of its quantizers quantize is chosen for each run.
+
+Afterwards it is as it was. Weights are rounded once for all runs, and the layers that give what they gave before are not run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qdq_surgery.calibration.collect import only_borrower
+from qdq_surgery.errors import CalibrationError
+from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.transaction import put_back_after
+from qdq_surgery.sensitivity.layer_outputs import LayerOutputs, kept_outputs, same_tensors, without_running
+from qdq_surgery.sensitivity.outlier_channels import ChannelTops
+from qdq_surgery.sensitivity.parts import layer_paths
+from qdq_surgery.surgery.model_state import quantizers
+
+__all__ = ["Borrowed", "borrowed"]
+
+_HOLDERS = itertools.count()
+_SEED = 0
+_ROUNDED = "quantized_weight"
+
+
+class Borrowed:
+    """The model, to be run with some of its quantizers.
+
+    Args:
+        measured: The quantizers that quantize when nothing is chosen.
+        tops: Calibrators, by the name of the quantizer whose inputs they see.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, measured: Mapping[str, TensorQuantizer], tops: Mapping[str, ChannelTops]
+    ) -> None:
+        self._model, self._measured, self._tops = model, measured, tops
+        self._holder = next(_HOLDERS)
+        self._layers = {path: model.get_submodule(path) for path in layer_paths(model)}
+        if any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self._layers.values()):
+            self._layers = {}  # it would be compiled anew for each run
+
+    def let_go(self) -> None:
+        """Every quantizer is free again."""
+        for quantizer in self._measured.values():
+            quantizer.let_go(self._holder)
+
+    def run(self, inputs: Mapping[str, Any], chosen: Iterable[str]) -> Any:
+        """The outputs of the model where only the ``chosen`` quantizers quantize.
+
+        Raises:
+            CalibrationError: The model cannot run.
+        """
+        free = set(chosen)
+        for name, quantizer in self._measured.items():
+            (quantizer.let_go if name in free else quantizer.hold_off)(self._holder)
+        torch.manual_seed(_SEED)
+        try:
+            return self._model(**inputs)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise CalibrationError(f"{type(self._model).__name__} cannot run it: {error}") from error
+
+    def run_kept(self, inputs: Mapping[str, Any], chosen: Iterable[str]) -> tuple[Any, LayerOutputs]:
+        """The same, and what the encoder layers gave."""
+        with kept_outputs(self._layers) as kept:
+            return self.run(inputs, chosen), kept
+
+    def run_after(
+        self, inputs: Mapping[str, Any], chosen: Iterable[str], kept: LayerOutputs, skipped: Iterable[str]
+    ) -> Any:
+        """The same, without running the ``skipped`` layers, which give what is kept of them."""
+        with without_running(self._layers, kept, skipped):
+            return self.run(inputs, chosen)
+
+    def run_float(self, inputs: Mapping[str, Any]) -> tuple[Any, LayerOutputs]:
+        """The float model's outputs and those of its layers, and the calibrators see what comes by."""
+        for name, tops in self._tops.items():
+            self._measured[name]._calibrator, self._measured[name]._if_calib = tops, True
+        outputs, kept = self.run_kept(inputs, ())
+        for name in self._tops:
+            self._measured[name]._if_calib = False
+        return outputs, kept
+
+    def depends(self, inputs: Mapping[str, Any], outputs: Any, kept: LayerOutputs) -> bool:
+        """Whether the float model's outputs are others if all layers but the last one are not run."""
+        if len(kept.order) < 2 or not kept.usable:
+            return True
+        return not same_tensors(outputs, self.run_after(inputs, (), kept, kept.order[:-1]))
+
+
+@contextmanager
+def borrowed(
+    model: PreTrainedModel, measured: Mapping[str, TensorQuantizer], tops: Mapping[str, ChannelTops]
+) -> Iterator[Borrowed]:
+    """The model in eval mode, without gradients and without its calibrators; afterwards it is as it was.
+
+    Raises:
+        CalibrationError: Something else has borrowed it.
+    """
+    made = Borrowed(model, measured, tops)
+    every = list(quantizers(model).values())
+    before = [(each, each._calibrator, each._if_calib) for each in every]
+    training = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+    def put_back() -> None:
+        made.let_go()
+        for each, calibrator, calibrating in before:
+            each._calibrator, each._if_calib = calibrator, calibrating
+        for module, mode in training:
+            module.training = mode
+
+    with only_borrower(model, every), put_back_after(put_back), _weights_rounded_once(model):
+        for each in every:
+            each._if_calib = False
+        model.eval()
+        with torch.inference_mode(False), torch.no_grad(), kept_random(devices):
+            yield made
+
+
+@contextmanager
+def _weights_rounded_once(model: nn.Module) -> Iterator[None]:
+    """Each linear keeps its rounded weight: neither weights nor ranges change meanwhile."""
+    linears = [each for each in model.modules() if isinstance(each, QuantLinear) and each._weight_quantizer is not None]
+
+    def put_back() -> None:
+        for linear in linears:
+            linear.__dict__.pop(_ROUNDED, None)
+
+    with put_back_after(put_back):
+        for linear in linears:
+            linear.__dict__[_ROUNDED] = _rounded_once(linear, linear.quantized_weight)
+        yield
+
+
+def _rounded_once(linear: QuantLinear, rounded: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    kept: list[Tensor] = []
+
+    def weight() -> Tensor:
+        if linear._weight_quantizer is None or not linear._weight_quantizer.quantizes:
+            return rounded()
+        if not kept:
+            kept.append(rounded())
+        return kept[0]
+
+    return weight
