@@ -1,6 +1,7 @@
 """A converted model while it is measured: which of its quantizers quantize is chosen for each run.
 
-Afterwards it is as it was. Weights are rounded once for all runs, and the layers that give what they gave before are not run.
+Afterwards it is as it was. Weights are rounded once for all runs, and the layers that give what they gave before are
+not run.
 """
 
 from __future__ import annotations

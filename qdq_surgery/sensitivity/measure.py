@@ -80,7 +80,9 @@ def sensitivity(
     parts = parts_of(model, measured, wanted)
     figures = open_figures(resume, identity(model, judge.name, measured) if resume is not None else {})
     tokens = Tokens()
-    tops = {name: ChannelTops(tokens) for name, site in sites_of(model, measured).items() if sees_channels(site)}
+    # (Of two texts it cannot be told which a tensor belongs to.)
+    seen = {} if getattr(model.config, "is_encoder_decoder", False) else sites_of(model, measured)
+    tops = {name: ChannelTops(tokens) for name, site in seen.items() if sees_channels(site)}
     with figures.kept(), borrowed(model, measured, tops) as trial:
         run = _Measurement(model, trial, judge, figures, parts, tokens, tuple(measured))
         total = len(batches) * len(run.names) if isinstance(batches, Sized) else None
@@ -93,7 +95,8 @@ def _measured(model: PreTrainedModel) -> dict[str, TensorQuantizer]:
     found = {name: each for name, each in quantizers(model).items() if each.quantizes}
     if not found:
         raise CalibrationError(
-            "no quantizer is enabled, so the model is in float; enable() those that are to be measured"
+            "no quantizer quantizes, so the model is in float: enable() those that are to be measured, and call this "
+            "outside of quantization_disabled"
         )
     without = [name for name, each in found.items() if each.amax is None]
     if without:

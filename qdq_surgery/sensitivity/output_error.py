@@ -25,6 +25,9 @@ Sum: TypeAlias = tuple[float, float]
 #: Outputs that a model is used for, the first that it has counts; a loss is none.
 _MAIN = (("last_hidden_state",), ("logits",), ("prediction_logits",), ("start_logits", "end_logits"))
 
+#: Numbers that are compared at a time: in float64, the logits of a vocabulary would fill the memory.
+_PIECE = 1 << 22
+
 #: A logit of what cannot be chosen: its probability is 0.
 _NEVER = -1e4
 
@@ -90,7 +93,7 @@ class Judge:
             raise OptionError(
                 f"metric='cosine' compares directions, and {type(model).__name__} gives one number a row: take 'mse'"
             )
-        return 0.0, METRICS[self.name](self._wanted, self._wanted)[1]
+        return 0.0, _summed(self.name, self._wanted, self._wanted)[1]
 
     def figure(self, outputs: Any) -> Sum:
         """The sum of the batch, and what it is divided by.
@@ -107,7 +110,7 @@ class Judge:
                 raise OptionError(f"{self.name} returns a {type(value).__name__}, wanted a number") from None
             found = score * rows, rows
         else:
-            found = METRICS[self.name](self._rows(outputs), self._wanted)
+            found = _summed(self.name, self._rows(outputs), self._wanted)
         if not all(map(math.isfinite, found)):
             raise CalibrationError(f"its {self.name} is {found[0]}; look for NaN and infinite values in the outputs")
         return found
@@ -121,6 +124,13 @@ class Judge:
                 f"'{parts[0][0]}'; take 'mse' or 'cosine'"
             )
         return torch.cat([_compared(self._model, self._inputs, *part, self.name) for part in parts])
+
+
+def _summed(name: str, found: Tensor, wanted: Tensor) -> Sum:
+    rows = max(1, _PIECE // max(1, wanted.shape[1]))
+    pieces = zip(found.split(rows), wanted.split(rows), strict=True)
+    sums = [METRICS[name](one.double(), other.double()) for one, other in pieces]
+    return sum(total for total, _ in sums), sum(weight for _, weight in sums)
 
 
 def judge_of(metric: str | Metric | None) -> Judge:
@@ -176,7 +186,7 @@ def real_rows(values: Tensor, mask: Tensor | None) -> Tensor | None:
 
 def _compared(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, values: Tensor, metric: str) -> Tensor:
     mask = token_mask(model, inputs)
-    values = values.detach().double()
+    values = values.detach()
     if values.ndim == 1:
         values = values[:, None]
     if name in _MAIN[-1]:  # one number for each token, of which one is chosen

@@ -72,7 +72,7 @@ class Sensitivity(Result):
         worst: dict[tuple[str, str], Cost] = {}
         for each in self.costs:
             worst.setdefault(_starred(each), each)
-        folded = (replace(each, name=key[1], layers=layers[key]) for key, each in worst.items())
+        folded = (replace(each, name=key[1], layers=layers[key] or each.layers) for key, each in worst.items())
         return replace(self, costs=tuple(folded))
 
     def to_json(self) -> dict[str, Any]:

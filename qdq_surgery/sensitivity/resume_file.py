@@ -142,9 +142,13 @@ def _read(figures: Figures, data: bytes) -> None:
     fields = parse_json(data, "it", _MOST_BYTES).fields(("schema", *figures.subject, "batches", "figures"))
     fields["schema"].one_of((1,))
     found = {name: fields[name].text() for name in figures.subject}
-    others = [f"{name} is {found[name]}, here {own}" for name, own in figures.subject.items() if found[name] != own]
+    others = [
+        f"{name} {found[name]} there and {own} here" for name, own in figures.subject.items() if found[name] != own
+    ]
     if others:
-        raise OptionError(f"resume: {figures.path} has other figures: its {'; its '.join(others)}; give another file")
+        raise OptionError(
+            f"resume: {figures.path} has figures of something else: {', '.join(others)}; give another file"
+        )
     figures.batches = [each.text() for each in fields["batches"].items(_MOST_BATCHES)]
     for name, item in fields["figures"].entries().items():
         numbers = item.items(3)

@@ -172,7 +172,9 @@ def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.Captu
     assert "usage: qdq-surgery" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "convert", "calibrate", "diff", "plan", "rules", "export", "demo"])
+@pytest.mark.parametrize(
+    "command", ["", "convert", "calibrate", "sensitivity", "diff", "plan", "rules", "export", "demo"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
