@@ -46,6 +46,7 @@ class Borrowed:
     ) -> None:
         self._model, self._measured, self._tops = model, measured, tops
         self._holder = next(_HOLDERS)
+        self._devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         self._layers = {path: model.get_submodule(path) for path in layer_paths(model)}
         if any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self._layers.values()):
             self._layers = {}  # it would be compiled anew for each run
@@ -64,9 +65,10 @@ class Borrowed:
         free = set(chosen)
         for name, quantizer in self._measured.items():
             (quantizer.let_go if name in free else quantizer.hold_off)(self._holder)
-        torch.manual_seed(_SEED)
         try:
-            return self._model(**inputs)
+            with kept_random(self._devices):  # what the user's batches draw stays their own
+                torch.manual_seed(_SEED)
+                return self._model(**inputs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CalibrationError(f"{type(self._model).__name__} cannot run it: {error}") from error
 
@@ -111,7 +113,6 @@ def borrowed(
     every = list(quantizers(model).values())
     before = [(each, each._calibrator, each._if_calib) for each in every]
     training = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
 
     def put_back() -> None:
         made.let_go()
@@ -124,7 +125,7 @@ def borrowed(
         for each in every:
             each._if_calib = False
         model.eval()
-        with torch.inference_mode(False), torch.no_grad(), kept_random(devices):
+        with torch.inference_mode(False), torch.no_grad():
             yield made
 
 

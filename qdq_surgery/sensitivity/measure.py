@@ -78,7 +78,7 @@ def sensitivity(
     model = unwrapped(qmodel)
     measured = _measured(model)
     parts = parts_of(model, measured, wanted)
-    figures = open_figures(resume, identity(model, judge.name, measured) if resume is not None else {})
+    figures = open_figures(resume, identity(model, judge.identity, measured) if resume is not None else {})
     tokens = Tokens()
     # (Of two texts it cannot be told which a tensor belongs to.)
     seen = {} if getattr(model.config, "is_encoder_decoder", False) else sites_of(model, measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -78,6 +79,15 @@ class Judge:
         self._model: PreTrainedModel | None = None
         self._inputs: Mapping[str, Any] = {}
 
+    @property
+    def identity(self) -> str:
+        """Its name and, as many functions are called ``<lambda>``, something of what it does."""
+        code = getattr(self._metric, "__code__", None)
+        if code is None:
+            return self.name
+        constants = [each for each in code.co_consts if isinstance(each, (str, bytes, int, float))]
+        return f"{self.name} {zlib.crc32(repr((code.co_code, code.co_names, constants)).encode()):08x}"
+
     def begin(self, model: PreTrainedModel, inputs: Mapping[str, Any], outputs: Any) -> Sum:
         """A batch and the float model's outputs for it; returns the figure of these.
 
@@ -128,9 +138,9 @@ class Judge:
 
 def _summed(name: str, found: Tensor, wanted: Tensor) -> Sum:
     rows = max(1, _PIECE // max(1, wanted.shape[1]))
-    pieces = zip(found.split(rows), wanted.split(rows), strict=True)
-    sums = [METRICS[name](one.double(), other.double()) for one, other in pieces]
-    return sum(total for total, _ in sums), sum(weight for _, weight in sums)
+    pieces = [slice(start, start + rows) for start in range(0, len(wanted), rows)]
+    sums = [METRICS[name](found[piece].double(), wanted[piece].double()) for piece in pieces]
+    return math.fsum(total for total, _ in sums), math.fsum(weight for _, weight in sums)
 
 
 def judge_of(metric: str | Metric | None) -> Judge:

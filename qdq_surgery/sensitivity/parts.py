@@ -15,7 +15,7 @@ from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.trace.units import find_units
 
-__all__ = ["KIND", "LAYER", "SITE", "Part", "layer_paths", "parts_of", "sees_channels"]
+__all__ = ["KIND", "LAYER", "SITE", "Part", "layer_paths", "parts_of", "sees_channels", "sites_of"]
 
 SITE: Final = "site"
 KIND: Final = "kind"

@@ -143,6 +143,10 @@ def test_a_file_of_other_rules_batches_or_another_metric_is_refused(tmp_path: Pa
         qs.sensitivity(calibrated("onnxruntime"), batches(), resume=path, **OPTIONS)
     with pytest.raises(OptionError, match="metric mse there and cosine here"):
         qs.sensitivity(qmodel, batches(), "cosine", resume=path, **OPTIONS)
+    own = tmp_path / "own.json"
+    qs.sensitivity(qmodel, batches(), lambda *_: 1.0, resume=own, **OPTIONS)
+    with pytest.raises(OptionError, match=r"metric .*<lambda> [0-9a-f]{8} there and .*<lambda> [0-9a-f]{8} here"):
+        qs.sensitivity(qmodel, batches(), lambda *_: 2.0, resume=own, **OPTIONS)
     with pytest.raises(OptionError, match=r"figures\.json has figures of another batch 1; give the same"):
         qs.sensitivity(qmodel, [batches()[0], batches()[2]], resume=path, **OPTIONS)
     with pytest.raises(OptionError, match="has figures of 3 batches, and 2 came"):

@@ -266,6 +266,23 @@ def test_the_model_is_as_it_was() -> None:
     assert names[1] in {each.name for each in found.costs}
 
 
+def test_batches_may_be_drawn_at_random_meanwhile() -> None:
+    qmodel = calibrated()
+    seen: list[Tensor] = []
+
+    def metric(_: Any, batch: Mapping[str, Any]) -> float:
+        seen.append(batch["input_ids"])
+        return 0.0
+
+    torch.manual_seed(3)
+    wanted = [torch.randint(3, 60, (2, 5)) for _ in range(2)]
+    torch.manual_seed(3)
+    given = ({"input_ids": torch.randint(3, 60, (2, 5))} for _ in range(2))
+    qs.sensitivity(qmodel, given, metric, sites=False, kinds=False)
+    assert torch.equal(seen[0], wanted[0])
+    assert torch.equal(seen[-1], wanted[1])
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("when", [1, 2, 3, 30])
 def test_the_model_is_as_it_was_however_it_ends(error: type[BaseException], when: int) -> None:
