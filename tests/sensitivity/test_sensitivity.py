@@ -6,6 +6,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,6 +128,49 @@ def test_leaving_layers_out_changes_nothing(model_type: str, monkeypatch: pytest
     found = qs.sensitivity(qmodel, data)
     monkeypatch.setattr(Borrowed, "depends", lambda *_: True)
     assert found.to_json() == qs.sensitivity(qmodel, data).to_json()
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_which_models_have_layers_to_leave_out(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but ALBERT, whose one layer runs several times."""
+    qmodel, told = calibrated(model_type), []
+    depends = Borrowed.depends
+
+    def noted(*args: Any) -> bool:
+        told.append(depends(*args))
+        return told[-1]
+
+    monkeypatch.setattr(Borrowed, "depends", noted)
+    qs.sensitivity(qmodel, batches_for(qmodel), sites=False, kinds=False)
+    assert told == [model_type == "albert"] * len(SHAPES)
+
+
+def test_sites_outside_the_layers(tmp_path: Path) -> None:
+    """All layers run for them: they may stand before the first one."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "schema: 1\nname: mine\nextends: qdqbert\nrules:\n"
+        '  - {name: pooling, why: w, match: {within: "*pooler*", pattern: "linear(x, w)"}, quantize: {x: default}}\n',
+        encoding="utf-8",
+    )
+    qmodel = qs.convert(build("bert", "BertForSequenceClassification"), path)
+    qs.calibrate(qmodel, [BATCH])
+    name = "bert.pooler.dense._input_quantizer"
+    found = qs.sensitivity(qmodel, [BATCH])
+    plain, alone = (run_with(qmodel, names, BATCH).logits for names in (set[str](), {name}))
+    assert figures(found)["site", name].alone == relative_error(alone, plain) > 0
+    assert figures(found)["kind", "pooling(x)"].left == figures(found)["site", name].left
+    assert {each.name for each in found.of("layer")} == {"bert.encoder.layer.0", "bert.encoder.layer.1"}
+
+
+def test_half_precision_and_wrapped(tmp_path: Path) -> None:
+    qmodel = calibrated().to(torch.bfloat16)
+    options: Any = {"sites": False, "kinds": False}
+    found = qs.sensitivity(qmodel, [BATCH], resume=tmp_path / "figures.json", **options)
+    assert 0 < found.int8 < 1
+    wrapped = torch.compile(qmodel, backend="eager")
+    again = qs.sensitivity(wrapped, [BATCH], resume=tmp_path / "figures.json", **options)  # type: ignore[arg-type]
+    assert again.to_json() == found.to_json()
 
 
 def runs_of(qmodel: PreTrainedModel, paths: Mapping[str, str], **options: Any) -> Counter[str]:
