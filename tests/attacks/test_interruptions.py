@@ -19,7 +19,12 @@ from qdq_surgery.surgery.model_state import ModelState, plan_of, set_state
 
 #: 323 in all, fewer of what takes longest. (What a conversion runs is a quarter of a million lines, most of them while
 #: it only looks at the model.)
-COUNTS = {each.name: 37 for each in OPERATIONS} | {"convert": 12, "calibrate again": 12, "equalize": 10, SAVING.name: 30}
+COUNTS = {each.name: 37 for each in OPERATIONS} | {
+    "convert": 12,
+    "calibrate again": 12,
+    "equalize": 10,
+    SAVING.name: 30,
+}
 
 
 @pytest.mark.slow

@@ -312,7 +312,7 @@ def test_it_tells_the_channels() -> None:
     assert inputs.channels == 32
     assert "channel 17" in found.to_text()
     data: dict[str, Any] = found.to_json()
-    assert (data["schema"], data["rows"], data["weights"]) == (1, 4, 12)
+    assert (data["schema"], data["rows"], data["weights"]) == (1, 4, 10)
 
 
 def test_rules_without_scales_are_refused() -> None:
