@@ -177,7 +177,8 @@ def misfit(quantizer: TensorQuantizer, name: str, amax: Tensor, owner: nn.Module
         zeros: Whether it may be zero somewhere.
     """
     weight = cast("Tensor", owner.weight) if name == LINEAR_NAMES["weight"] else None
-    problem = quantizer.misfit(amax.shape, None if weight is None else weight.shape)
+    channels = cast("int", owner.in_features) if name == LINEAR_NAMES["input"] else None
+    problem = quantizer.misfit(amax.shape, None if weight is None else weight.shape, channels)
     if problem is not None or not zeros or amax.is_meta or amax.all():
         return problem
     return _zero_range(amax, weight)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.export.onnx_trace import Traced
 from qdq_surgery.export.passes.fold_channel_scales import fold_channel_scales
 from qdq_surgery.export.passes.fold_score_scale import fold_score_factors
+from qdq_surgery.export.passes.keep_scales_apart import keep_scales_apart
 from qdq_surgery.export.passes.lower_qdq import lower
 from qdq_surgery.export.passes.name_nodes import name_nodes
 from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm
@@ -46,6 +47,8 @@ def build(
     pairs = lower(graph, qparams, activations, weights)
     fold_score_factors(graph, pairs)
     fold_channel_scales(graph)
+    if target.scales_apart:
+        keep_scales_apart(graph)
     if target.plain_bias:
         plain_bias(graph)
     if target.plain_skip_norm:

@@ -27,11 +27,15 @@ __all__ = ["SCALE_METHODS", "ScaleMethod", "channel_scale", "outlier_ranges", "s
 #: Ranges of one tensor differ by at most this: a channel that was 0 in all data has one, too.
 _WIDEST = 2.0**20
 
+#: What the logarithm of a number that is a power already may be too large by.
+_EXACT = 1e-6
+
 
 def outlier_ranges(tops: Tensor, _: Tensor | None = None, threshold: float = 1.5) -> Tensor:
-    """Ranges that only outlier channels have of their own: ``max(top, threshold * median of the tops)``.
+    """Ranges that only outlier channels have of their own; all others share the range of the threshold.
 
-    All others share the range of the threshold, so that their scale is 1.
+    Their scale is 1, that of an outlier ``top / (threshold * median of the tops)``, rounded up to a power of the square
+    root of 2. So no scale is close to 1: OpenVINO takes ranges that differ by a few percent for equal.
 
     Args:
         tops: (channels,), each channel's largest magnitude; at least one is above 0.
@@ -42,7 +46,9 @@ def outlier_ranges(tops: Tensor, _: Tensor | None = None, threshold: float = 1.5
     """
     middle = tops[tops > 0].median() * threshold
     # Where no channel is so large, one range for all does not have to be larger than the largest of them.
-    return _above_zero(torch.maximum(tops, torch.minimum(middle, tops.max())))
+    lowest = torch.minimum(middle, tops.max()).float()
+    halves = (2.0 * (tops.float() / lowest).clamp(min=1.0).log2() - _EXACT).ceil()
+    return _above_zero(lowest * (halves / 2.0).exp2())
 
 
 def smooth_ranges(tops: Tensor, weight_tops: Tensor | None = None, alpha: float = 0.5) -> Tensor:

@@ -62,6 +62,6 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
             # (A number fits everywhere: it is one range for all channels.)
             if isinstance(quantizer, TensorQuantizer) and amax is not None and amax.ndim > 0:
                 weight = self.weight.shape if quantizer is self._weight_quantizer else None
-                problem = quantizer.misfit(amax.shape, weight)
+                problem = quantizer.misfit(amax.shape, weight, self.in_features)
                 if problem is not None:
                     args[-1].append(f"{name}: {problem}")  # torch's list of errors, which it raises at the end

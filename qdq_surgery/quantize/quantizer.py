@@ -172,11 +172,13 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """Set ``amax``, of whatever shape; a range that is learned stays the same parameter if its shape does.
 
         Raises:
-            ValueError: It is negative somewhere.
+            ValueError: It is negative somewhere, or zero where each channel has a scale.
         """
         amax = amax.detach()
         if not amax.is_meta and bool((amax < 0).any()):
             raise ValueError(f"a range cannot be negative, found {float(amax.min())}")
+        if self.scaled and not amax.is_meta and not bool(amax.all()):
+            raise ValueError("a scale per channel needs a range above 0 in each, found 0")
         # Outside of inference mode, so that the buffer can be saved for a backward pass later.
         with torch.inference_mode(False):
             if not hasattr(self, "_amax") or self._amax.shape != amax.shape:
@@ -184,13 +186,20 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
                 self.register_buffer("_amax", torch.empty(amax.shape, dtype=torch.float32, device=self._device))
             self._amax.data.copy_(amax)
 
-    def misfit(self, shape: Sequence[int], weight: Sequence[int] | None = None) -> str | None:
+    def misfit(
+        self, shape: Sequence[int], weight: Sequence[int] | None = None, channels: int | None = None
+    ) -> str | None:
         """Why a range of this shape cannot be this quantizer's; ``None`` if it can.
 
         Args:
             weight: The shape of the weight that it quantizes, if that is known.
+            channels: How many channels what it sees has, if that is known.
         """
         found = tuple(shape)
+        if self.scaled:
+            fits = len(found) == 1 and channels in (None, *found)
+            wanted = "one axis" if channels is None else str((channels,))
+            return None if fits else f"the range has the shape {found}, wanted {wanted}, one for each channel"
         axes = self.axes
         if axes is None:
             return (
@@ -201,11 +210,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             return f"the range has the shape {found}, which has no axis {max(axes)}"
         kept = {axis % rank for axis in axes}
         sizes = found if weight is None else weight
-        wanted = tuple(size if axis in kept else 1 for axis, size in enumerate(sizes))
-        if found == wanted:
+        shaped = tuple(size if axis in kept else 1 for axis, size in enumerate(sizes))
+        if found == shaped:
             return None
         listed = ", ".join(map(str, axes))
-        return f"the range has the shape {found}, wanted {wanted}, one for each channel of axis {listed}"
+        return f"the range has the shape {found}, wanted {shaped}, one for each channel of axis {listed}"
 
     def settle(self, device: torch.device, training: bool, amax: Tensor | None) -> None:
         """Take the place that a module has in a model that was just loaded.

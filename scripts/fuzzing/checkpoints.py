@@ -68,7 +68,7 @@ class _Base:
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
         model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=16, **sizes)).eval()
-        qmodel = qs.convert(model, inplace=True)
+        qmodel = qs.convert(model, "qdqbert-scaled", inplace=True)
         qs.calibrate(qmodel, [_batch(), _batch(1)])
         qmodel.save_pretrained(folder / "whole")
         qmodel.save_pretrained(folder / "sharded", max_shard_size=8_000)

@@ -223,6 +223,13 @@ def _calibrated() -> PreTrainedModel:
 
 
 @functools.cache
+def _scaled() -> PreTrainedModel:
+    qmodel = qs.convert(_float(), "qdqbert-scaled")
+    qs.calibrate(qmodel, _batches())
+    return qmodel
+
+
+@functools.cache
 def _learning() -> PreTrainedModel:
     qmodel = copy.deepcopy(_calibrated())
     qs.learn_ranges(qmodel, weights=True)
@@ -280,6 +287,7 @@ OPERATIONS = (
     Operation("collect", _copy_of(_converted), lambda model: qs.collect(model, _batches())),
     Operation("calibrate", _copy_of(_converted), lambda model: qs.calibrate(model, _batches(), "percentile")),
     Operation("calibrate again", _copy_of(_calibrated), lambda model: qs.calibrate(model, _statistics(), "mse")),
+    Operation("equalize", _copy_of(_scaled), lambda model: qs.equalize(model, _batches(1))),
     Operation("learn_ranges", _copy_of(_calibrated), lambda model: qs.learn_ranges(model, weights=True)),
     Operation("fix_ranges", _copy_of(_learning), qs.fix_ranges),
     Operation("recalibrate_weights", _moved_weights, qs.recalibrate_weights),

@@ -12,11 +12,13 @@ import torch
 from architectures import BY_TYPE, batch_for, build
 from comparing import assert_same
 from outlier_model import CHANNELS, OUTLIER, spoiled
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.quantize.linear import QuantLinear
 
 BATCH = batch_for(spoiled(), (4, 10), mask=True)
@@ -227,6 +229,36 @@ def test_compiled_it_computes_the_same() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("site", "shape", "wanted"),
+    [
+        (f"{SITE}._input_quantizer", (31,), r"\(32,\)"),
+        (f"{SITE}._input_quantizer", (1,), r"\(32,\)"),
+        ("encoder.layer.0.output.add_local_input_quantizer", (1, 1, 32), "one axis"),
+    ],
+)
+def test_a_checkpoint_whose_scales_do_not_fit_is_refused(
+    site: str, shape: tuple[int, ...], wanted: str, tmp_path: Path
+) -> None:
+    calibrated().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    tensors[f"{site}._amax"] = torch.ones(shape)
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(ModelError, match=rf"range of {site} does not fit: the range has the shape .* wanted {wanted}"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_scale_of_nothing_is_refused() -> None:
+    quantizer = qs.quantizers(calibrated())[f"{SITE}._input_quantizer"]
+    assert quantizer.amax is not None
+    before = quantizer.amax.clone()
+    with pytest.raises(ValueError, match="needs a range above 0 in each, found 0"):
+        quantizer.amax = torch.zeros(32)
+    assert torch.equal(quantizer.amax, before)
+
+
 # equalize -------------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +296,7 @@ def test_it_tells_the_channels() -> None:
     assert inputs.channels == 32
     assert "channel 17" in found.to_text()
     data: dict[str, Any] = found.to_json()
-    assert (data["schema"], data["rows"], data["weights"]) == (1, 4, 12)
+    assert (data["schema"], data["rows"], data["weights"]) == (1, 4, 10)
 
 
 def test_rules_without_scales_are_refused() -> None:

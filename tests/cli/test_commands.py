@@ -114,7 +114,7 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (
             ["plan", "{folder}", "--rules", "qdqbrt"],
             "'qdqbrt' is neither a shipped rule set nor a file; shipped: fuse-qkv, linear-only, onnxruntime, "
-            "openvino, qdqbert, tensorrt-both, tensorrt-none, tensorrt",
+            "openvino, qdqbert-scaled, qdqbert, tensorrt-both, tensorrt-none, tensorrt",
         ),
         (
             ["plan", "{folder}", "--rules", "{tmp}/typo.yaml"],
@@ -259,10 +259,15 @@ def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "linears of the encoder" in printed
     assert file.is_file()
     options = ["--target", "tensorrt", "--precision", "float16", "--no-parity", "--json"]
-    assert main(["export", str(tmp_path / "calibrated"), str(file), *options]) == 1
+    assert main(["export", str(tmp_path / "calibrated"), str(file), *options, "--overwrite"]) == 1
+    assert "with an unsigned grid, and tensorrt has only symmetric ones" in capsys.readouterr().err
+    qmodel = qs.convert(load_model(folder), "tensorrt-none")
+    qs.calibrate(qmodel, [batch_for(qmodel, (2, 9))], "max")
+    save_model(qmodel, tmp_path / "symmetric")
+    assert main(["export", str(tmp_path / "symmetric"), str(file), *options]) == 1
     assert "exists; pass overwrite=True (--overwrite on the command line)" in capsys.readouterr().err
     options.append("--overwrite")
-    assert main(["export", str(tmp_path / "calibrated"), str(file), *options]) == 0
+    assert main(["export", str(tmp_path / "symmetric"), str(file), *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["target"], found["opset"], found["parity"]) == ("tensorrt", 19, None)
     assert len(found["sites"]) == 28

@@ -25,9 +25,15 @@ def tensor(*values: float) -> Tensor:
 
 def test_only_outliers_have_a_scale() -> None:
     ranges = outlier_ranges(tensor(1.0, 2.0, 3.0, 150.0), threshold=1.5)
-    # The median of four is torch's lower one, 2; the threshold is 3.
-    assert ranges.tolist() == [3.0, 3.0, 3.0, 150.0]
-    assert channel_scale(ranges).tolist() == [1.0, 1.0, 1.0, 50.0]
+    # The median of four is torch's lower one, 2; the threshold is 3, and 50 is rounded up.
+    assert ranges.tolist() == [3.0, 3.0, 3.0, 192.0]
+    assert channel_scale(ranges).tolist() == [1.0, 1.0, 1.0, 64.0]
+
+
+@pytest.mark.parametrize(("top", "scale"), [(3.0, 1.0), (3.01, 2**0.5), (4.2, 2**0.5), (6.0, 2.0), (6.1, 8**0.5)])
+def test_scales_are_powers_of_the_root_of_two(top: float, scale: float) -> None:
+    found = channel_scale(outlier_ranges(tensor(2.0, 2.0, 2.0, top)))
+    assert found.tolist() == [1.0, 1.0, 1.0, pytest.approx(scale, rel=1e-6)]
 
 
 def test_without_outliers_all_share_the_largest_range() -> None:
@@ -36,7 +42,7 @@ def test_without_outliers_all_share_the_largest_range() -> None:
 
 def test_dead_channels_do_not_lower_the_median() -> None:
     ranges = outlier_ranges(tensor(0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 100.0), threshold=1.5)
-    assert ranges.tolist() == [3.0] * 6 + [100.0]
+    assert ranges.tolist() == [3.0] * 6 + [pytest.approx(3 * 2**5.5)]
 
 
 def test_smooth_is_the_formula_of_the_paper() -> None:
@@ -78,7 +84,7 @@ def test_ranges_follow_the_unit_of_the_data(name: str, factor: float) -> None:
     if name == "smooth":
         pytest.skip("its scale has the unit of a root; only its ratios count")
     tops = tensor(1.0, 3.0, 40.0, 2.0)
-    assert torch.equal(SCALE_METHODS[name].find(tops * factor), SCALE_METHODS[name].find(tops) * factor)
+    assert torch.equal(SCALE_METHODS[name].find(tops * factor), SCALE_METHODS[name].find(tops) * factor)  # powers of 2
 
 
 @pytest.mark.parametrize(("name", "default"), [("max", None), ("outliers", 1.5), ("smooth", 0.5)])

@@ -42,8 +42,9 @@ def test_the_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     pytest.importorskip("onnx")
     monkeypatch.chdir(tmp_path)
     build("bert", "BertForSequenceClassification", num_labels=2).save_pretrained("my-bert")
-    [rules] = blocks("yaml")
+    rules, scaled = blocks("yaml")
     Path("mine.yaml").write_text(rules)
+    Path("scaled.yaml").write_text(scaled)
     torch.manual_seed(0)
     batches = [
         {"input_ids": torch.randint(3, 60, (2, length)), "attention_mask": torch.ones(2, length, dtype=torch.long)}
@@ -51,8 +52,8 @@ def test_the_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     ]
     scope: dict[str, Any] = {"batches": batches}
     code = blocks("python")
-    assert len(code) == 7
-    for block in code[:-1]:
+    assert len(code) == 9
+    for block in code[:-2]:
         exec(block, scope)
     assert Path("model.onnx").stat().st_size > 0
     # What was saved is the calibrated, fine-tuned model, and it comes back whole.
@@ -64,12 +65,14 @@ def test_the_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert not torch.equal(qs.convert(scope["model"])(**batches[0]).logits, trained(**batches[0]).logits)
     assert type(scope["bert"]) is qs.QDQBertForSequenceClassification
     assert len(scope["outputs"].attentions) == 2
-    exec(code[-1], scope)
+    exec(code[-2], scope)
     assert "+ add_local_input_quantizer" in capsys.readouterr().out
-    # The last block converted with the rules of the README.
+    # This block converted with the rules of the README.
     bits = {name: q.num_bits for name, q in qs.quantizers(scope["qmodel"]).items()}
     assert bits["bert.encoder.layer.1.output.dense._input_quantizer"] == 16
     assert not any(".layer.0." in name and ".add_" in name for name in bits)
+    exec(code[-1], scope)
+    assert "quantizers with a scale per channel" in capsys.readouterr().out
 
 
 def test_the_table_of_models_is_what_the_tests_find() -> None:

@@ -58,7 +58,7 @@ class Shown(Result):
 
 def results() -> dict[str, Result]:
     model = build("bert", "BertModel", num_hidden_layers=1)
-    qmodel = qs.convert(model)
+    qmodel, scaled = qs.convert(model), qs.convert(model, "qdqbert-scaled")
     statistics = qs.collect(qmodel, [batch_for(qmodel, (2, 6))])
     finding = Finding("blocks", "Attention", "it reads [a, b]", "leave.0.out", ("m.0.q",), ("m.0/MatMul",))
     findings = Findings("BertModel", "onnxruntime", 2, (finding, Finding("note", "None", "of the model")))
@@ -72,6 +72,7 @@ def results() -> dict[str, Result]:
         "Diff": qs.diff(model, qmodel),
         "Statistics": statistics,
         "Calibration": qs.calibrate(qmodel, statistics),
+        "Equalization": qs.equalize(scaled, [batch_for(scaled, (2, 6))]),
         "Explanation": qs.explain(qmodel, "encoder.layer.0"),
         "Findings": findings,
         "Parity": parity,
@@ -90,7 +91,10 @@ def test_these_are_all_results(made: dict[str, Result]) -> None:
     assert ours == made.keys()
 
 
-NAMES = ["Plan", "Diff", "Statistics", "Calibration", "Explanation", "Findings", "Parity", "Receipt", "Export"]
+NAMES = [
+    *("Plan", "Diff", "Statistics", "Calibration", "Equalization", "Explanation", "Findings", "Parity", "Receipt"),
+    "Export",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

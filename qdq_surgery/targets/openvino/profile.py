@@ -8,7 +8,8 @@ from qdq_surgery.targets.target import Target
 
 __all__ = ["OPENVINO"]
 
-#: Unsigned activations would keep OpenVINO from its fused attention and cost a conversion in front of each GEMM.
+#: Unsigned activations everywhere would keep OpenVINO from its fused attention, and cost a conversion in front of each
+#: GEMM.
 OPENVINO = Target(
     "openvino",
     "OpenVINO",
@@ -18,4 +19,5 @@ OPENVINO = Target(
     lint="qdq_surgery.targets.openvino.lint",
     executed=run_by_openvino,
     session=OpenVinoSession,
+    scales_apart=True,
 )

@@ -1,0 +1,173 @@
+"""Scales per channel in a file: where the products stand, that they cost nothing where they need not, and are right."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+ir = pytest.importorskip("onnx_ir")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from architectures import build  # noqa: E402
+from exported import compute, graph, inputs_for, operators  # noqa: E402
+
+import qdq_surgery as qs  # noqa: E402
+from qdq_surgery.export.passes.fold_channel_scales import fold_channel_scales  # noqa: E402
+from qdq_surgery.export.passes.keep_scales_apart import keep_scales_apart  # noqa: E402
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(2, 3, 8)).astype(np.float32)
+GAMMA, BETA, BY = (RANDOM.normal(size=8).astype(np.float32) for _ in range(3))
+
+NORM = """
+norm (float[b,s,8] x) => (float[b,s,8] y) {
+  n = LayerNormalization<axis = -1>(x, gamma, beta)
+  d = Mul(n, by)
+  y = Relu(d)
+}"""
+
+#: As NORM, but something else reads what the LayerNorm gives.
+READ_TWICE = NORM.replace("y = Relu(d)", "r = Relu(d)\n  y = Add(r, n)")
+
+LINEAR = """
+linear (float[b,s,8] x) => (float[b,s,8] y) {
+  m = Add(x, beta)
+  d = Mul(m, by)
+  r = Relu(d)
+  y = Add(r, m)
+}"""
+
+
+def divided(text: str) -> Any:
+    """The graph, with its product under the name that lowering gives it."""
+    model = graph(text, gamma=GAMMA, beta=BETA, by=BY)
+    for node in model.graph:
+        if node.op_type == "Mul":
+            node.name = "m.0._input_quantizer/divided"
+    return model
+
+
+def test_a_product_moves_into_the_norm_in_front_of_it() -> None:
+    model = divided(NORM)
+    before = compute(model, x=X)
+    assert fold_channel_scales(model.graph) == 1
+    assert operators(model.graph) == ["LayerNormalization", "Relu"]
+    # The factors are rounded once more.
+    np.testing.assert_allclose(compute(model, x=X)[0], before[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_that_something_else_reads_stays() -> None:
+    model = divided(READ_TWICE)
+    assert fold_channel_scales(model.graph) == 0
+    assert operators(model.graph) == ["LayerNormalization", "Mul", "Relu", "Add"]
+
+
+def test_another_product_stays() -> None:
+    model = graph(NORM, gamma=GAMMA, beta=BETA, by=BY)
+    assert fold_channel_scales(model.graph) == keep_scales_apart(model.graph) == 0
+
+
+def test_a_clip_that_cuts_nothing_off() -> None:
+    model = divided(LINEAR)
+    before = compute(model, x=X)
+    assert keep_scales_apart(model.graph) == 1
+    model.graph.sort()
+    assert operators(model.graph) == ["Add", "Clip", "Mul", "Relu", "Add"]
+    np.testing.assert_array_equal(compute(model, x=X)[0], before[0])
+
+
+@pytest.mark.parametrize("text", [NORM, READ_TWICE, LINEAR.replace("y = Add(r, m)", "y = Relu(r)")])
+def test_no_clip_where_none_is_needed(text: str) -> None:
+    assert keep_scales_apart(divided(text).graph) == 0
+
+
+# Whole files ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _calibrated(model_type: str, head: str, rules: str) -> PreTrainedModel:
+    model = build(model_type, head, num_hidden_layers=1)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.LayerNorm) or name.endswith("embeddings_project"):
+                module.weight[3] *= 40.0  # an outlier channel
+    qmodel = qs.convert(model, rules)
+    qs.calibrate(qmodel, [inputs_for(qmodel, (4, 12))])
+    return qmodel
+
+
+def calibrated(model_type: str = "bert", head: str = "BertModel", rules: str = "qdqbert-scaled") -> PreTrainedModel:
+    return copy.deepcopy(_calibrated(model_type, head, rules))
+
+
+def products(path: Path) -> list[str]:
+    """Which site each product with scales belongs to, and on which side of the pair it stands."""
+    model = onnx.load(str(path))
+    return sorted(
+        each.name.removesuffix("/scale")
+        for each in model.graph.initializer
+        if each.name.endswith(("/divided/scale", "/multiplied/scale"))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_the_full_recipe_divides_in_its_norms(target: str, tmp_path: Path) -> None:
+    pytest.importorskip(target)
+    qmodel = calibrated()
+    file = qs.export_onnx(qmodel, tmp_path / "m.onnx", target=target)
+    assert file.parity is not None
+    assert file.parity.agrees
+    layer = "encoder.layer.0."
+    left = [name for name in products(tmp_path / "m.onnx") if name.endswith("/divided")]
+    # Everything else comes from a LayerNorm, whose readers are all quantized alike.
+    assert left == [
+        f"{layer}attention.output.add_local_input_quantizer/divided",
+        f"{layer}output.add_local_input_quantizer/divided",
+        f"{layer}output.dense._input_quantizer/divided",
+    ]
+    assert qs.receipt(tmp_path / "m.onnx", target).linear == 1.0
+
+
+@pytest.mark.slow
+def test_a_file_in_half_precision(tmp_path: Path) -> None:
+    file = qs.export_onnx(calibrated(rules="tensorrt"), tmp_path / "m.onnx", target="tensorrt", precision="float16")
+    assert file.parity is not None
+    assert file.parity.agrees
+    kinds = {each.data_type for each in onnx.load(str(file.path)).graph.initializer if "ided/scale" in each.name}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.slow
+def test_openvino_keeps_the_scales_behind_a_projection(tmp_path: Path) -> None:
+    """ELECTRA's, which its first layer and that layer's residual add read."""
+    pytest.importorskip("openvino")
+    qmodel = calibrated("electra", "ElectraModel", "openvino")
+    scale = qs.quantizers(qmodel)["encoder.layer.0.attention.self.query._input_quantizer"].channel_scale
+    assert scale is not None
+    assert float(scale.max()) > 4.0
+    file = qs.export_onnx(qmodel, tmp_path / "m.onnx", target="openvino", dynamic=False)
+    assert file.parity is not None
+    assert file.parity.agrees
+    assert "Clip" in {node.op_type for node in onnx.load(str(file.path)).graph.node}
+
+
+@pytest.mark.slow
+def test_where_nothing_is_scaled_nothing_is_multiplied(tmp_path: Path) -> None:
+    qmodel = calibrated()
+    for quantizer in qs.quantizers(qmodel).values():
+        if quantizer.scaled:
+            assert quantizer.amax is not None
+            quantizer.amax = torch.full_like(quantizer.amax, 2.0)
+    qs.recalibrate_weights(qmodel)
+    qs.export_onnx(qmodel, tmp_path / "m.onnx", target="onnxruntime", dynamic=False)
+    assert not products(tmp_path / "m.onnx")
