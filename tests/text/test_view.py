@@ -60,6 +60,8 @@ def results() -> dict[str, Result]:
     model = build("bert", "BertModel", num_hidden_layers=1)
     qmodel, scaled = qs.convert(model), qs.convert(model, "qdqbert-scaled")
     statistics = qs.collect(qmodel, [batch_for(qmodel, (2, 6))])
+    calibrated = qs.convert(model)
+    qs.calibrate(calibrated, statistics)
     finding = Finding("blocks", "Attention", "it reads [a, b]", "leave.0.out", ("m.0.q",), ("m.0/MatMul",))
     findings = Findings("BertModel", "onnxruntime", 2, (finding, Finding("note", "None", "of the model")))
     site = SiteCheck("m.q", 5, 1, 2, 3.5)
@@ -72,6 +74,7 @@ def results() -> dict[str, Result]:
         "Diff": qs.diff(model, qmodel),
         "Statistics": statistics,
         "Calibration": qs.calibrate(qmodel, statistics),
+        "Sensitivity": qs.sensitivity(calibrated, [batch_for(qmodel, (2, 6))], sites=False, layers=False),
         "Equalization": qs.equalize(scaled, [batch_for(scaled, (2, 6))]),
         "Explanation": qs.explain(qmodel, "encoder.layer.0"),
         "Findings": findings,
@@ -93,7 +96,7 @@ def test_these_are_all_results(made: dict[str, Result]) -> None:
 
 NAMES = [
     *("Plan", "Diff", "Statistics", "Calibration", "Equalization", "Explanation", "Findings", "Parity", "Receipt"),
-    "Export",
+    *("Export", "Sensitivity"),
 ]
 
 
