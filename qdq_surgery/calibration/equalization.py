@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdq_surgery.calibration.collect import Statistics, activation_quantizers, collect, unwrapped, weight_quantizers
-from qdq_surgery.calibration.ranges import FoundRange, find_ranges, own_method, set_ranges
+from qdq_surgery.calibration.ranges import Calibration, FoundRange, find_ranges, own_method, set_ranges
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.safety.transaction import all_or_nothing
-from qdq_surgery.surgery.model_state import plan_of, set_state, state_of
+from qdq_surgery.surgery.model_state import CalibrationRecord, ModelState, plan_of, set_state, state_of
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
 __all__ = ["Equalization", "Scales", "equalize"]
@@ -110,10 +110,19 @@ def equalize(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]] | Statistic
     found = find_ranges(model, data, activations, methods, weights)
     with all_or_nothing(model):
         set_ranges(found.values())
-        # What a calibration did before is no longer all that there is to report.
-        set_state(model, replace(state_of(model), calibration=None, saved_report=None))
+        set_state(model, replace(state_of(model), calibration=_record(state_of(model), found), saved_report=None))
     scales = tuple(_scales(name, found[name]) for name in activations)
     return Equalization(scales, len(weights), data.batches, data.rows, data.tokens)
+
+
+def _record(state: ModelState, found: Mapping[str, FoundRange]) -> CalibrationRecord | None:
+    """The record of the calibration before, with what was found now in its place."""
+    if not isinstance(state.calibration, Calibration):
+        return state.calibration
+    ranges = state.calibration.ranges
+    return replace(
+        state.calibration, ranges=tuple(found[e.quantizer].how if e.quantizer in found else e for e in ranges)
+    )
 
 
 def _scales(name: str, found: FoundRange) -> Scales:

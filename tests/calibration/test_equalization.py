@@ -20,6 +20,7 @@ from transformers import AutoModel, PreTrainedModel
 import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.surgery.model_state import state_of
 
 BATCH = batch_for(spoiled(), (4, 10), mask=True)
 
@@ -286,6 +287,20 @@ def test_it_leaves_all_other_ranges_alone() -> None:
         qs.quantizers(qmodel)[name].amax = 7.0
     qs.equalize(qmodel, [BATCH])
     assert {float(qs.quantizers(qmodel)[name].amax) for name in others} == {7.0}  # type: ignore[arg-type]
+
+
+def test_the_record_of_the_calibration_stays() -> None:
+    qmodel = calibrated("onnxruntime")
+    before = state_of(qmodel).calibration
+    assert isinstance(before, qs.Calibration)
+    qs.equalize(qmodel, [batch_for(qmodel, (2, 7))])
+    after = state_of(qmodel).calibration
+    assert isinstance(after, qs.Calibration)
+    assert [each.quantizer for each in after.ranges] == [each.quantizer for each in before.ranges]
+    changed = {new.quantizer for old, new in zip(before.ranges, after.ranges, strict=True) if old != new}
+    own = {name for name, each in qs.quantizers(qmodel).items() if each.scaled}
+    assert changed & own
+    assert changed <= own | {name.replace("_input_", "_weight_") for name in own}
 
 
 def test_it_tells_the_channels() -> None:
