@@ -17,7 +17,7 @@ ir = pytest.importorskip("onnx_ir")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from architectures import build  # noqa: E402
+from architectures import BASE, BY_TYPE, build  # noqa: E402
 from exported import compute, graph, inputs_for, operators  # noqa: E402
 
 import qdq_surgery as qs  # noqa: E402
@@ -93,12 +93,17 @@ def test_no_clip_where_none_is_needed(text: str) -> None:
 # Whole files ---------------------------------------------------------------------------------------------------------
 
 
+_LAYERS = "num_hidden_layers"
+DEPTH = {"distilbert": "n_layers"}
+
+
 @functools.cache
 def _calibrated(model_type: str, head: str, rules: str) -> PreTrainedModel:
-    model = build(model_type, head, num_hidden_layers=1)
+    model = build(model_type, head, **({} if model_type == "modernbert" else {DEPTH.get(model_type, _LAYERS): 1}))
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm) or name.endswith("embeddings_project"):
+            wide = isinstance(module, nn.LayerNorm) and module.weight.numel() > 3
+            if wide or (isinstance(module, nn.Linear) and "layer" not in name and module.out_features > 3):
                 module.weight[3] *= 40.0  # an outlier channel
     qmodel = qs.convert(model, rules)
     qs.calibrate(qmodel, [inputs_for(qmodel, (4, 12))])
@@ -145,6 +150,19 @@ def test_a_file_in_half_precision(tmp_path: Path) -> None:
     assert file.parity.agrees
     kinds = {each.data_type for each in onnx.load(str(file.path)).graph.initializer if "ided/scale" in each.name}
     assert kinds == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", BY_TYPE)
+def test_outliers_of_every_architecture_on_openvino(model_type: str, tmp_path: Path) -> None:
+    """Whatever an operand comes from, and whatever else reads that: the certificate compares every site."""
+    pytest.importorskip("openvino")
+    qmodel = calibrated(model_type, BASE[model_type])
+    scales = [each.channel_scale for each in qs.quantizers(qmodel).values() if each.scaled]
+    assert sum(scale is not None and float(scale.max()) > 1.0 for scale in scales) >= 4
+    file = qs.export_onnx(qmodel, tmp_path / "m.onnx", target="openvino", dynamic=False)
+    assert file.parity is not None
+    assert file.parity.agrees
 
 
 @pytest.mark.slow
