@@ -38,9 +38,9 @@ from qdq_surgery.cli.demo import agreement, checkpoint, embed, standard_library_
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.text.view import Column, Table, View, line, number
 from runtimes.subjects import INPUTS
-from runtimes.with_onnxruntime import open_session
-from runtimes.with_openvino import compile_model
-from runtimes.workspace import OPSET, Missing, package, quiet
+from runtimes.with_onnxruntime import open_session, quantize_dynamic, quantize_static
+from runtimes.with_openvino import compile_model, quantize_by_nncf
+from runtimes.workspace import Missing, package, write_float_onnx
 
 Batch = dict[str, Tensor]
 
@@ -57,24 +57,16 @@ class Subject:
         return list(token_batches(self.tokenizer, texts))
 
     def float_onnx(self, batch: Batch) -> Path:
-        """The float model as an ONNX file, number of rows and length open."""
+        """The float model as an ONNX file, made once."""
         path = self.folder / "float.onnx"
         if not path.is_file():
-            shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
-            with torch.no_grad(), quiet():
-                program = torch.onnx.export(
-                    self.model,
-                    (),
-                    kwargs=batch,
-                    dynamo=True,
-                    opset_version=OPSET,
-                    dynamic_shapes=shapes,
-                    output_names=["last_hidden_state", "pooler_output"],
-                    verbose=False,
-                )
-            assert program is not None
-            program.save(path)
+            write_float_onnx(self.model, batch, path, ["last_hidden_state", "pooler_output"])
         return path
+
+
+def arrays(batches: list[Batch]) -> list[dict[str, Any]]:
+    """The same values for other tools."""
+    return [{name: value.numpy() for name, value in batch.items()} for batch in batches]
 
 
 class _States:
@@ -117,38 +109,14 @@ def deployed(rules: str, target: str) -> Make:
     return make
 
 
-class _Reader:
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._rest = iter([{name: value.numpy() for name, value in batch.items()} for batch in batches])
-
-    def get_next(self) -> Any:
-        return next(self._rest, None)
-
-
 def onnxruntime_dynamic(subject: Subject, batches: list[Batch]) -> Any:
-    tools = package("onnxruntime.quantization")
-    path = subject.folder / "ort-dynamic.onnx"
-    with quiet():
-        tools.quantize_dynamic(
-            subject.float_onnx(batches[0]), path, per_channel=True, weight_type=tools.QuantType.QInt8
-        )
+    path = quantize_dynamic(subject.float_onnx(batches[0]), subject.folder / "ort-dynamic.onnx")
     return _States(open_session(path, torch.get_num_threads()))
 
 
 def onnxruntime_static(subject: Subject, batches: list[Batch]) -> Any:
-    tools: Any = package("onnxruntime.quantization")
     path = subject.folder / "ort-static.onnx"
-    with quiet():
-        tools.quantize_static(
-            subject.float_onnx(batches[0]),
-            path,
-            _Reader(batches),
-            quant_format=tools.QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=tools.QuantType.QUInt8,
-            weight_type=tools.QuantType.QInt8,
-            op_types_to_quantize=["MatMul"],
-        )
+    quantize_static(subject.float_onnx(batches[0]), path, arrays(batches), ["MatMul"])
     return _States(open_session(path, torch.get_num_threads()))
 
 
@@ -156,19 +124,9 @@ def nncf(preset: str | None) -> Make:
     """NNCF's INT8 on OpenVINO, with its default or another preset."""
 
     def make(subject: Subject, batches: list[Batch]) -> Any:
-        openvino, tool = package("openvino"), package("nncf")
+        package("nncf")
         path = subject.folder / f"nncf-{preset}.xml"
-        given = [{name: value.numpy() for name, value in batch.items()} for batch in batches]
-        options = {} if preset is None else {"preset": getattr(tool.QuantizationPreset, preset)}
-        with quiet():
-            quantized = tool.quantize(
-                openvino.Core().read_model(subject.float_onnx(batches[0])),
-                tool.Dataset(given),
-                model_type=tool.ModelType.TRANSFORMER,
-                subset_size=len(given),
-                **options,
-            )
-            openvino.save_model(quantized, path)
+        quantize_by_nncf(subject.float_onnx(batches[0]), path, arrays(batches), preset)
         return _States(compile_model(path, torch.get_num_threads()))
 
     return make

@@ -9,7 +9,7 @@ from typing import Any
 from runtimes.subjects import Batch
 from runtimes.workspace import Contender, Prepared, Run, Workspace, package, quiet
 
-__all__ = ["CONTENDERS", "open_session"]
+__all__ = ["CONTENDERS", "open_session", "quantize_dynamic", "quantize_static"]
 
 #: Fusions that cost time on a CPU: ONNX Runtime 1.31's fused kernels are slower than the operators that they replace.
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
@@ -51,12 +51,38 @@ def _unfused(workspace: Workspace) -> Prepared:
     return Prepared(open_session(path, workspace.threads, SLOW_FUSIONS), [path])
 
 
+def quantize_dynamic(source: Path, path: Path) -> Path:
+    """What ONNX Runtime's dynamic quantization makes of a float model; its path."""
+    tools = package("onnxruntime.quantization")
+    with quiet():
+        tools.quantize_dynamic(source, path, per_channel=True, weight_type=tools.QuantType.QInt8)
+    return path
+
+
+def quantize_static(source: Path, path: Path, batches: Sequence[Batch], operators: Sequence[str] | None) -> Path:
+    """What ONNX Runtime's static quantization makes of a float model; its path.
+
+    Args:
+        operators: Which are quantized; all that it knows if left out.
+    """
+    tools: Any = package("onnxruntime.quantization")
+    with quiet():
+        tools.quantize_static(
+            source,
+            path,
+            _Reader(batches),
+            quant_format=tools.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=tools.QuantType.QUInt8,
+            weight_type=tools.QuantType.QInt8,
+            op_types_to_quantize=operators,
+        )
+    return path
+
+
 def _dynamic(workspace: Workspace) -> Prepared:
     package("onnxruntime")
-    tools = package("onnxruntime.quantization")
-    path = workspace.folder / "ort-dynamic.onnx"
-    with quiet():
-        tools.quantize_dynamic(workspace.float_onnx, path, per_channel=True, weight_type=tools.QuantType.QInt8)
+    path = quantize_dynamic(workspace.float_onnx, workspace.folder / "ort-dynamic.onnx")
     return Prepared(open_session(path, workspace.threads), [path])
 
 
@@ -75,20 +101,8 @@ def _preprocessed(workspace: Workspace) -> Path:
 
 def _static(workspace: Workspace, operators: Sequence[str] | None, name: str) -> Prepared:
     package("onnxruntime")
-    tools: Any = package("onnxruntime.quantization")
     path = workspace.folder / f"{name}.onnx"
-    source = _preprocessed(workspace)
-    with quiet():
-        tools.quantize_static(
-            source,
-            path,
-            _Reader(workspace.calibration),
-            quant_format=tools.QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=tools.QuantType.QUInt8,
-            weight_type=tools.QuantType.QInt8,
-            op_types_to_quantize=operators,
-        )
+    quantize_static(_preprocessed(workspace), path, workspace.calibration, operators)
     return Prepared(open_session(path, workspace.threads), [path])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from runtimes.subjects import Batch
 from runtimes.workspace import Contender, Prepared, Run, Workspace, package, quiet
 
-__all__ = ["CONTENDERS", "compile_model"]
+__all__ = ["CONTENDERS", "compile_model", "quantize_by_nncf"]
 
 
 def compile_model(path: Path, threads: int, precision: str | None = None) -> Run:
@@ -42,18 +43,32 @@ def _float(workspace: Workspace, precision: str) -> Prepared:
     return Prepared(compile_model(path, workspace.threads, precision), [path])
 
 
-def _nncf(workspace: Workspace, precision: str | None) -> Prepared:
+def quantize_by_nncf(source: Path, path: Path, batches: Sequence[Batch], preset: str | None = None) -> Path:
+    """What NNCF makes of a float model; its path, which ends in .xml.
+
+    Args:
+        preset: Its ``QuantizationPreset`` by name; its default if left out.
+    """
     openvino, nncf = package("openvino"), package("nncf")
+    options = {} if preset is None else {"preset": getattr(nncf.QuantizationPreset, preset)}
+    with quiet():
+        quantized = nncf.quantize(
+            openvino.Core().read_model(source),
+            nncf.Dataset(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(batches),
+            **options,
+        )
+        openvino.save_model(quantized, path)
+    return path
+
+
+def _nncf(workspace: Workspace, precision: str | None) -> Prepared:
+    for name in ("openvino", "nncf"):
+        package(name)
     path = workspace.folder / "nncf.xml"
     if not path.is_file():
-        with quiet():
-            quantized = nncf.quantize(
-                openvino.Core().read_model(workspace.float_onnx),
-                nncf.Dataset(workspace.calibration),
-                model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(workspace.calibration),
-            )
-            openvino.save_model(quantized, path)
+        quantize_by_nncf(workspace.float_onnx, path, workspace.calibration)
     return Prepared(compile_model(path, workspace.threads, precision), [path, path.with_suffix(".bin")])
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from runtimes.subjects import INPUTS, Batch
 
-__all__ = ["Contender", "Missing", "Prepared", "Run", "Workspace", "package", "quiet", "tensors"]
+__all__ = ["Contender", "Missing", "Prepared", "Run", "Workspace", "package", "quiet", "tensors", "write_float_onnx"]
 
 #: From a batch to the start and end logits.
 Run = Callable[[Batch], list[NDArray[np.float32]]]
@@ -64,27 +64,9 @@ class Workspace:
 
     @cached_property
     def float_onnx(self) -> Path:
-        """The float model as an ONNX file, number of rows and length open."""
-        for name in ("onnx", "onnxscript"):
-            package(name)
+        """The float model as an ONNX file."""
         path = self.folder / "float.onnx"
-        batch = tensors(self.calibration[0])
-        shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
-        with torch.no_grad(), quiet():
-            program = torch.onnx.export(
-                self.model,
-                (),
-                kwargs=batch,
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=shapes,
-                input_names=list(INPUTS),
-                output_names=["start_logits", "end_logits"],
-                verbose=False,
-            )
-            assert program is not None
-            program.save(path)
-        return path
+        return write_float_onnx(self.model, tensors(self.calibration[0]), path, ["start_logits", "end_logits"])
 
 
 @dataclass(frozen=True)
@@ -110,6 +92,28 @@ def package(name: str) -> Any:
 def tensors(batch: Batch) -> dict[str, Tensor]:
     """The same values for PyTorch."""
     return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+
+def write_float_onnx(model: PreTrainedModel, batch: dict[str, Tensor], path: Path, outputs: Sequence[str]) -> Path:
+    """A float model as an ONNX file, number of rows and length open; its path."""
+    for name in ("onnx", "onnxscript"):
+        package(name)
+    shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
+    with torch.no_grad(), quiet():
+        program = torch.onnx.export(
+            model,
+            (),
+            kwargs=batch,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=[name for name in INPUTS if name in batch],
+            output_names=list(outputs),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path)
+    return path
 
 
 @contextlib.contextmanager
