@@ -1,0 +1,301 @@
+"""Time BERT on an NVIDIA GPU: float, torchao's INT8, and what this package adds to training; prints three tables.
+
+    python scripts/benchmark_gpu.py [--minutes 8] [--rounds 7] [--json FILE]
+
+Inference in bf16 against torchao's INT8 (skipped with a word where it is not installed) and this package's fake
+quantization, eager and compiled; training steps of QAT and collecting against the float model; and the rate of the
+plain products, which nothing built from them can beat. Random weights. What is compared takes turns, and medians are
+given. Compiling takes longest: what does not fit into ``--minutes`` is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+import qdq_surgery as qs
+
+SIZES: dict[str, dict[str, int]] = {
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+SHAPES = ((1, 128), (32, 128), (8, 512))
+
+#: Milliseconds that one turn of a contender takes at least, so that the clock's own noise is small.
+TURN = 20.0
+
+Batch = dict[str, Tensor]
+Run = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no other contender is started")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmark_gpu.py needs an NVIDIA GPU, and torch sees none")
+    transformers_logging.set_verbosity_error()
+    end = time.monotonic() + 60 * arguments.minutes
+    console = Console(highlight=False, width=150)
+    console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians of {arguments.rounds} rounds")
+    figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for part, measure in (("products", products), ("training", training), ("inference", inference)):
+        figures[part] = measure(console, arguments.rounds, end)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+# The clock -----------------------------------------------------------------------------------------------------------
+
+
+def interleaved(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """Median milliseconds of one run of each, by the GPU's clock; the runs take turns."""
+    times = {name: max(1, int(TURN / max(_milliseconds(run, 2), 1e-3))) for name, run in runs.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(_milliseconds(run, times[name]))
+    return {name: statistics.median(each) for name, each in found.items()}
+
+
+def _milliseconds(run: Run, times: int) -> float:
+    run()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()  # type: ignore[no-untyped-call]
+    for _ in range(times):
+        run()
+    stop.record()  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    milliseconds: float = start.elapsed_time(stop)  # type: ignore[no-untyped-call]
+    return milliseconds / times
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+def products(console: Console, rounds: int, _end: float) -> dict[str, dict[str, float]]:
+    """10^12 operations per second of the encoder's products, alone."""
+    table = Table("product, rows x in x out", "bf16", "INT8", "INT8 / bf16", title="plain products, Tops", box=None)
+    found = {}
+    for rows in (128, 4096):
+        for width, out in ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024)):
+            x, w = (torch.randn(*size, device="cuda", dtype=torch.bfloat16) for size in ((rows, width), (out, width)))
+            i, j = ((each * 40).clamp(-127, 127).to(torch.int8) for each in (x, w))
+            runs: dict[str, Run] = {
+                "bf16": functools.partial(torch.mm, x, w.t()),
+                "int8": functools.partial(torch._int_mm, i, j.t()),
+            }
+            taken = interleaved(runs, rounds)
+            rate = {name: 2e-9 * rows * width * out / each for name, each in taken.items()}
+            name = f"{rows} x {width} x {out}"
+            table.add_row(name, *(f"{each:.0f}" for each in rate.values()), f"{rate['int8'] / rate['bf16']:.2f}")
+            found[name] = rate
+    console.print(table)
+    return found
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def training(console: Console, rounds: int, _end: float) -> dict[str, float]:
+    """Steps of QAT, and a calibration's batches, against the float model's."""
+    size = (32, 128)
+    batch, model = batch_of(*size), float_model("base")
+    qmodel = qs.convert(model)
+    qs.calibrate(qmodel, [batch], "max")
+    learned = copy.deepcopy(qmodel)
+    qs.learn_ranges(learned, weights=True)
+    labelled = {**batch, "labels": torch.zeros(size[0], dtype=torch.long, device="cuda")}
+    steps: dict[str, Run] = {}
+    for name, each in {"float": model, "QAT": qmodel, "QAT, learned ranges": learned}.items():
+        trained = copy.deepcopy(each).train()
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, fused=True)
+        steps[f"{name} step, bf16"] = functools.partial(_step, trained, optimizer, labelled)
+    found = interleaved(steps, rounds)
+    batches = [batch] * 8
+    passes: dict[str, Run] = {
+        "float, 8 batches": functools.partial(_passes, model, batches),
+        "fake quantization, 8 batches": functools.partial(_passes, qmodel, batches),
+        "collect maxima of 8 batches": functools.partial(qs.collect, qmodel, batches, histograms=False),
+        "collect histograms of 8 batches": functools.partial(qs.collect, qmodel, batches),
+    }
+    table = Table("BERT-base, 32 x 128", "ms", "x float", title="training and calibration", box=None)
+    for group in (found, interleaved(passes, rounds)):
+        first = next(iter(group.values()))
+        for name, each in group.items():
+            table.add_row(name, f"{each:.2f}", f"{each / first:.2f}")
+            found[name] = each
+    console.print(table)
+    return found
+
+
+def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _passes(model: PreTrainedModel, batches: list[Batch]) -> None:
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+
+
+# Inference -----------------------------------------------------------------------------------------------------------
+
+
+def inference(console: Console, rounds: int, end: float) -> dict[str, dict[str, float]]:
+    """Forwards of all contenders; a size and shape at a time, while there is time."""
+    found: dict[str, dict[str, float]] = {}
+    table = Table("ms", *(f"{n} {b} x {t}" for n in SIZES for b, t in SHAPES), title="forward", box=None)
+    for size in SIZES:
+        made: dict[str, Callable[..., Any]] = {}
+        for name, make in CONTENDERS.items():
+            try:
+                made[name] = make(size)
+            except (ImportError, NotImplementedError, RuntimeError) as error:
+                console.print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0]})")
+        for rows, tokens in SHAPES:
+            batch = batch_of(rows, tokens)
+            runs: dict[str, Run] = {}
+            for name, model in made.items():
+                if time.monotonic() > end:
+                    console.print(f"{name}, {size}, {rows} x {tokens}: left out, the time is up")
+                    continue
+                run = functools.partial(_passes, model, [batch])  # type: ignore[arg-type]
+                try:
+                    run()
+                except Exception as error:  # a peer's compiler may raise anything; the others go on
+                    console.print(f"{name}, {size}, {rows} x {tokens}: {type(error).__name__}: {str(error)[:200]}")
+                    continue
+                runs[name] = run
+            found[f"{size} {rows} x {tokens}"] = interleaved(runs, rounds)
+        torch.compiler.reset()
+    for name in CONTENDERS:
+        table.add_row(name, *(f"{each[name]:.2f}" if name in each else "-" for each in found.values()))
+    console.print(table)
+    return found
+
+
+def _float32(size: str) -> nn.Module:
+    return float_model(size)
+
+
+def _bf16(size: str) -> nn.Module:
+    return float_model(size).to(torch.bfloat16)
+
+
+def _sdpa(size: str) -> nn.Module:
+    model = _bf16(size)
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    return model
+
+
+def _compiled(make: Callable[[str], nn.Module]) -> Callable[[str], Callable[..., Any]]:
+    def made(size: str) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = torch.compile(make(size), dynamic=False)
+        return compiled
+
+    return made
+
+
+def _torchao_dynamic(size: str) -> nn.Module:
+    quantization = importlib.import_module("torchao.quantization")
+    model = _sdpa(size)
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(), filter_fn=_in_encoder)
+    return model
+
+
+def _torchao_static(size: str) -> nn.Module:
+    quantization = importlib.import_module("torchao.quantization")
+    granularity = importlib.import_module("torchao.quantization.granularity")
+    config = quantization.Int8StaticActivationInt8WeightConfig
+    model = _sdpa(size)
+    tops: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if _in_encoder(module, name):
+
+            def keep(_: nn.Module, given: tuple[Tensor], name: str = name) -> None:
+                tops[name] = given[0].abs().amax()
+
+            hooks.append(module.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        model(**batch_of(32, 128))
+    for hook in hooks:
+        hook.remove()
+    for name, top in tops.items():
+        given = config(
+            act_quant_scale=(top / 127).reshape(1, 1),
+            granularity=[granularity.PerTensor(), granularity.PerRow()],
+        )
+        quantization.quantize_(model, given, filter_fn=lambda _, own, name=name: own == name)
+    return model
+
+
+def _in_encoder(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "encoder" in name
+
+
+def _fake_quant(size: str) -> nn.Module:
+    qmodel = qs.convert(float_model(size))
+    qs.calibrate(qmodel, [batch_of(32, 128)], "max")
+    return qmodel.to(torch.bfloat16)
+
+
+CONTENDERS: dict[str, Callable[[str], Callable[..., Any]]] = {
+    "float32 eager": _float32,
+    "bf16 eager": _bf16,
+    "bf16 sdpa compiled": _compiled(_sdpa),
+    "torchao dynamic INT8, compiled": _compiled(_torchao_dynamic),
+    "torchao static INT8, compiled": _compiled(_torchao_static),
+    "ours, fake quantization, bf16 eager": _fake_quant,
+    "ours, fake quantization, bf16 compiled": _compiled(_fake_quant),
+}
+
+
+@functools.cache
+def _weights(size: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = BertConfig(attn_implementation="eager", **SIZES[size])
+    return BertForSequenceClassification(config).eval().cuda()
+
+
+def float_model(size: str) -> PreTrainedModel:
+    """A copy of BERT of this size, float32, in eval mode, on the GPU."""
+    return copy.deepcopy(_weights(size))
+
+
+@functools.cache
+def batch_of(rows: int, tokens: int) -> Batch:
+    """Ids without padding, on the GPU."""
+    ids = torch.randint(1000, 30000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids.cuda(), "attention_mask": torch.ones_like(ids).cuda()}
+
+
+if __name__ == "__main__":
+    main()
