@@ -17,7 +17,7 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,22 @@ SIZES: dict[str, dict[str, int]] = {
         "intermediate_size": 4096,
     },
 }
-SHAPES = ((1, 128), (32, 128), (8, 512))
+SHAPES = ((32, 128), (1, 128), (8, 512))
 
 #: Milliseconds that one turn of a contender takes at least, so that the clock's own noise is small.
 TURN = 20.0
 
 Batch = dict[str, Tensor]
 Run = Callable[[], object]
+Figures = Iterator[tuple[str, dict[str, float]]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no other contender is started")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--json", type=Path, help="a file for the figures, written after each part")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmark_gpu.py needs an NVIDIA GPU, and torch sees none")
@@ -61,10 +63,12 @@ def main() -> None:
     console = Console(highlight=False, width=150)
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians of {arguments.rounds} rounds")
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for part, measure in (("products", products), ("training", training), ("inference", inference)):
-        figures[part] = measure(console, arguments.rounds, end)
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    for part in arguments.only:
+        figures[part] = {}
+        for name, values in PARTS[part](console, arguments.rounds, end):
+            figures[part][name] = values
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 # The clock -----------------------------------------------------------------------------------------------------------
@@ -95,10 +99,9 @@ def _milliseconds(run: Run, times: int) -> float:
 # Products ------------------------------------------------------------------------------------------------------------
 
 
-def products(console: Console, rounds: int, _end: float) -> dict[str, dict[str, float]]:
+def products(console: Console, rounds: int, _end: float) -> Figures:
     """10^12 operations per second of the encoder's products, alone."""
     table = Table("product, rows x in x out", "bf16", "INT8", "INT8 / bf16", title="plain products, Tops", box=None)
-    found = {}
     for rows in (128, 4096):
         for width, out in ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024)):
             x, w = (torch.randn(*size, device="cuda", dtype=torch.bfloat16) for size in ((rows, width), (out, width)))
@@ -111,15 +114,14 @@ def products(console: Console, rounds: int, _end: float) -> dict[str, dict[str, 
             rate = {name: 2e-9 * rows * width * out / each for name, each in taken.items()}
             name = f"{rows} x {width} x {out}"
             table.add_row(name, *(f"{each:.0f}" for each in rate.values()), f"{rate['int8'] / rate['bf16']:.2f}")
-            found[name] = rate
+            yield name, rate
     console.print(table)
-    return found
 
 
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def training(console: Console, rounds: int, _end: float) -> dict[str, float]:
+def training(console: Console, rounds: int, _end: float) -> Figures:
     """Steps of QAT, and a calibration's batches, against the float model's."""
     size = (32, 128)
     batch, model = batch_of(*size), float_model("base")
@@ -133,7 +135,6 @@ def training(console: Console, rounds: int, _end: float) -> dict[str, float]:
         trained = copy.deepcopy(each).train()
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, fused=True)
         steps[f"{name} step, bf16"] = functools.partial(_step, trained, optimizer, labelled)
-    found = interleaved(steps, rounds)
     batches = [batch] * 8
     passes: dict[str, Run] = {
         "float, 8 batches": functools.partial(_passes, model, batches),
@@ -142,13 +143,13 @@ def training(console: Console, rounds: int, _end: float) -> dict[str, float]:
         "collect histograms of 8 batches": functools.partial(qs.collect, qmodel, batches),
     }
     table = Table("BERT-base, 32 x 128", "ms", "x float", title="training and calibration", box=None)
-    for group in (found, interleaved(passes, rounds)):
-        first = next(iter(group.values()))
-        for name, each in group.items():
+    for title, group in (("steps", steps), ("passes", passes)):
+        found = interleaved(group, rounds)
+        first = next(iter(found.values()))
+        for name, each in found.items():
             table.add_row(name, f"{each:.2f}", f"{each / first:.2f}")
-            found[name] = each
+        yield title, found
     console.print(table)
-    return found
 
 
 def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -159,7 +160,7 @@ def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch
     optimizer.zero_grad()
 
 
-def _passes(model: PreTrainedModel, batches: list[Batch]) -> None:
+def _passes(model: Callable[..., Any], batches: list[Batch]) -> None:
     with torch.no_grad():
         for batch in batches:
             model(**batch)
@@ -168,10 +169,9 @@ def _passes(model: PreTrainedModel, batches: list[Batch]) -> None:
 # Inference -----------------------------------------------------------------------------------------------------------
 
 
-def inference(console: Console, rounds: int, end: float) -> dict[str, dict[str, float]]:
+def inference(console: Console, rounds: int, end: float) -> Figures:
     """Forwards of all contenders; a size and shape at a time, while there is time."""
     found: dict[str, dict[str, float]] = {}
-    table = Table("ms", *(f"{n} {b} x {t}" for n in SIZES for b, t in SHAPES), title="forward", box=None)
     for size in SIZES:
         made: dict[str, Callable[..., Any]] = {}
         for name, make in CONTENDERS.items():
@@ -180,25 +180,37 @@ def inference(console: Console, rounds: int, end: float) -> dict[str, dict[str, 
             except (ImportError, NotImplementedError, RuntimeError) as error:
                 console.print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0]})")
         for rows, tokens in SHAPES:
-            batch = batch_of(rows, tokens)
-            runs: dict[str, Run] = {}
-            for name, model in made.items():
-                if time.monotonic() > end:
-                    console.print(f"{name}, {size}, {rows} x {tokens}: left out, the time is up")
-                    continue
-                run = functools.partial(_passes, model, [batch])  # type: ignore[arg-type]
-                try:
-                    run()
-                except Exception as error:  # a peer's compiler may raise anything; the others go on
-                    console.print(f"{name}, {size}, {rows} x {tokens}: {type(error).__name__}: {str(error)[:200]}")
-                    continue
-                runs[name] = run
-            found[f"{size} {rows} x {tokens}"] = interleaved(runs, rounds)
+            runs = _runs(console, made, f"{size} {rows} x {tokens}", batch_of(rows, tokens), end)
+            if runs:
+                found[f"{size} {rows} x {tokens}"] = taken = interleaved(runs, rounds)
+                yield f"{size} {rows} x {tokens}", taken
         torch.compiler.reset()
+    table = Table("ms", *found, title="forward", box=None)
     for name in CONTENDERS:
         table.add_row(name, *(f"{each[name]:.2f}" if name in each else "-" for each in found.values()))
     console.print(table)
-    return found
+
+
+def _runs(
+    console: Console, made: Mapping[str, Callable[..., Any]], what: str, batch: Batch, end: float
+) -> dict[str, Run]:
+    """What runs on this batch, each run once, so that it is compiled."""
+    runs: dict[str, Run] = {}
+    for name, model in made.items():
+        if time.monotonic() > end:
+            console.print(f"{what}, {name}: left out, the time is up")
+            continue
+        run = functools.partial(_passes, model, [batch])
+        start = time.monotonic()
+        try:
+            run()
+        except Exception as error:  # a peer's compiler may raise anything; the others go on
+            console.print(f"{what}, {name}: left out ({type(error).__name__}: {str(error)[:200]})")
+            continue
+        if (seconds := time.monotonic() - start) > 2:
+            console.print(f"{what}, {name}: {seconds:.0f} s to compile")
+        runs[name] = run
+    return runs
 
 
 def _float32(size: str) -> nn.Module:
@@ -270,11 +282,17 @@ def _fake_quant(size: str) -> nn.Module:
 CONTENDERS: dict[str, Callable[[str], Callable[..., Any]]] = {
     "float32 eager": _float32,
     "bf16 eager": _bf16,
-    "bf16 sdpa compiled": _compiled(_sdpa),
-    "torchao dynamic INT8, compiled": _compiled(_torchao_dynamic),
-    "torchao static INT8, compiled": _compiled(_torchao_static),
     "ours, fake quantization, bf16 eager": _fake_quant,
+    "bf16 sdpa compiled": _compiled(_sdpa),
     "ours, fake quantization, bf16 compiled": _compiled(_fake_quant),
+    "torchao static INT8, compiled": _compiled(_torchao_static),
+    "torchao dynamic INT8, compiled": _compiled(_torchao_dynamic),
+}
+
+PARTS: dict[str, Callable[[Console, int, float], Figures]] = {
+    "products": products,
+    "training": training,
+    "inference": inference,
 }
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.numerics.grid import INT8, Grid
 from qdq_surgery.safety.torch_private import onnx_flags
 
@@ -166,6 +167,8 @@ def _channel_axis(amax: Tensor, rank: int) -> int | None:
 
 
 def _round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
+    if cuda_kernels.runs(inputs):
+        return cuda_kernels.round_to_grid(inputs, amax, qmin, qmax, SMALLEST_AMAX)
     integers, inv_scale = _integers(inputs, amax, qmin, qmax)
     return integers.div_(torch.where(inv_scale == 0, 1.0, inv_scale)).to(inputs.dtype)
 
@@ -203,6 +206,8 @@ def _inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
         bound = torch.nextafter(amax.float(), torch.tensor(math.inf)).item()
         kept: Tensor = torch.ops.aten.hardtanh_backward(gradient, inputs, -bound, bound)
         return kept
+    if cuda_kernels.runs(gradient, inputs):
+        return cuda_kernels.inside(gradient, inputs, amax)
     # In float32: a 0-dimensional amax would be rounded to the dtype of half-precision inputs.
     return torch.where(inputs.abs().float() <= amax.float(), gradient, 0.0)
 
@@ -219,13 +224,16 @@ class _LearnedFakeQuant(torch.autograd.Function):
         inputs, amax = ctx.saved_tensors
         (gradient,) = gradients
         qmin, qmax = ctx.limits
+        weight = 1.0 / (qmax * math.sqrt(qmax * inputs.numel() / amax.numel()))
+        if cuda_kernels.runs(gradient, inputs):
+            of_inputs, of_amax = cuda_kernels.learned_gradients(gradient, inputs, amax, qmin, qmax)
+            return of_inputs, of_amax.sum_to_size(amax.shape) * weight, None, None
         work = inputs.float()
         steps = work * (qmax / amax)
         integers = steps.round().clamp_(qmin, qmax)
         # Inside the grid the step's gradient is the rounding error, outside it is the grid's end (in steps).
         slope = torch.where((steps >= qmin) & (work <= amax), integers - steps, integers).mul_(gradient)
         total = slope.sum_to_size(amax.shape)
-        weight = 1.0 / (qmax * math.sqrt(qmax * inputs.numel() / amax.numel()))
         return _inside(gradient, inputs, amax), total * weight, None, None
 
 

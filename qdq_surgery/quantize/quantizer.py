@@ -84,6 +84,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     _is_hf_initialized = True
     #: Who lets everything pass for a while, see :meth:`hold_off`; a copy has none.
     _holders: dict[int, None] | None = None
+    #: Whether a tensor was looked at since the range was set, and had no negative value.
+    _never_negative = False
     #: The descriptor that a rule's ``default`` meant when this was made; ``None`` where a spec says it all.
     default: tensor_quant.QuantDescriptor | None = None
 
@@ -179,6 +181,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             raise ValueError(f"a range cannot be negative, found {float(amax.min())}")
         if self.scaled and not amax.is_meta and not bool(amax.all()):
             raise ValueError("a scale per channel needs a range above 0 in each, found 0")
+        self._never_negative = False
         # Outside of inference mode, so that the buffer can be saved for a backward pass later.
         with torch.inference_mode(False):
             if not hasattr(self, "_amax") or self._amax.shape != amax.shape:
@@ -428,9 +431,18 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             return learned_fake_quant(inputs, amax, grid)
         if self.use_fb_fake_quant:
             return native_fake_quant(inputs, amax, grid)
-        if grid.unsigned and not grid.zero_point and not torch.compiler.is_compiling() and bool(inputs.min() < 0):
-            raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
+        if grid.unsigned and not grid.zero_point and not torch.compiler.is_compiling():
+            self._refuse_negative(inputs)
         return fake_quant(inputs, amax, grid)
+
+    def _refuse_negative(self, inputs: Tensor) -> None:
+        # A GPU would be waited for each time: there it is asked once for each range. What can be negative at all, and
+        # is not the output of a softmax or a ReLU, is so in the first tensor.
+        if self._never_negative and inputs.device.type != "cpu":
+            return
+        if bool(inputs.min() < 0):
+            raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
+        self._never_negative = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
         # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.

@@ -19,8 +19,9 @@ from training_task import Texts, arguments, inputs_of
 from transformers import AutoModel, PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.numerics.fake_quant import fake_quant
+from qdq_surgery.numerics.fake_quant import fake_quant, learned_fake_quant
 from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.numerics.histogram import Histogram
 from qdq_surgery.trainer import QATTrainer
 
 pytestmark = [
@@ -118,15 +119,54 @@ def test_conversion_leaves_the_gpus_random_numbers() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "grid", [Grid(8, False, True), Grid(8, True, False), Grid(4, False, True), Grid(16, False, True)], ids=str
-)
-def test_fake_quantization_is_that_of_the_cpu(grid: Grid, dtype: torch.dtype) -> None:
+GRIDS = [Grid(8, False, True), Grid(8, True, False), Grid(8, True, False, 32), Grid(4, False, True), Grid(16)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def values_and_ranges(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     values = (torch.randn(64, 257, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-    for amax in (torch.tensor(2.5), torch.rand(64, 1) + 0.5, torch.rand(257) + 0.5):
+    values[0, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 2.5, -2.5])
+    yield values, torch.tensor(2.5)
+    yield values, torch.tensor([2.5])
+    yield values, torch.tensor(0.0)
+    yield values, torch.rand(64, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    yield values, torch.rand(257, generator=torch.Generator().manual_seed(2)).clamp(min=0.5) - 0.5
+    yield values.t(), torch.tensor(1.0)
+    yield values.reshape(4, 16, 257)[:, :0], torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_fake_quantization_is_that_of_the_cpu(grid: Grid, dtype: torch.dtype) -> None:
+    for values, amax in values_and_ranges(dtype):
         wanted = fake_quant(values, amax, grid)
-        assert torch.equal(fake_quant(values.cuda(), amax.cuda(), grid).cpu(), wanted)
+        found = fake_quant(values.cuda(), amax.cuda(), grid)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    assert bool(fake_quant(torch.tensor([torch.nan]).cuda(), torch.tensor(1.0).cuda(), grid).isnan())
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_of_fake_quantization_are_those_of_the_cpu(grid: Grid, dtype: torch.dtype, learned: bool) -> None:
+    formula = learned_fake_quant if learned else fake_quant
+    for values, amax in values_and_ranges(dtype):
+        if learned and not bool(amax.all()):
+            continue
+        values = torch.where(values.isfinite(), values, 1.0)
+        factor = torch.randn(values.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+        found = []
+        for device in ("cpu", "cuda"):
+            x, top = values.to(device).requires_grad_(), amax.to(device).requires_grad_(learned)
+            (formula(x, top, grid) * factor.to(device)).sum().backward()
+            found.append((x.grad, top.grad))
+        (wanted, of_amax), (here, on_gpu) = found
+        assert here is not None
+        assert torch.equal(here.cpu(), wanted)
+        if learned:
+            # float32 sums in another order
+            torch.testing.assert_close(on_gpu.cpu(), of_amax, rtol=1e-4, atol=1e-4)
 
 
 # Ranges --------------------------------------------------------------------------------------------------------------
@@ -179,6 +219,18 @@ def test_collecting_waits_for_the_gpu_as_often_whatever_the_number_of_layers(his
     assert many > few  # so that what is counted is there: once for each batch, whether all is finite
     # For each batch as often; what a pass does once, at its end, may ask for each quantizer.
     assert many - few == deeper[1] - deeper[0]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_histograms_count_as_on_the_cpu(deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    values = torch.randn(300, 700, generator=torch.Generator().manual_seed(0)) * 3
+    for mask in (None, torch.randn(300, 1, generator=torch.Generator().manual_seed(1)) > 0):
+        wanted = Histogram.of(values, mask) + Histogram.of(values * 100)
+        found = Histogram.of(values.cuda(), None if mask is None else mask.cuda()) + Histogram.of(values.cuda() * 100)
+        assert torch.equal(found.counts.cpu(), wanted.counts)
+        assert int(found.exponent) == int(wanted.exponent)
+        assert float(found.amax) == float(wanted.amax)
 
 
 @pytest.mark.parametrize("rules", ["qdqbert", "qdqbert-scaled", "openvino"])

@@ -428,10 +428,19 @@ def test_other_devices_show_what_is_no_number(bad: float) -> None:
     assert_same(here(masked), Histogram.of(torch.tensor([1.0, 2.0])))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_counts_alike() -> None:
-    values, invalid = data(300, 700) * 3, data(300, 1, seed=1) > 0
-    for mask in (None, invalid):
-        wanted = Histogram.of(values, mask) + Histogram.of(values * 100)
-        found = Histogram.of(values.cuda(), None if mask is None else mask.cuda()) + Histogram.of(values.cuda() * 100)
-        assert_same(Histogram(found.counts.cpu(), found.exponent.cpu(), found.amax.cpu()), wanted)
+def test_other_devices_count_long_tensors_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = data(70, 50)
+    monkeypatch.setattr("qdq_surgery.numerics.histogram._EXACT", 999)
+    assert_same(here(Histogram.of(values.as_subclass(_Away))), Histogram.of(values))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_other_devices_count_alike_where_torch_is_to_be_deterministic(deterministic: bool) -> None:
+    values, invalid = data(70, 50), data(70, 1, seed=1) > 0
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = Histogram.of(values.as_subclass(_Away), invalid)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert_same(here(found), Histogram.of(values, invalid))

@@ -1,0 +1,91 @@
+"""The arithmetic of fake quantization in one pass over an NVIDIA GPU's memory, where torch's operators take eight.
+
+Compiled by torch's jiterator when first called. The formulas are those of
+:mod:`~qdq_surgery.numerics.fake_quant`, to the bit: a product, a rounding, a quotient, each rounded as float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["inside", "learned_gradients", "round_to_grid", "runs"]
+
+_ROUND = """
+template <typename T> T qdq_round(T x, T amax, T qmin, T qmax, T smallest) {
+    T scale = amax <= smallest ? T(0) : qmax / amax;
+    T integer = rintf(x * scale);
+    integer = integer < qmin ? qmin : (integer > qmax ? qmax : integer);
+    return integer / (scale == T(0) ? T(1) : scale);
+}
+"""
+
+_INSIDE = """
+template <typename T> T qdq_inside(T gradient, T x, T amax) {
+    return (x < T(0) ? -x : x) <= amax ? gradient : T(0);
+}
+"""
+
+_LEARNED = """
+template <typename T> void qdq_learned(T gradient, T x, T amax, T qmin, T qmax, T& of_x, T& of_amax) {
+    T steps = x * (qmax / amax);
+    T integer = rintf(steps);
+    integer = integer < qmin ? qmin : (integer > qmax ? qmax : integer);
+    of_x = (x < T(0) ? -x : x) <= amax ? gradient : T(0);
+    of_amax = (steps >= qmin && x <= amax ? integer - steps : integer) * gradient;
+}
+"""
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether these can be used here: on tensors as they are, on an NVIDIA GPU, and not what a tracer stands for."""
+    return (
+        all(each.is_cuda and each.dtype != torch.float64 and each.ndim > 0 for each in tensors)
+        and torch.version.hip is None
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int, smallest: float) -> Tensor:
+    """``inputs`` on the grid; shape and dtype of ``inputs``.
+
+    Args:
+        smallest: An ``amax`` up to this counts as 0.
+    """
+    rounded: Tensor = _kernel(_ROUND, "qmin", "qmax", "smallest")(
+        inputs, _with_axes(amax, inputs), qmin=float(qmin), qmax=float(qmax), smallest=smallest
+    )
+    return rounded.to(inputs.dtype)
+
+
+def inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
+    """``gradient`` where ``|inputs| <= amax``, 0 elsewhere; its shape and dtype."""
+    kept: Tensor = _kernel(_INSIDE)(gradient, inputs, _with_axes(amax, inputs))
+    return kept.to(gradient.dtype)
+
+
+def learned_gradients(gradient: Tensor, inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
+    """:func:`inside`; and what each element adds to the gradient of the step, float32, not yet summed."""
+    of_inputs, of_amax = _kernel(_LEARNED, "qmin", "qmax", outputs=2)(
+        gradient, inputs, _with_axes(amax, inputs), qmin=float(qmin), qmax=float(qmax)
+    )
+    return of_inputs.to(gradient.dtype), of_amax
+
+
+def _with_axes(amax: Tensor, inputs: Tensor) -> Tensor:
+    """``amax`` in float32 with an axis: a single number would take half-precision inputs' dtype, and not they its."""
+    return amax.float().reshape((1,) * inputs.ndim) if amax.numel() == 1 else amax.float()
+
+
+@functools.cache
+def _kernel(code: str, *numbers: str, outputs: int = 1) -> Callable[..., Any]:
+    make = torch.cuda.jiterator
+    given = dict.fromkeys(numbers, 0.0)
+    if outputs == 1:
+        return make._create_jit_fn(code, **given)
+    return make._create_multi_output_jit_fn(code, outputs, **given)
