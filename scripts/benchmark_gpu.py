@@ -238,7 +238,9 @@ def _compiled(make: Callable[[str], nn.Module]) -> Callable[[str], Callable[...,
 def _torchao_dynamic(size: str) -> nn.Module:
     quantization = importlib.import_module("torchao.quantization")
     model = _sdpa(size)
-    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(), filter_fn=_in_encoder)
+    # (set_inductor_config would change how all the others are compiled, and make that take minutes.)
+    config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantization.quantize_(model, config, filter_fn=_in_encoder)
     return model
 
 
@@ -264,6 +266,7 @@ def _torchao_static(size: str) -> nn.Module:
         given = config(
             act_quant_scale=(top / 127).reshape(1, 1),
             granularity=[granularity.PerTensor(), granularity.PerRow()],
+            set_inductor_config=False,
         )
         quantization.quantize_(model, given, filter_fn=lambda _, own, name=name: own == name)
     return model
