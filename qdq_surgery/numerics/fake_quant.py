@@ -224,7 +224,7 @@ class _LearnedFakeQuant(torch.autograd.Function):
         inputs, amax = ctx.saved_tensors
         (gradient,) = gradients
         qmin, qmax = ctx.limits
-        weight = 1.0 / (qmax * math.sqrt(qmax * inputs.numel() / amax.numel()))
+        weight = 1.0 / (qmax * math.sqrt(qmax * max(inputs.numel(), 1) / amax.numel()))
         if cuda_kernels.runs(gradient, inputs):
             of_inputs, of_amax = cuda_kernels.learned_gradients(gradient, inputs, amax, qmin, qmax)
             return of_inputs, of_amax.sum_to_size(amax.shape) * weight, None, None

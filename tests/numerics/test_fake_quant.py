@@ -671,3 +671,11 @@ def test_at_the_range_itself_the_step_has_a_rounding_error_only(unsigned: bool) 
         # Outside it would be 1 / sqrt(qmax); inside it is next to nothing.
         assert leaf.grad is not None
         assert abs(float(leaf.grad)) < 1e-3 / math.sqrt(255)
+
+
+def test_learned_without_elements() -> None:
+    inputs, amax = torch.empty(0, 3, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    learned_fake_quant(inputs, amax).sum().backward()
+    assert inputs.grad is not None
+    assert inputs.grad.shape == (0, 3)
+    assert amax.grad == 0
