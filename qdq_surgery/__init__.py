@@ -60,6 +60,8 @@ from qdq_surgery.sensitivity.measure import sensitivity
 from qdq_surgery.sensitivity.result import Sensitivity
 from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
+from qdq_surgery.tuning.result import Step, Tuning
+from qdq_surgery.tuning.search import tune
 from qdq_surgery.version import __version__
 
 __all__ = [
@@ -100,8 +102,10 @@ __all__ = [
     "Sensitivity",
     "Site",
     "Statistics",
+    "Step",
     "TensorQuantizer",
     "TraceError",
+    "Tuning",
     "__version__",
     "calibrate",
     "certify",
@@ -123,4 +127,5 @@ __all__ = [
     "receipt",
     "sensitivity",
     "shipped_rules",
+    "tune",
 ]

@@ -20,6 +20,9 @@ __all__ = ["QATTrainer", "distillation_loss"]
 #: Outputs that are scores, which distillation compares. Each is softmaxed over its last axis.
 _SCORES = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
 
+#: What an encoder without a head gives.
+_STATES = "last_hidden_state"
+
 _IGNORED_LABEL = -100
 
 
@@ -34,7 +37,8 @@ def distillation_loss(
 
     The divergence of both softmaxes at ``temperature``, times its square; of single values their squared difference; of
     many labels at once the divergence of each label's sigmoid. The mean over rows (and tokens) and over all outputs
-    that are scores.
+    that are scores. Of models without scores (encoders, whose embeddings are used) the squared difference of the last
+    hidden states, as a share of the teacher's squares.
 
     Args:
         student, teacher: What the models return.
@@ -42,7 +46,7 @@ def distillation_loss(
         problem_type: As the model's config has it; ``multi_label_classification`` and ``regression`` are told apart.
 
     Raises:
-        ModelError: They have no scores in common.
+        ModelError: They have neither scores in common nor hidden states.
     """
     losses = []
     for name in _SCORES:
@@ -60,9 +64,18 @@ def distillation_loss(
         if counted is not None and counted.shape == divergence.shape:
             divergence = divergence[counted]
         losses.append(divergence.mean())
-    if not losses:
-        raise ModelError(f"student and teacher have no scores in common; known: {', '.join(_SCORES)}")
-    return torch.stack(losses).mean() * temperature**2
+    if losses:
+        return torch.stack(losses).mean() * temperature**2
+    mine, theirs = student.get(_STATES), teacher.get(_STATES)
+    if mine is None or theirs is None or mine.shape != theirs.shape:
+        raise ModelError(
+            f"student and teacher have no scores in common; known: {', '.join(_SCORES)}, or {_STATES} of one shape"
+        )
+    mine, theirs = mine.float(), theirs.float()
+    if counted is not None and counted.shape == mine.shape[:-1]:
+        mine, theirs = mine[counted], theirs[counted]
+    difference: Tensor = (mine - theirs).square().sum() / theirs.square().sum()
+    return difference
 
 
 def _divergence(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -79,7 +92,8 @@ class QATTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         *args, **kwargs: As for ``transformers.Trainer``.
-        teacher: A float model with the same head; the loss is then mixed with :func:`distillation_loss`.
+        teacher: A float model with the same head; the loss is then mixed with :func:`distillation_loss`, and of a batch
+            without labels, as of plain texts, it is that alone.
         temperature: Of the distillation.
         distill_weight: The distillation's share of the loss, 0 to 1.
 
@@ -128,12 +142,19 @@ class QATTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         counted = _counted(inputs)  # now: smoothing takes the labels out
         inside = {name: value for name, value in inputs.items() if "label" not in name}
+        if not any(name in self.label_names or "label" in name for name in inputs):
+            outputs = model(**inputs)
+            alone = self._distillation(outputs, inside, counted)
+            return (alone, outputs) if return_outputs else alone
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        wanted = self._wanted(inside)
-        problem_type = getattr(self._teacher.config, "problem_type", None)
-        distilled = distillation_loss(outputs, wanted, self._temperature, counted, problem_type)
+        distilled = self._distillation(outputs, inside, counted)
         mixed = (1.0 - self._distill_weight) * loss + self._distill_weight * distilled
         return (mixed, outputs) if return_outputs else mixed
+
+    def _distillation(self, outputs: Any, inputs: dict[str, Any], counted: Tensor | None) -> Tensor:
+        assert self._teacher is not None
+        problem_type = getattr(self._teacher.config, "problem_type", None)
+        return distillation_loss(outputs, self._wanted(inputs), self._temperature, counted, problem_type)
 
     def _wanted(self, inputs: dict[str, Any]) -> Any:
         """What the teacher says, in eval mode; afterwards it is as it was."""

@@ -95,7 +95,7 @@ def fake_quantized(rules: str) -> Make:
     return make
 
 
-def deployed(rules: str, target: str) -> Make:
+def deployed(rules: str | qs.RuleSet, target: str) -> Make:
     """Our file on its runtime."""
 
     def make(subject: Subject, batches: list[Batch]) -> Any:
@@ -105,6 +105,18 @@ def deployed(rules: str, target: str) -> Make:
         path = subject.folder / "ours.onnx"
         qs.export_onnx(qmodel, path, batches[0], target, overwrite=True)
         return qs.load_onnx(path)
+
+    return make
+
+
+def tuned(target: str) -> Make:
+    """Our file by rules that were tuned on the calibration texts."""
+
+    def make(subject: Subject, batches: list[Batch]) -> Any:
+        package(target)
+        made = qs.tune(subject.model, batches, target, metric="cosine")
+        say(f"{target} tuned: {made!r}")
+        return deployed(made.rules, target)(subject, batches)
 
     return make
 
@@ -142,6 +154,8 @@ CONTENDERS: dict[str, tuple[str, Make]] = {
     "tensorrt": ("ours for TensorRT, fake quantization", fake_quantized("tensorrt")),
     "onnxruntime": ("ours on ONNX Runtime", deployed("onnxruntime", "onnxruntime")),
     "openvino": ("ours on OpenVINO", deployed("openvino", "openvino")),
+    "onnxruntime-tuned": ("ours on ONNX Runtime, tuned", tuned("onnxruntime")),
+    "openvino-tuned": ("ours on OpenVINO, tuned", tuned("openvino")),
     "openvino-full": ("`qdqbert-scaled` on OpenVINO", deployed("qdqbert-scaled", "openvino")),
 }
 

@@ -365,8 +365,13 @@ def test_masked_tokens_get_no_gradient() -> None:
 
 @pytest.mark.parametrize(
     ("student", "teacher"),
-    [({}, {}), ({"logits": torch.ones(2, 2)}, {"start_logits": torch.ones(2, 2)}), ({"last": 1}, {"last": 1})],
-    ids=["empty", "others", "no-scores"],
+    [
+        ({}, {}),
+        ({"logits": torch.ones(2, 2)}, {"start_logits": torch.ones(2, 2)}),
+        ({"last": 1}, {"last": 1}),
+        ({"last_hidden_state": torch.ones(1, 2)}, {"last_hidden_state": torch.ones(1, 3)}),
+    ],
+    ids=["empty", "others", "no-scores", "other-width"],
 )
 def test_no_scores_in_common(student: dict[str, Any], teacher: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="no scores in common; known: logits, start_logits"):
@@ -430,6 +435,36 @@ def test_distillation_brings_student_and_teacher_together(tmp_path: Path) -> Non
     before = apart()
     trained(qmodel, tmp_path, teacher=teacher, distill_weight=1.0, max_steps=20, learning_rate=3e-3)
     assert apart() < 0.5 * before
+
+
+@pytest.mark.parametrize("head", [CLASSIFIER, TAGGER, "BertModel"])
+def test_distillation_needs_no_labels(tmp_path: Path, head: str) -> None:
+    teacher = build("bert", head, seed=2, num_hidden_layers=1, **STILL)
+    qmodel = calibrated(head, **STILL)
+    batch = inputs_of(Texts())[0]
+
+    def apart() -> float:
+        qmodel.eval()
+        with torch.no_grad():
+            return float(distillation_loss(qmodel(**batch), teacher(**batch), counted=batch["attention_mask"] != 0))
+
+    before = apart()
+    texts = [{name: value for name, value in Texts()[index].items() if name != "labels"} for index in range(16)]
+    trained(qmodel, tmp_path, texts, teacher=teacher, max_steps=30, learning_rate=1e-3)  # type: ignore[arg-type]
+    assert apart() < 0.8 * before
+
+
+def test_hidden_states_are_compared_where_tokens_count() -> None:
+    wanted = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    counted = torch.tensor([[True, True, False], [True, False, False]])
+    found = wanted.clone()
+    found[~counted] += 5.0
+    given = {"last_hidden_state": found}, {"last_hidden_state": wanted}
+    assert distillation_loss(*given, counted=counted) == 0
+    assert distillation_loss(*given) > 0
+    found += wanted
+    share = distillation_loss(*given, counted=counted)
+    assert float(share) == pytest.approx(1.0, rel=1e-6)  # the difference is as large as what it is a share of
 
 
 def test_the_loss_is_mixed(tmp_path: Path) -> None:

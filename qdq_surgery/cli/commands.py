@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from qdq_surgery.text.view import Column, Result, Table
 from qdq_surgery.texts.batches import text_batches
 from qdq_surgery.texts.input_file import printable
 from qdq_surgery.texts.samples import Sample, read_samples
+from qdq_surgery.tuning.search import tune
 from qdq_surgery.version import __version__
 
 __all__ = ["main"]
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_convert,
         _add_calibrate,
         _add_sensitivity,
+        _add_tune,
         _add_diff,
         _add_plan,
         _add_rules,
@@ -161,6 +164,32 @@ def _add_sensitivity(commands: _Commands) -> None:
     _text_options(command)
     _output_options(command)
     command.set_defaults(run=_sensitivity)
+
+
+def _add_tune(commands: _Commands) -> None:
+    command = commands.add_parser("tune", help="find the ranges, scales and grids that keep a model's output best")
+    command.add_argument("model", metavar="MODEL_DIR", help=f"{_FOLDER_HELP}, with its tokenizer; not converted")
+    _texts_argument(command)
+    command.add_argument("output", metavar="RULES_FILE", help="the rule file to write, a new .yaml")
+    _class_option(command)
+    command.add_argument(
+        "--target",
+        default=DEFAULT,
+        metavar="RULES",
+        help="rules to begin with: a name or a file (default: %(default)s)",
+    )
+    command.add_argument("--budget", type=float, help="the most that the error may be (default: as little as it can)")
+    command.add_argument("--metric", choices=METRICS, default=DEFAULT_METRIC, help="(default: %(default)s)")
+    command.add_argument("--held-out", metavar="TEXTS", help="other texts, on which the errors are reported")
+    command.add_argument(
+        "--float-share",
+        type=float,
+        default=0.1,
+        help="share of the multiply-adds that may stay in float to meet the budget (default: %(default)s)",
+    )
+    _text_options(command)
+    _output_options(command)
+    command.set_defaults(run=_tune)
 
 
 def _add_diff(commands: _Commands) -> None:
@@ -311,6 +340,35 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
     )
     _show(made.folded() if arguments.fold else made, arguments)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if output.suffix not in (".yaml", ".yml"):
+        raise OptionError(f"{printable(arguments.output)} is to be a rule file: give a name that ends in .yaml")
+    if os.path.lexists(output):
+        raise OptionError(f"{printable(arguments.output)} exists; give another path")
+    samples = read_samples(arguments.texts, arguments.column)
+    others = None if arguments.held_out is None else read_samples(arguments.held_out, arguments.column)
+    with steps(1) as bar:
+        bar.next("loading")
+        model = _load(arguments)
+        data = _batches(arguments, samples, model)
+        held_out = None if others is None else _batches(arguments, others, model)
+    made = tune(
+        model,
+        data,
+        arguments.target,
+        arguments.budget,
+        metric=arguments.metric,
+        held_out=held_out,
+        float_share=arguments.float_share,
+        name=output.stem,
+    )
+    made.save(output)
+    _show(made, arguments)
+    if not arguments.json:
+        print(f"\nwritten to {arguments.output}; convert and calibrate with --rules {arguments.output}")
 
 
 def _diff(arguments: argparse.Namespace) -> None:

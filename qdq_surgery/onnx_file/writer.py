@@ -100,14 +100,17 @@ def draft(path: Path, overwrite: bool = False) -> Iterator[Draft]:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def replace_text(path: str | Path, text: str) -> None:
+def replace_text(path: str | Path, text: str, overwrite: bool = True) -> None:
     """Write a small text, such as figures; one that is there is replaced when the new one is complete.
+
+    Args:
+        overwrite: Whether one that is there is replaced at all.
 
     Raises:
         ExportError: Something else than a regular file is there, or whatever the system says.
     """
     file = Path(path)
-    _check_place(file, overwrite=True)
+    _check_place(file, overwrite)
     try:
         with _folder(file.parent) as folder:
             made = folder / file.name

@@ -245,7 +245,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """
         made = TensorQuantizer.__new__(TensorQuantizer)
         own = made.__dict__
-        own.update(self.__getstate__())
+        own.update(vars(self))
+        own.pop("_holders", None)
         for name, kind in _TABLES.items():
             own[name] = kind()
         own["provenance"] = provenance

@@ -16,6 +16,7 @@ pattern names them. ``transpose`` is the matrix transpose: it swaps the last two
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from qdq_surgery.errors import RuleFileError
 from qdq_surgery.rules.pattern_text import PatternRefusal, Span, scan
@@ -122,8 +123,9 @@ _EXAMPLE = "write an operator with its operands, for example linear(x, w)"
 _MAYBE = "write maybe(dropout)(x)"
 
 
+@lru_cache(maxsize=256)
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern.
+    """Read a pattern; the same text is read once.
 
     Raises:
         RuleFileError: The text is no pattern. Its ``column`` is the 1-based column within ``text``.

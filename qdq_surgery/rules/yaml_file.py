@@ -21,7 +21,7 @@ from qdq_surgery.rules.schema import SCHEMA, SECTIONS, Key, Stored, make
 from qdq_surgery.rules.spec import DEFAULT_SPEC, Count, Rule, RuleSet
 from qdq_surgery.rules.yaml_tree import TAG, Budget, compose, cut, kind_of, read_text
 
-__all__ = ["load_rules", "shipped_rules"]
+__all__ = ["load_rules", "rules_of_text", "shipped_rules"]
 
 _MAX_CHAIN = 16
 _SUFFIXES = (".yaml", ".yml")
@@ -65,6 +65,17 @@ def load_rules(rules: str | Path | RuleSet) -> RuleSet:
     if isinstance(rules, RuleSet):
         return rules
     return _load(_find(rules, None, "rules"), (), Budget())
+
+
+def rules_of_text(text: str, name: str) -> RuleSet:
+    """The rule set that a file called ``name`` with this text would hold; it is not looked for, nor said to be one.
+
+    Raises:
+        RuleFileError: It would be no valid rule file; names the line and the remedy.
+    """
+    path, budget = Path(name), Budget()
+    read = _File(path, text, (path,), budget).rule_set(compose(path, text, budget))
+    return replace(read, path=None, files=read.files[1:])
 
 
 def _find(rules: str | Path, beside: Path | None, what: str) -> Path:

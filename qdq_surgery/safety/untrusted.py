@@ -11,9 +11,8 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 __all__ = [
     "DamagedError",
@@ -174,8 +173,7 @@ def parse_json(text: str | bytes, where: str, limit: int = _MOST_JSON) -> Item:
     return Item(read_json_text(text, where=where, limit=limit), where)
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """A value of a file and its place."""
 
     value: Any

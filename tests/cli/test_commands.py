@@ -173,7 +173,7 @@ def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    "command", ["", "convert", "calibrate", "sensitivity", "diff", "plan", "rules", "export", "demo"]
+    "command", ["", "convert", "calibrate", "sensitivity", "tune", "diff", "plan", "rules", "export", "demo"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

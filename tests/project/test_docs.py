@@ -50,9 +50,9 @@ def test_the_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         {"input_ids": torch.randint(3, 60, (2, length)), "attention_mask": torch.ones(2, length, dtype=torch.long)}
         for length in (5, 8)
     ]
-    scope: dict[str, Any] = {"batches": batches}
+    scope: dict[str, Any] = {"batches": batches, "other_batches": batches[:1]}
     code = blocks("python")
-    assert len(code) == 9
+    assert len(code) == 10
     for block in code[:-2]:
         exec(block, scope)
     assert Path("model.onnx").stat().st_size > 0

@@ -36,6 +36,7 @@ ORDER = [
     "sensitivity",
     "onnx_graph",
     "targets",
+    "tuning",
     "serve",
     "export",
     "prove",
