@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -93,7 +94,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
     Args:
         *args, **kwargs: As for ``transformers.Trainer``.
         teacher: A float model with the same head; the loss is then mixed with :func:`distillation_loss`, and of a batch
-            without labels, as of plain texts, it is that alone.
+            without labels, as of plain texts, it is that alone; dropout, and gradient checkpointing with it, is then off.
         temperature: Of the distillation.
         distill_weight: The distillation's share of the loss, 0 to 1.
 
@@ -143,7 +144,8 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         counted = _counted(inputs)  # now: smoothing takes the labels out
         inside = {name: value for name, value in inputs.items() if "label" not in name}
         if not any(name in self.label_names or "label" in name for name in inputs):
-            outputs = model(**inputs)
+            with _without_dropout(model):  # whose noise would be most of what the student differs by
+                outputs = model(**inputs)
             alone = self._distillation(outputs, inside, counted)
             return (alone, outputs) if return_outputs else alone
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -180,6 +182,17 @@ class QATTrainer(Trainer):  # type: ignore[misc]
             if plan_of(model).rules.calibration.recalibrate_weights:
                 recalibrate_weights(model)
         return result
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _counted(inputs: Mapping[str, Any]) -> Tensor | None:

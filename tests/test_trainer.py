@@ -454,6 +454,21 @@ def test_distillation_needs_no_labels(tmp_path: Path, head: str) -> None:
     assert apart() < 0.8 * before
 
 
+def test_without_labels_there_is_no_dropout(tmp_path: Path) -> None:
+    options = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    qmodel = calibrated("BertModel", **options)
+    teacher = build("bert", "BertModel", seed=2, num_hidden_layers=1, **options)
+    trainer = QATTrainer(qmodel, arguments(tmp_path), train_dataset=Texts(), teacher=teacher)
+    batch = inputs_of(Texts())[0]
+    qmodel.train()
+    qmodel.encoder.layer[0].eval()  # as the user has it
+    found = trainer.compute_loss(qmodel, dict(batch))
+    assert [qmodel.training, qmodel.encoder.layer[0].training] == [True, False]
+    assert found.requires_grad
+    wanted = distillation_loss(qmodel.eval()(**batch), teacher.eval()(**batch), 2.0, batch["attention_mask"] != 0)
+    assert torch.equal(found, wanted)
+
+
 def test_hidden_states_are_compared_where_tokens_count() -> None:
     wanted = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     counted = torch.tensor([[True, True, False], [True, False, False]])
