@@ -94,7 +94,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
     Args:
         *args, **kwargs: As for ``transformers.Trainer``.
         teacher: A float model with the same head; the loss is then mixed with :func:`distillation_loss`, and of a batch
-            without labels, as of plain texts, it is that alone; dropout, and gradient checkpointing with it, is then off.
+            without labels, as of plain texts, it is that alone; dropout is then off, as is gradient checkpointing.
         temperature: Of the distillation.
         distill_weight: The distillation's share of the loss, 0 to 1.
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytorch_quantization
 import torch
@@ -69,6 +69,12 @@ class Lock:
 
     plan: Plan
     known: Known
+
+
+#: What passed all checks in this process, by the digest of its text and the fingerprint of the model that it was held
+#: against, with the sites of its config: the same file for the same model is not checked again. The newest few.
+_ACCEPTED: dict[tuple[str, str], tuple[dict[str, str | None], Lock]] = {}
+_MOST_ACCEPTED = 8
 
 
 def fingerprint(model: PreTrainedModel, rules: RuleSet, modules: Mapping[str, nn.Module]) -> str:
@@ -137,19 +143,27 @@ def read_lock(
     text = metadata.get(METADATA)
     if text is None:
         return None
+    fits, digest = fingerprint(model, rules, modules), _digest(text)
+    accepted = _ACCEPTED.get((digest, fits))
+    if accepted is not None and metadata.get(DIGEST) == digest and accepted[0] == sites:
+        return replace(accepted[1], plan=replace(accepted[1].plan, rules=rules))
     try:
         data = parse_json(text, f"the plan stored under '{METADATA}'")
         if isinstance(data.value, dict) and data.value.get("schema") != _SCHEMA:
             return None  # of another release
         fields = data.fields(("schema", "fits", "plan", "known"))
-        if metadata.get(DIGEST) != _digest(text):
+        if metadata.get(DIGEST) != digest:
             raise DamagedError(f"{data.where} is not what was saved: its digest is another")
-        if fields["fits"].value != fingerprint(model, rules, modules) or folded_sites(fields["plan"]) != sites:
+        if fields["fits"].value != fits or folded_sites(fields["plan"]) != sites:
             return None  # made under other circumstances
-        return _checked(fields, model, modules, rules)
+        lock = _checked(fields, model, modules, rules)
     except DamagedError as error:
         logger.warning(f"{error}; the rules are matched anew, which needs none")
         return None
+    while len(_ACCEPTED) >= _MOST_ACCEPTED:
+        _ACCEPTED.pop(next(iter(_ACCEPTED)), None)
+    _ACCEPTED[digest, fits] = dict(sites), lock
+    return lock
 
 
 def _checked(

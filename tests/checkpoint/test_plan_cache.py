@@ -193,3 +193,42 @@ def test_new_kinds_of_calls_are_recorded_after_loading_by_it(tmp_path: Path) -> 
         model.eval()
     assert torch.equal(found.classifier.weight.grad, qmodel.classifier.weight.grad)
     assert torch.equal(logits(found), logits(qmodel))
+
+
+def test_the_same_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrated().save_pretrained(tmp_path)
+    monkeypatch.setattr(lock, "_ACCEPTED", {})
+    first = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert len(lock._ACCEPTED) == 1
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("it was checked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lock, "parse_json", fail)
+        again = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert_reloaded(again, first)
+    assert plan_of(again) == plan_of(first)
+    assert plan_of(again).rules is not plan_of(first).rules
+
+
+def test_another_text_under_a_known_digest_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibrated().save_pretrained(tmp_path)
+    first = BertForSequenceClassification.from_pretrained(tmp_path)
+    known = dict(lock._ACCEPTED)
+    change_lock(tmp_path, lambda text: text.replace("residual", "residuum"))
+    made = count_matches(monkeypatch)
+    assert_reloaded(BertForSequenceClassification.from_pretrained(tmp_path), first)
+    assert len(made) == 1
+    assert known == lock._ACCEPTED
+
+
+def test_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_ACCEPTED", {})
+    monkeypatch.setattr(lock, "_MOST_ACCEPTED", 2)
+    for layers in (1, 2, 3):
+        qs.convert(build("bert", "BertModel", num_hidden_layers=layers)).save_pretrained(tmp_path / str(layers))
+        BertModel.from_pretrained(tmp_path / str(layers))
+    assert len(lock._ACCEPTED) == 2
