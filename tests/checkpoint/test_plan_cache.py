@@ -212,9 +212,7 @@ def test_the_same_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert plan_of(again).rules is not plan_of(first).rules
 
 
-def test_another_text_under_a_known_digest_is_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_text_under_a_known_digest_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrated().save_pretrained(tmp_path)
     first = BertForSequenceClassification.from_pretrained(tmp_path)
     known = dict(lock._ACCEPTED)
