@@ -118,8 +118,6 @@ def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor]) -> Non
         amax = None if each.site is None else ranges.get(each.site.quantizer)
         if each.site is None or each.quantizer is None or amax is None:
             continue
-        if amax.ndim == 0 and not zeros and each.quantizer.axes is None:
-            continue  # most are one number for the whole tensor
         problem = misfit(each.quantizer, each.name, amax, each.owner, zeros=zeros)
         if problem is not None:
             raise ModelError(

@@ -29,9 +29,6 @@ _LOWEST = -64
 #: Values that are counted at once on a CPU.
 _PIECE = 1 << 17
 
-#: So many can be counted one by one in float32.
-_EXACT = 1 << 24
-
 _EXPONENT_BIAS = 127
 _MANTISSA_BITS = 23
 
@@ -154,11 +151,6 @@ def _count(index: Tensor, bins: int) -> Tensor:
     if index.device.type == "cpu":
         return torch.bincount(index, minlength=bins + 1)[:bins]
     # bincount would ask the device for the largest index, and wait for the answer.
-    if torch.are_deterministic_algorithms_enabled():  # under which a GPU's histc is refused, though counts are exact
-        counts = torch.zeros(bins + 1, dtype=torch.int64, device=index.device)
-        index = index.clamp_(0, bins).long()
-        one = torch.ones((), dtype=torch.int64, device=index.device)
-        return counts.scatter_add_(0, index, one.expand_as(index))[:bins]
-    # Counted in float32, which is exact up to _EXACT. The grid's ends are powers of two: places are exact, too.
-    pieces = [torch.histc(part.float(), 2 * bins, 0, 2 * bins) for part in torch.split(index, _EXACT)]
-    return torch.stack(pieces).long().sum(0)[:bins]
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=index.device)
+    index = index.clamp_(0, bins).long()
+    return counts.scatter_add_(0, index, torch.ones((), dtype=torch.int64, device=index.device).expand_as(index))[:bins]

@@ -222,9 +222,7 @@ def test_collecting_waits_for_the_gpu_as_often_whatever_the_number_of_layers(his
     assert many - few == deeper[1] - deeper[0]
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_histograms_count_as_on_the_cpu(deterministic: bool) -> None:
-    torch.use_deterministic_algorithms(deterministic)
+def test_histograms_count_as_on_the_cpu() -> None:
     values = torch.randn(300, 700, generator=torch.Generator().manual_seed(0)) * 3
     for mask in (None, torch.randn(300, 1, generator=torch.Generator().manual_seed(1)) > 0):
         wanted = Histogram.of(values, mask) + Histogram.of(values * 100)

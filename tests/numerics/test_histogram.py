@@ -426,21 +426,3 @@ def test_other_devices_show_what_is_no_number(bad: float) -> None:
     assert not math.isfinite(float(found.amax))
     masked = Histogram.of(values.as_subclass(_Away), torch.tensor([[False, True], [True, False]]))
     assert_same(here(masked), Histogram.of(torch.tensor([1.0, 2.0])))
-
-
-def test_other_devices_count_long_tensors_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = data(70, 50)
-    monkeypatch.setattr("qdq_surgery.numerics.histogram._EXACT", 999)
-    assert_same(here(Histogram.of(values.as_subclass(_Away))), Histogram.of(values))
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_other_devices_count_alike_where_torch_is_to_be_deterministic(deterministic: bool) -> None:
-    values, invalid = data(70, 50), data(70, 1, seed=1) > 0
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        found = Histogram.of(values.as_subclass(_Away), invalid)
-    finally:
-        torch.use_deterministic_algorithms(before)
-    assert_same(here(found), Histogram.of(values, invalid))
