@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["inside", "learned_gradients", "round_to_grid", "runs"]
 
@@ -41,10 +41,14 @@ template <typename T> void qdq_learned(T gradient, T x, T amax, T qmin, T qmax, 
 """
 
 
-def runs(*tensors: Tensor) -> bool:
-    """Whether these can be used here: on tensors as they are, on an NVIDIA GPU, and not what a tracer stands for."""
+def runs(inputs: Tensor, amax: Tensor) -> bool:
+    """Whether these can be used: on plain tensors of one NVIDIA GPU, and not on what stands for them in a trace."""
     return (
-        all(each.is_cuda and each.dtype != torch.float64 and each.ndim > 0 for each in tensors)
+        inputs.is_cuda
+        and amax.device == inputs.device
+        and all(type(each) in (Tensor, nn.Parameter) for each in (inputs, amax))
+        and inputs.dtype != torch.float64
+        and inputs.ndim > 0
         and torch.version.hip is None
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -57,23 +61,24 @@ def round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int, smallest: 
     Args:
         smallest: An ``amax`` up to this counts as 0.
     """
-    rounded: Tensor = _kernel(_ROUND, "qmin", "qmax", "smallest")(
-        inputs, _with_axes(amax, inputs), qmin=float(qmin), qmax=float(qmax), smallest=smallest
-    )
+    limits = {"qmin": float(qmin), "qmax": float(qmax), "smallest": smallest}
+    with torch.cuda.device_of(inputs):
+        rounded: Tensor = _kernel(_ROUND, *limits)(inputs, _with_axes(amax, inputs), **limits)
     return rounded.to(inputs.dtype)
 
 
 def inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
     """``gradient`` where ``|inputs| <= amax``, 0 elsewhere; its shape and dtype."""
-    kept: Tensor = _kernel(_INSIDE)(gradient, inputs, _with_axes(amax, inputs))
+    with torch.cuda.device_of(inputs):
+        kept: Tensor = _kernel(_INSIDE)(gradient, inputs, _with_axes(amax, inputs))
     return kept.to(gradient.dtype)
 
 
 def learned_gradients(gradient: Tensor, inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     """:func:`inside`; and what each element adds to the gradient of the step, float32, not yet summed."""
-    of_inputs, of_amax = _kernel(_LEARNED, "qmin", "qmax", outputs=2)(
-        gradient, inputs, _with_axes(amax, inputs), qmin=float(qmin), qmax=float(qmax)
-    )
+    limits = {"qmin": float(qmin), "qmax": float(qmax)}
+    with torch.cuda.device_of(inputs):
+        of_inputs, of_amax = _kernel(_LEARNED, *limits, outputs=2)(gradient, inputs, _with_axes(amax, inputs), **limits)
     return of_inputs.to(gradient.dtype), of_amax
 
 

@@ -167,7 +167,7 @@ def _channel_axis(amax: Tensor, rank: int) -> int | None:
 
 
 def _round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
-    if cuda_kernels.runs(inputs):
+    if cuda_kernels.runs(inputs, amax):
         return cuda_kernels.round_to_grid(inputs, amax, qmin, qmax, SMALLEST_AMAX)
     integers, inv_scale = _integers(inputs, amax, qmin, qmax)
     return integers.div_(torch.where(inv_scale == 0, 1.0, inv_scale)).to(inputs.dtype)
@@ -206,7 +206,7 @@ def _inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
         bound = torch.nextafter(amax.float(), torch.tensor(math.inf)).item()
         kept: Tensor = torch.ops.aten.hardtanh_backward(gradient, inputs, -bound, bound)
         return kept
-    if cuda_kernels.runs(gradient, inputs):
+    if cuda_kernels.runs(inputs, amax):
         return cuda_kernels.inside(gradient, inputs, amax)
     # In float32: a 0-dimensional amax would be rounded to the dtype of half-precision inputs.
     return torch.where(inputs.abs().float() <= amax.float(), gradient, 0.0)
@@ -225,7 +225,7 @@ class _LearnedFakeQuant(torch.autograd.Function):
         (gradient,) = gradients
         qmin, qmax = ctx.limits
         weight = 1.0 / (qmax * math.sqrt(qmax * max(inputs.numel(), 1) / amax.numel()))
-        if cuda_kernels.runs(gradient, inputs):
+        if cuda_kernels.runs(inputs, amax):
             of_inputs, of_amax = cuda_kernels.learned_gradients(gradient, inputs, amax, qmin, qmax)
             return of_inputs, of_amax.sum_to_size(amax.shape) * weight, None, None
         work = inputs.float()

@@ -84,7 +84,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     _is_hf_initialized = True
     #: Who lets everything pass for a while, see :meth:`hold_off`; a copy has none.
     _holders: dict[int, None] | None = None
-    #: Whether a tensor was looked at since the range was set, and had no negative value.
+    #: Whether a tensor on another device was looked at since the range was set, and had no negative value.
     _never_negative = False
     #: The descriptor that a rule's ``default`` meant when this was made; ``None`` where a spec says it all.
     default: tensor_quant.QuantDescriptor | None = None
@@ -439,11 +439,13 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def _refuse_negative(self, inputs: Tensor) -> None:
         # A GPU would be waited for each time: there it is asked once for each range. What can be negative at all, and
         # is not the output of a softmax or a ReLU, is so in the first tensor.
-        if self._never_negative and inputs.device.type != "cpu":
+        elsewhere = inputs.device.type != "cpu"
+        if elsewhere and self._never_negative:
             return
         if bool(inputs.min() < 0):
             raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
-        self._never_negative = True
+        if elsewhere:
+            self._never_negative = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
         # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.

@@ -143,6 +143,11 @@ def test_fake_quantization_is_that_of_the_cpu(grid: Grid, dtype: torch.dtype) ->
         found = fake_quant(values.cuda(), amax.cuda(), grid)
         assert found.dtype == dtype
         torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    # A range may lie on the CPU, as a single number may in torch.
+    single = torch.ones(3, dtype=dtype)
+    assert torch.equal(
+        fake_quant(single.cuda(), torch.tensor(2.0), grid).cpu(), fake_quant(single, torch.tensor(2.0), grid)
+    )
     assert bool(fake_quant(torch.tensor([torch.nan]).cuda(), torch.tensor(1.0).cuda(), grid).isnan())
 
 

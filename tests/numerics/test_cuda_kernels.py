@@ -133,5 +133,14 @@ def test_gradients_are_those_of_the_formula(grid: Grid, dtype: torch.dtype, lear
     assert kernels.called
 
 
-def test_they_are_for_a_gpu_alone() -> None:
-    assert not cuda_kernels.runs(torch.ones(2))
+class _OnGpu(Tensor):
+    """A tensor of a class of its own that says that it is on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+def test_they_are_for_plain_tensors_of_a_gpu_alone() -> None:
+    assert not cuda_kernels.runs(torch.ones(2), torch.tensor(1.0))
+    assert not cuda_kernels.runs(torch.ones(2).as_subclass(_OnGpu), torch.tensor(1.0))

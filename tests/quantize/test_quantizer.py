@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,29 @@ def test_calibrates_and_quantizes_at_once() -> None:
     assert torch.equal(target(inputs), fake_quant(inputs, torch.tensor(0.5)))  # tolerance 0.0
     target.load_calib_amax()
     assert torch.equal(amax_of(target), inputs.abs().max())  # before it was quantized; tolerance 0.0
+
+
+class _Away(Tensor):
+    """A tensor that says that it is on another device, so that what runs there runs here."""
+
+    @property
+    def device(self) -> Any:  # type: ignore[override]
+        return types.SimpleNamespace(type="cuda")
+
+
+def test_another_device_is_asked_for_negative_values_once_for_each_range() -> None:
+    target = quantizer(unsigned=True, amax=1.0)
+    good, bad = (torch.tensor(each).as_subclass(_Away) for each in ([0.5], [-0.5]))
+    with pytest.raises(TypeError, match="negative values"):
+        target._refuse_negative(bad)
+    target._refuse_negative(good)
+    target._refuse_negative(bad)  # not looked at
+    target.amax = 2.0
+    with pytest.raises(TypeError, match="negative values"):
+        target._refuse_negative(bad)
+    target._refuse_negative(good.as_subclass(Tensor))  # the CPU is asked each time
+    with pytest.raises(TypeError, match="negative values"):
+        target._refuse_negative(bad.as_subclass(Tensor))
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["legacy", "native"])
