@@ -60,7 +60,7 @@ from qdq_surgery.sensitivity.measure import sensitivity
 from qdq_surgery.sensitivity.result import Sensitivity
 from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
-from qdq_surgery.tuning.result import Step, Tuning
+from qdq_surgery.tuning.result import Tuning
 from qdq_surgery.tuning.search import tune
 from qdq_surgery.version import __version__
 
@@ -102,7 +102,6 @@ __all__ = [
     "Sensitivity",
     "Site",
     "Statistics",
-    "Step",
     "TensorQuantizer",
     "TraceError",
     "Tuning",

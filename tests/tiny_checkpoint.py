@@ -9,6 +9,16 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerFast
 
+#: Of different lengths.
+TEXTS = ["a short one", "a text with some more words in it", "words", "the longest of all of these texts, by some way"]
+
+
+def write_texts(folder: Path) -> Path:
+    """:data:`TEXTS`, one in each line."""
+    path = folder / "texts.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
 
 def tiny_tokenizer(texts: Iterable[str], size: int = 600) -> PreTrainedTokenizerFast:
     """Trained on ``texts``; words that are not in them fall into letters."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ from qdq_surgery.text.view import Column, Result, Table
 from qdq_surgery.texts.batches import text_batches
 from qdq_surgery.texts.input_file import printable
 from qdq_surgery.texts.samples import Sample, read_samples
+from qdq_surgery.tuning.result import rule_file
 from qdq_surgery.tuning.search import tune
 from qdq_surgery.version import __version__
 
@@ -343,11 +343,7 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    output = Path(arguments.output)
-    if output.suffix not in (".yaml", ".yml"):
-        raise OptionError(f"{printable(arguments.output)} is to be a rule file: give a name that ends in .yaml")
-    if os.path.lexists(output):
-        raise OptionError(f"{printable(arguments.output)} exists; give another path")
+    output = rule_file(arguments.output)  # before the work of minutes
     samples = read_samples(arguments.texts, arguments.column)
     others = None if arguments.held_out is None else read_samples(arguments.held_out, arguments.column)
     with steps(1) as bar:
@@ -365,8 +361,8 @@ def _tune(arguments: argparse.Namespace) -> None:
         float_share=arguments.float_share,
         name=output.stem,
     )
-    made.save(output)
     _show(made, arguments)
+    made.save(output)
     if not arguments.json:
         print(f"\nwritten to {arguments.output}; convert and calibrate with --rules {arguments.output}")
 

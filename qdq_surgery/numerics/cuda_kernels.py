@@ -62,14 +62,14 @@ def round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int, smallest: 
         smallest: An ``amax`` up to this counts as 0.
     """
     limits = {"qmin": float(qmin), "qmax": float(qmax), "smallest": smallest}
-    with torch.cuda.device_of(inputs):
+    with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]
         rounded: Tensor = _kernel(_ROUND, *limits)(inputs, _with_axes(amax, inputs), **limits)
     return rounded.to(inputs.dtype)
 
 
 def inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
     """``gradient`` where ``|inputs| <= amax``, 0 elsewhere; its shape and dtype."""
-    with torch.cuda.device_of(inputs):
+    with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]
         kept: Tensor = _kernel(_INSIDE)(gradient, inputs, _with_axes(amax, inputs))
     return kept.to(gradient.dtype)
 
@@ -77,7 +77,7 @@ def inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:
 def learned_gradients(gradient: Tensor, inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
     """:func:`inside`; and what each element adds to the gradient of the step, float32, not yet summed."""
     limits = {"qmin": float(qmin), "qmax": float(qmax)}
-    with torch.cuda.device_of(inputs):
+    with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]
         of_inputs, of_amax = _kernel(_LEARNED, *limits, outputs=2)(gradient, inputs, _with_axes(amax, inputs), **limits)
     return of_inputs.to(gradient.dtype), of_amax
 

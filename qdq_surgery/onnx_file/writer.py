@@ -47,27 +47,29 @@ class Draft:
     data: Path
 
 
-def writable(path: str | Path, overwrite: bool = False) -> Path:
+def writable(path: str | Path, overwrite: bool = False, kind: str = "an ONNX file", ending: str = ENDING) -> Path:
     """``path``, if a file can be written there.
 
     Args:
         overwrite: Whether a regular file may be replaced.
+        kind: What is to be written, in words.
+        ending: What the name of such a file ends in.
 
     Raises:
-        ExportError: It is no name of an ONNX file, its folder does not exist or cannot be written to, or something is
+        ExportError: It is no name of such a file, its folder does not exist or cannot be written to, or something is
             there already.
     """
     file = Path(path)
     if "\0" in str(path):
         raise ExportError(f"{quoted(path)} cannot be written: it holds a NUL character; give another path")
     if file.is_dir():
-        raise ExportError(f"{path} is a folder; give the name of a file, such as {file / 'model.onnx'}")
-    if file.suffix != ENDING:
-        raise ExportError(f"{path} cannot be written: an ONNX file ends in {ENDING}; give {file.stem}{ENDING}, say")
+        raise ExportError(f"{path} is a folder; give the name of a file, such as {file / f'model{ending}'}")
+    if file.suffix != ending:
+        raise ExportError(f"{path} cannot be written: {kind} ends in {ending}; give {file.stem}{ending}, say")
     if not file.parent.is_dir():
         raise ExportError(f"{path} cannot be written: there is no folder {file.parent}; make it first")
     _check_place(file, overwrite)
-    for data in data_beside(file):
+    for data in data_beside(file) if ending == ENDING else ():
         _check_place(data, overwrite)
     if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
         raise ExportError(f"{path} cannot be written: permission denied; give another path")
@@ -115,7 +117,10 @@ def replace_text(path: str | Path, text: str, overwrite: bool = True) -> None:
         with _folder(file.parent) as folder:
             made = folder / file.name
             made.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(made, file)
+            if overwrite:
+                os.replace(made, file)
+            else:
+                _place(made, file)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
 

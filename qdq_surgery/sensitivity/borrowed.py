@@ -26,11 +26,33 @@ from qdq_surgery.sensitivity.outlier_channels import ChannelTops
 from qdq_surgery.sensitivity.parts import layer_paths
 from qdq_surgery.surgery.model_state import quantizers
 
-__all__ = ["Borrowed", "borrowed"]
+__all__ = ["Borrowed", "borrowed", "gpus_of", "run_seeded"]
 
 _HOLDERS = itertools.count()
 _SEED = 0
 _ROUNDED = "quantized_weight"
+
+
+def gpus_of(model: nn.Module) -> list[torch.device]:
+    """Where its parameters are, but for the CPU."""
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def run_seeded(model: nn.Module, inputs: Mapping[str, Any], devices: Iterable[torch.device]) -> Any:
+    """The model's outputs, with the same random numbers each time; what the user's batches draw stays their own.
+
+    Args:
+        devices: As :func:`gpus_of` gives them.
+
+    Raises:
+        CalibrationError: It cannot run.
+    """
+    try:
+        with kept_random(list(devices)):
+            torch.manual_seed(_SEED)
+            return model(**inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise CalibrationError(f"{type(model).__name__} cannot run it: {error}") from error
 
 
 class Borrowed:
@@ -46,7 +68,7 @@ class Borrowed:
     ) -> None:
         self._model, self._measured, self._tops = model, measured, tops
         self._holder = next(_HOLDERS)
-        self._devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+        self._devices = gpus_of(model)
         self._layers = {path: model.get_submodule(path) for path in layer_paths(model)}
         if any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self._layers.values()):
             self._layers = {}  # it would be compiled anew for each run
@@ -65,12 +87,7 @@ class Borrowed:
         free = set(chosen)
         for name, quantizer in self._measured.items():
             (quantizer.let_go if name in free else quantizer.hold_off)(self._holder)
-        try:
-            with kept_random(self._devices):  # what the user's batches draw stays their own
-                torch.manual_seed(_SEED)
-                return self._model(**inputs)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise CalibrationError(f"{type(self._model).__name__} cannot run it: {error}") from error
+        return run_seeded(self._model, inputs, self._devices)
 
     def run_kept(self, inputs: Mapping[str, Any], chosen: Iterable[str]) -> tuple[Any, LayerOutputs]:
         """The same, and what the encoder layers gave."""

@@ -17,13 +17,18 @@ _ALPHAS = (0.4, 0.5, 0.65, 0.8)
 _ZERO_POINTS = (0.5, 0.75, 1.5, 2.0)
 
 
-def ranges(spec: QuantSpec) -> tuple[QuantSpec, ...]:
-    """The same grid with other ways to its range, or to its scales where the rules give it scales."""
+def ranges(spec: QuantSpec, role: str = "input") -> tuple[QuantSpec, ...]:
+    """The same grid with other ways to its range, or to its scales where the rules give it scales.
+
+    Args:
+        role: ``"weight"`` or ``"input"``: ranges by channel have more than one way for weights alone.
+    """
     if spec.scaled:
         found = [CalibratorSpec("outliers", threshold=each) for each in _THRESHOLDS]
         found += [CalibratorSpec("smooth", alpha=each) for each in _ALPHAS]
     elif spec.axis is not None:
-        found = [CalibratorSpec(name) for name, each in RANGE_METHODS.items() if each.by_channel or not each.histogram]
+        names = [name for name, each in RANGE_METHODS.items() if each.by_channel or not each.histogram]
+        found = [CalibratorSpec(name) for name in names if role == "weight"]
     else:
         settings = [(name, setting) for name, each in RANGE_METHODS.items() for setting in each.settings]
         found = [CalibratorSpec(name, setting.get("percentile")) for name, setting in settings]

@@ -7,11 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qdq_surgery.onnx_file.writer import replace_text
+from qdq_surgery.onnx_file.writer import replace_text, writable
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
-__all__ = ["Step", "Tuning"]
+__all__ = ["Step", "Tuning", "rule_file"]
+
+
+def rule_file(path: str | Path, overwrite: bool = False) -> Path:
+    """``path``, if a rule file can be written there.
+
+    Raises:
+        ExportError: It cannot; says why.
+    """
+    return writable(path, overwrite, "a rule file", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,9 @@ class Tuning(Result):
             overwrite: Whether a file that is there is replaced.
 
         Raises:
-            ExportError: Something is there, or whatever the system says.
+            ExportError: It has another name, something is there, or whatever the system says.
         """
-        replace_text(path, self.rules.text, overwrite)
+        replace_text(rule_file(path, overwrite), self.rules.text, overwrite)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; ``rules`` is the text of the rule file."""

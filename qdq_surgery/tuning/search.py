@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import CalibrationError, OptionError
-from qdq_surgery.rules.limits import MAX_ENTRIES
+from qdq_surgery.rules.limits import MAX_ENTRIES, check_name
 from qdq_surgery.rules.quant_spec import QuantSpec
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.rules.yaml_file import load_rules
@@ -74,6 +74,8 @@ def tune(
     if not 0 <= float_share <= 1:
         raise OptionError(f"float_share={float_share} is no share: give a number from 0 to 1")
     base = load_rules(target)
+    wanted = f"{base.name}-tuned" if name is None else name
+    check_name(wanted, "the name")  # not when all is done
     data, others = list(batches), None if held_out is None else list(held_out)
     qmodel = convert(model, base).eval()
     trial = Trial(qmodel, data)
@@ -83,7 +85,6 @@ def tune(
     start, start_held = search.error, None if held is None else held.error()
     for _ in track(search.steps(), "tuning", search.total):
         pass
-    wanted = f"{base.name}-tuned" if name is None else name
     why = f"{base.name}, tuned on {measure.rows} rows: {measure.name} {start:.4g} before, {search.error:.4g} after"
     if held is not None and start_held is not None:
         ended = held.error()
@@ -141,8 +142,8 @@ class _Search:
     @property
     def total(self) -> int:
         """How many errors are measured at most, without a budget."""
-        tried = (len(ranges(spec)) + len(grids(spec)) for spec in map(self.trial.spec, self.kinds))
-        return len(self.kinds) + sum(tried)
+        specs = ((self.trial.spec(kind), kind.role) for kind in self.kinds)
+        return len(self.kinds) + sum(len(ranges(spec, role)) + len(grids(spec)) for spec, role in specs)
 
     def share(self, more: int = 0) -> float:
         """The share of the multiply-adds that is in float, with ``more`` of them."""
@@ -156,8 +157,8 @@ class _Search:
                 gains[kind] = self.error - self.measure.error()
             yield
         for kind in sorted(self.kinds, key=lambda kind: -gains[kind]):
-            for others in (ranges, grids):
-                yield from self._best(kind, others(self.trial.spec(kind)))
+            yield from self._best(kind, ranges(self.trial.spec(kind), kind.role))
+            yield from self._best(kind, grids(self.trial.spec(kind)))
         if self.budget is not None:
             yield from self._meet(self.budget)
 

@@ -6,24 +6,28 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qdq_surgery.calibration.batches import prepared
 from qdq_surgery.calibration.collect import activation_quantizers, collect, weight_quantizers
 from qdq_surgery.calibration.ranges import find_ranges, own_method, set_ranges, share_ranges_found
 from qdq_surgery.match.plan import Site
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer, make_quantizer
-from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
-from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.rules.quant_spec import QuantSpec
+from qdq_surgery.surgery.model_state import plan_of, quantization_disabled, quantizers
 
 __all__ = ["Kind", "Operator", "Trial"]
 
 _HOLDERS = itertools.count()
-_MAX = CalibratorSpec("max")
+
+#: Quantizers with the ranges that they had.
+_Ranges: TypeAlias = list[tuple[TensorQuantizer, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class Kind:
 
     Attributes:
         rule, capture: The rule, and the capture of its pattern.
+        role: ``"weight"`` for what is constant, ``"input"`` for what is computed.
         quantizers: Their names.
     """
 
     rule: str
     capture: str
+    role: str
     quantizers: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -71,44 +77,41 @@ class Trial:
         CalibrationError: The batches cannot be used.
     """
 
-    def __init__(self, qmodel: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, qmodel: PreTrainedModel, batches: Sequence[Mapping[str, Any]]) -> None:
         self.qmodel = qmodel
         self._sites = {site.quantizer: site for site in plan_of(qmodel).sites}
         self._holder = next(_HOLDERS)
-        data = list(batches)
+        self._statistics = collect(qmodel, batches)
         self._work = _Work()
-        with self._work.watched(qmodel):
-            self._by_spec = collect(qmodel, data)
-        # Those with a scale for each channel have no histogram yet.
-        scaled = {name: each.spec for name, each in activation_quantizers(qmodel).items() if each.scaled}
-        self._by_tensor = self._by_spec
-        if scaled:
-            plain = {name: replace(spec, axis=None, calibrator=_MAX) for name, spec in scaled.items() if spec}
-            before = self._exchanged(plain)
-            self._by_tensor = collect(qmodel, data)
-            self._put_back(before)
+        with self._work.watched(qmodel), quantization_disabled(qmodel), torch.no_grad():
+            qmodel(**prepared(qmodel, batches[0], 0))
         self._set(set(quantizers(qmodel)))
 
     def kinds(self) -> list[Kind]:
         """In the order of the model; a rule's operand that no site has is none."""
-        found: dict[tuple[str, str], list[str]] = {}
-        for name in quantizers(self.qmodel):
-            site = self._sites.get(name)
-            if site is not None:
-                found.setdefault((site.rule, site.capture), []).append(name)
-        return [Kind(rule, capture, tuple(names)) for (rule, capture), names in found.items()]
+        found: dict[tuple[str, str], list[Site]] = {}
+        for site in self._own_sites():
+            found.setdefault((site.rule, site.capture), []).append(site)
+        return [Kind(*key, sites[0].role, tuple(site.quantizer for site in sites)) for key, sites in found.items()]
 
     def operators(self) -> list[Operator]:
         """In the order of the model."""
-        qmodel, found = self.qmodel, dict[tuple[Any, ...], list[Site]]()
-        for name in quantizers(qmodel):
-            site = self._sites.get(name)
-            if site is not None:
-                found.setdefault((site.owner, site.routine, site.origin), []).append(site)
+        found: dict[tuple[Any, ...], list[Site]] = {}
+        for site in self._own_sites():
+            found.setdefault((site.owner, site.routine, site.origin), []).append(site)
         return [
-            Operator(sites[0].owner, sites[0].operator, tuple(s.quantizer for s in sites), self._work.of(qmodel, sites))
+            Operator(
+                sites[0].owner,
+                sites[0].operator,
+                tuple(site.quantizer for site in sites),
+                self._work.of(self.qmodel, sites),
+            )
             for sites in found.values()
         ]
+
+    def _own_sites(self) -> Iterator[Site]:
+        """Those that have a quantizer: a module that is shared has one name."""
+        return (self._sites[name] for name in quantizers(self.qmodel) if name in self._sites)
 
     def spec(self, kind: Kind) -> QuantSpec:
         """The spec of a kind; that of a default descriptor, too."""
@@ -127,12 +130,13 @@ class Trial:
     @contextmanager
     def tried(self, kind: Kind, spec: QuantSpec) -> Iterator[None]:
         """While this holds, a kind has another spec, with the ranges that follow from it."""
-        before, amax = self._take(kind, spec)
+        before, ranges = self._take(kind, spec)
         try:
             yield
         finally:
-            self._put_back(before)
-            self._give_back(amax)
+            for name, quantizer in before.items():
+                self._place(name, quantizer)
+            _give_back(ranges)
 
     def take(self, kind: Kind, spec: QuantSpec) -> None:
         """Give a kind another spec for good."""
@@ -140,26 +144,31 @@ class Trial:
 
     @contextmanager
     def in_float(self, names: Iterable[str]) -> Iterator[None]:
-        """While this holds, these quantizers let their inputs pass."""
+        """While this holds, these quantizers let their inputs pass, and have no part in a shared range."""
         found = quantizers(self.qmodel)
         held = [found[name] for name in names if found[name].enabled]
         for each in held:
             each.hold_off(self._holder)
+        ranges = self._set(self._beside(names))
         try:
             yield
         finally:
             for each in held:
                 each.let_go(self._holder)
+            _give_back(ranges)
 
     def leave_in_float(self, names: Iterable[str]) -> None:
         """Let these quantizers' inputs pass for good."""
         found = quantizers(self.qmodel)
         for name in names:
             found[name].disable()
+        self._set(self._beside(names))
 
-    def _take(
-        self, kind: Kind, spec: QuantSpec
-    ) -> tuple[dict[str, TensorQuantizer], dict[str, tuple[TensorQuantizer, Tensor]]]:
+    def _beside(self, names: Iterable[str]) -> set[str]:
+        """Those that share a range with one of these."""
+        return {other for group in plan_of(self.qmodel).shared if set(group) & set(names) for other in group}
+
+    def _take(self, kind: Kind, spec: QuantSpec) -> tuple[dict[str, TensorQuantizer], _Ranges]:
         before = self._exchanged(dict.fromkeys(kind.quantizers, spec))
         return before, self._set(set(kind.quantizers))
 
@@ -181,19 +190,11 @@ class Trial:
         module: nn.Module = self.qmodel.get_submodule(owner)
         module._modules[own] = quantizer
 
-    def _put_back(self, before: Mapping[str, TensorQuantizer]) -> None:
-        for name, quantizer in before.items():
-            self._place(name, quantizer)
-
-    def _give_back(self, amax: Mapping[str, tuple[TensorQuantizer, Tensor]]) -> None:
-        for quantizer, value in amax.values():
-            quantizer.set_range(value)
-
-    def _set(self, names: set[str]) -> dict[str, tuple[TensorQuantizer, Tensor]]:
+    def _set(self, names: set[str]) -> _Ranges:
         """Find the ranges of these and of what depends on them; what the others had before is returned."""
-        for group in plan_of(self.qmodel).shared:
-            if names & set(group):
-                names |= set(group)
+        names = names | self._beside(names)
+        if not names:
+            return []
         activations = {n: each for n, each in activation_quantizers(self.qmodel).items() if n in names}
         chosen = {id(each) for each in activations.values()}
         weights = {
@@ -201,21 +202,18 @@ class Trial:
             for name, (quantizer, linear) in weight_quantizers(self.qmodel).items()
             if name in names or id(linear._input_quantizer) in chosen
         }
-        before = {
-            name: (quantizer, quantizer.amax.detach().clone())
-            for name, quantizer in (*activations.items(), *((n, q) for n, (q, _) in weights.items()))
-            if quantizer.amax is not None
-        }
-        seen = {
-            name: (self._by_spec if each.scaled or name not in self._by_tensor.seen else self._by_tensor).seen[name]
-            for name, each in activations.items()
-        }
+        changed = [*activations.values(), *(quantizer for quantizer, _ in weights.values())]
+        before = [(each, each.amax.detach().clone()) for each in changed if each.amax is not None]
         methods = {name: own_method(each) for name, each in activations.items()}
-        data = replace(self._by_spec, seen=seen)
-        found = find_ranges(self.qmodel, data, activations, methods, weights)
+        found = find_ranges(self.qmodel, self._statistics, activations, methods, weights)
         share_ranges_found(self.qmodel, found)
         set_ranges(found.values())
         return before
+
+
+def _give_back(ranges: _Ranges) -> None:
+    for quantizer, amax in ranges:
+        quantizer.set_range(amax)
 
 
 class _Work:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import save_tiny_bert
+from tiny_checkpoint import TEXTS, save_tiny_bert, write_texts
 
 import qdq_surgery as qs
 from qdq_surgery.cli.commands import main
@@ -14,14 +14,10 @@ from qdq_surgery.cli.folder import load_model, save_model
 from qdq_surgery.texts.batches import text_batches
 from qdq_surgery.texts.samples import read_samples
 
-TEXTS = ["a short one", "a text with some more words in it", "words", "the longest of all of these texts, by some way"]
-
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    return path
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")

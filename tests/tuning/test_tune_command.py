@@ -6,19 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import save_tiny_bert
+from tiny_checkpoint import TEXTS, save_tiny_bert, write_texts
 
 import qdq_surgery as qs
 from qdq_surgery.cli.commands import main
 
-TEXTS = ["a short one", "a text with some more words in it", "words", "the longest of all of these texts, by some way"]
-
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
-    return path
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +50,9 @@ def test_it_gives_json(model: Path, texts: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("name", "options", "found"),
     [
-        ("mine.txt", [], "is to be a rule file: give a name that ends in .yaml"),
-        ("there.yaml", [], "exists; give another path"),
+        ("mine.txt", [], "a rule file ends in .yaml; give mine.yaml"),
+        ("there.yaml", [], "exists; "),
+        ("nowhere/mine.yaml", [], "there is no folder"),
         ("mine.yaml", ["--target", "nowhere"], "'nowhere' is neither a shipped rule set nor a file"),
         ("mine.yaml", ["--budget", "-1"], "is no error: give a number of at least 0"),
         ("mine.yaml", ["--float-share", "2"], "is no share: give a number from 0 to 1"),
