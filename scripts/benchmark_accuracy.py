@@ -8,6 +8,8 @@ float model: mean cosine, the share of texts whose nearest other text is the sam
 Figures are means over the samples, and the spread between the highest and the lowest mean cosine. What runs on a
 runtime runs there, the whole file; "fake quantization" is the PyTorch model.
 
+"tuned" is :func:`qdq_surgery.tune` on the calibration texts, some minutes for each sample; ``--only`` leaves it out.
+
 Contenders whose packages are not installed are skipped with a word (``pip install onnx onnxscript onnxruntime openvino
 nncf`` has them all).
 """
