@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from architectures import batch_for, build, tensors_of
 from golden_case import Golden, assert_equal, flat
-from transformers import BertForSequenceClassification
+from saved import change_config
+from transformers import BertForSequenceClassification, BertModel
 
 import qdq_surgery as qs
 
@@ -104,3 +106,64 @@ def test_6_it_is_a_module() -> None:
     fresh = qs.convert(model)
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh(**batch).last_hidden_state, wanted)
+
+
+def test_7_data_is_data(tmp_path: Path) -> None:
+    """In depth: tests/attacks, tests/safety/test_untrusted.py, tests/onnx_file/test_writer.py."""
+    told = tmp_path / "told"
+    hostile = f"x_quantizer=__import__('pathlib').Path({str(told)!r}).touch()#_quantizer"
+    rules = tmp_path / "hostile.yaml"
+    rules.write_text(
+        "schema: 1\nname: hostile\nrules:\n"
+        '  - {name: r, why: w, match: {layers: all, pattern: "matmul(a, b)"}, quantize: {a: {spec: default, as: '
+        f'"{hostile}"}}}}}}\n'
+    )
+    with pytest.raises(qs.RuleFileError, match="is no quantizer name"):
+        qs.load_rules(rules)
+    model = build("bert", "BertModel")
+    qmodel = qs.convert(model)
+    qs.calibrate(qmodel, [batch_for(model, (2, 5))])
+    qmodel.save_pretrained(tmp_path / "model")
+    change_config(tmp_path / "model", lambda own: own["rules"]["rules"][2]["quantize"][0].update({"as": hostile}))
+    with pytest.raises(qs.QdqSurgeryError, match="is no quantizer name"):
+        BertModel.from_pretrained(tmp_path / "model")
+    assert not told.exists()
+    # Writing replaces whole files or nothing.
+    tuned = qs.tune(model, [batch_for(model, (2, 5))], "linear-only")
+    before = rules.read_text()
+    with pytest.raises(qs.ExportError, match="exists"):
+        tuned.save(rules)
+    assert rules.read_text() == before
+
+
+def test_8_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In depth: tests/attacks/test_interruptions.py."""
+    model = build("bert", "BertModel")
+    before, structure = copy.deepcopy(model.state_dict()), repr(model)
+    batch = batch_for(model, (2, 5))
+    wanted = model(**batch).last_hidden_state
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qdq_surgery.surgery.apply.implant", interrupted)  # the last step of a conversion
+        with pytest.raises(KeyboardInterrupt):
+            qs.convert(model, inplace=True)
+    assert repr(model) == structure
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(**batch).last_hidden_state, wanted)
+    qmodel = qs.convert(model, inplace=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("qdq_surgery.calibration.ranges.set_state", interrupted)  # all ranges are set by then
+        with pytest.raises(KeyboardInterrupt):
+            qs.calibrate(qmodel, [batch])
+    assert all(each.amax is None for each in qs.quantizers(qmodel).values())
+
+
+@pytest.mark.usefixtures("threads_of_the_reference")
+def test_9_on_every_machine(reference: Path) -> None:
+    """What is compared was computed by the kernels that compute here. In depth: test_portable.py."""
+    ran = json.loads((reference / "run.json").read_text())
+    assert ran["torch"] == torch.__config__.show()
+    assert ran["threads"] == torch.__config__.parallel_info()
