@@ -13,7 +13,7 @@ from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.match.decisions import Decisions, ModulePaths, UnitDecisions
 from qdq_surgery.match.plan import COVERED, Coverage
 from qdq_surgery.match.subgraph import place_of
-from qdq_surgery.trace.units import Unit
+from qdq_surgery.trace.units import RESIDUAL, Unit
 
 __all__ = ["CoverageCount"]
 
@@ -23,13 +23,10 @@ class CoverageCount:
 
     Args:
         decisions: Gets a refusal for each operator that has neither a quantizer nor a refusal yet.
-        shape: Batch and tokens of the hidden states, see :class:`~qdq_surgery.trace.units.Survey`.
     """
 
-    def __init__(
-        self, model: nn.Module, paths: ModulePaths, decisions: Decisions, shape: tuple[int, int] | None
-    ) -> None:
-        self.model, self.paths, self.decisions, self.shape = model, paths, decisions, shape
+    def __init__(self, model: nn.Module, paths: ModulePaths, decisions: Decisions) -> None:
+        self.model, self.paths, self.decisions = model, paths, decisions
         self.counts: dict[str, Counter[str]] = {kind: Counter() for kind in COVERED}
 
     def result(self) -> dict[str, Coverage]:
@@ -73,13 +70,9 @@ class CoverageCount:
         op = str(node.meta.get("op"))
         if op in PRODUCTS:
             return op
-        if op == "add" and (place_of(graph, node) in decided.quantized or self._is_residual(node)):
+        if op == "add" and (place_of(graph, node) in decided.quantized or node.meta.get(RESIDUAL)):
             return "residual add"
         return None
-
-    def _is_residual(self, node: Node) -> bool:
-        shapes = [tuple(operand.meta.get("shape") or ()) for operand in node.args if isinstance(operand, Node)]
-        return len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 3 and shapes[0][:2] == self.shape
 
     def add_uncalled(self, unit: Unit, called: set[str]) -> None:
         """Count the linears of a unit that the example never came to: cross-attention without encoder states, say."""

@@ -74,7 +74,7 @@ def check_expectations(
                 "rule, or the count if the architecture is meant to differ"
             )
         count = rule.expect.layer_count(model_type)
-        if count is None or total == 0:
+        if count is None or (total == 0 and model_type not in rule.expect.model_types):
             continue
         for unit in layers:
             if rule.scope.layers not in (None, "all") and unit.layer not in (rule.scope.layers or ()):

@@ -20,7 +20,6 @@ from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.shared_ranges import share_ranges
 from qdq_surgery.match.site_names import LINEAR_NAMES, site_name
 from qdq_surgery.match.subgraph import Attempt, Slot, Value, fit, operand_of, place_of
-from qdq_surgery.rules.pattern import operator_fits
 from qdq_surgery.rules.spec import Rule, RuleSet
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 from qdq_surgery.trace.units import Survey, Unit
@@ -38,7 +37,7 @@ def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
         MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
     """
     paths, decisions = ModulePaths(model), Decisions()
-    coverage = CoverageCount(model, paths, decisions, found.shape)
+    coverage = CoverageCount(model, paths, decisions)
     for unit in found.units:
         if unit.tree is None:
             coverage.add_uncalled(unit, set())
@@ -82,7 +81,7 @@ class _UnitMatcher:
         for rule in self.rules.rules:
             for graph in tree.walk():
                 for node in graph.graph.nodes:
-                    if operator_fits(rule.pattern.operators[0], node.meta.get("op", "")):
+                    if Value(graph, node).is_a(rule.pattern.operators[0]):
                         self._try(rule, graph, node)
 
     def _try(self, rule: Rule, graph: BlockGraph, node: Node) -> None:

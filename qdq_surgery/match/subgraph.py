@@ -14,7 +14,8 @@ from typing import Any
 from torch.fx import Node
 
 from qdq_surgery.graph.block_graph import BlockGraph, flatten_call
-from qdq_surgery.rules.pattern import COMMUTATIVE, LAYOUT, Operand, Pattern, operator_fits
+from qdq_surgery.rules.pattern import COMMUTATIVE, LAYOUT, RESIDUAL_ADD, Operand, Pattern, operator_fits
+from qdq_surgery.trace.units import RESIDUAL
 
 __all__ = ["Attempt", "Slot", "Value", "fit", "operand_of", "place_of"]
 
@@ -30,6 +31,12 @@ class Value:
     def op(self) -> str:
         """The operator in the words of patterns; ``unknown`` if they have none for it."""
         return str(self.node.meta.get("op", "unknown"))
+
+    def is_a(self, wanted: str) -> bool:
+        """Whether the operator serves where a pattern names ``wanted``."""
+        if wanted == RESIDUAL_ADD:
+            return bool(self.node.meta.get(RESIDUAL))
+        return operator_fits(wanted, self.op)
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ def _fit(pattern: Pattern, value: Value, attempt: Attempt) -> bool:
         looked = _through_layout(value, pattern)
         if looked.op == "cat":
             looked = _chunk(looked) or looked
-        if any(operator_fits(name, looked.op) for name in pattern.operators):
+        if any(looked.is_a(name) for name in pattern.operators):
             slots = _slots(looked)
             if slots and _fit_operand(inner, slots[0], attempt):
                 return True
@@ -151,7 +158,7 @@ def _fit(pattern: Pattern, value: Value, attempt: Attempt) -> bool:
         chunk = _chunk(looked)
         if chunk is not None:
             return _fit(pattern, chunk, attempt)
-    return operator_fits(pattern.operators[0], looked.op) and fit(pattern, looked, attempt)
+    return looked.is_a(pattern.operators[0]) and fit(pattern, looked, attempt)
 
 
 def _words(value: Value) -> str:
@@ -159,7 +166,7 @@ def _words(value: Value) -> str:
 
 
 def _through_layout(value: Value, pattern: Pattern) -> Value:
-    while value.op in LAYOUT and not any(operator_fits(name, value.op) for name in pattern.operators):
+    while value.op in LAYOUT and not any(value.is_a(name) for name in pattern.operators):
         source = next((arg for arg in value.node.args if isinstance(arg, Node)), None)
         below = _resolve(value.graph, source) if source is not None else None
         if below is None:

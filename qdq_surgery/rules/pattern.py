@@ -7,7 +7,8 @@ A pattern is a small expression that is read and never evaluated:
 - ``q``: anything, captured as ``q``. ``k=transpose(_)`` captures an operand that must itself fit a pattern. What is
   captured is the *operand*: a quantizer goes between it and the operator around it.
 - ``maybe(dropout)(x)``: at most one dropout, then ``x``; ``maybe(mul, div)(x)``: at most one of these.
-- ``add`` and ``mul`` fit with their two operands in either order. The sum with a parameter is a ``bias_add``.
+- ``add`` and ``mul`` fit with their two operands in either order. The sum with a parameter is a ``bias_add``. A
+  ``residual_add`` is an ``add`` of two activations that have the shape of the layer's hidden states.
 
 Layout operators (view, permute, contiguous, dtype casts...) between two operators are looked through, unless the
 pattern names them. ``transpose`` is the matrix transpose: it swaps the last two axes; other swaps are layout.
@@ -21,7 +22,7 @@ from functools import lru_cache
 from qdq_surgery.errors import RuleFileError
 from qdq_surgery.rules.pattern_text import PatternRefusal, Span, scan
 
-__all__ = ["ACTIVATIONS", "COMMUTATIVE", "LAYOUT", "OPERATORS", "Operand", "Pattern", "operator_fits", "parse_pattern"]
+__all__ = ["ACTIVATIONS", "COMMUTATIVE", "LAYOUT", "OPERATORS", "RESIDUAL_ADD", "Operand", "Pattern", "operator_fits", "parse_pattern"]
 
 #: Operators that are the members of the pattern operator ``activation``.
 ACTIVATIONS = frozenset({"gelu", "relu", "tanh", "silu", "sigmoid", "activation"})
@@ -41,13 +42,16 @@ COMMUTATIVE = frozenset({"add", "mul"})
 OPERATORS = (
     frozenset(
         """
-        linear conv1d matmul baddbmm einsum sdpa add bias_add sub mul div softmax dropout layer_norm embedding transpose
+        linear conv1d matmul baddbmm einsum sdpa add residual_add bias_add sub mul div softmax dropout layer_norm embedding transpose
         gather masked_fill where cat mean sum sqrt pow neg exp clamp sin cos quantizer
         """.split()
     )
     | ACTIVATIONS
     | LAYOUT
 )
+
+#: An ``add`` that is told by its operands' shape.
+RESIDUAL_ADD = "residual_add"
 
 _MAX_TEXT = 500
 

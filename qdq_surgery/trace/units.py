@@ -6,13 +6,15 @@ have the same structure, get the same kind of arguments and read the same attrib
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Node
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError, TraceError
@@ -25,7 +27,10 @@ from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 from qdq_surgery.trace.recorder import record
 
-__all__ = ["Call", "LoneLeaf", "Survey", "Unit", "find_units", "structure", "survey"]
+__all__ = ["RESIDUAL", "Call", "LoneLeaf", "Survey", "Unit", "find_units", "structure", "survey"]
+
+#: Set in the ``meta`` of an add: whether it takes something back to the residual stream.
+RESIDUAL = "residual"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -47,14 +52,9 @@ class Unit:
 
 @dataclass
 class Survey:
-    """All units of a model, recorded on one example.
-
-    Attributes:
-        shape: Batch and tokens of the hidden states in the example, which tell residual adds from other adds.
-    """
+    """All units of a model, recorded on one example."""
 
     units: list[Unit]
-    shape: tuple[int, int] | None
     calls: dict[str, Call] = field(default_factory=dict, repr=False)
 
     def graphs(self) -> Iterator[tuple[str, BlockGraph]]:
@@ -78,18 +78,29 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
         for name, child in module.named_children():
             where = f"{path}.{name}" if path else name
             if isinstance(child, nn.ModuleList):
+                entries = list(_entries(child, where))
                 # A list of single operators (the linears of a multi-label head) is no list of encoder layers.
-                layers = any(not is_leaf(entry) for entry in child)
-                for index, entry in enumerate(child):
+                layers = any(not is_leaf(entry) for _, entry in entries)
+                for index, (place, entry) in enumerate(entries):
                     if id(entry) not in seen:
                         seen.add(id(entry))
-                        yield f"{where}.{index}", index if layers else None
+                        yield place, index if layers else None
             elif isinstance(child, PreTrainedModel) or (not is_leaf(child) and _has_list(child)):
                 yield from visit(child, where)
             else:
                 yield where, None
 
     yield from visit(model, "")
+
+
+def _entries(modules: nn.ModuleList, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The entries of a list, with their paths; of a list of lists (Funnel's blocks), those of each in turn."""
+    for index, entry in enumerate(modules):
+        where = f"{path}.{index}"
+        if isinstance(entry, nn.ModuleList):
+            yield from _entries(entry, where)
+        else:
+            yield where, entry
 
 
 def _has_list(module: nn.Module) -> bool:
@@ -123,18 +134,16 @@ def survey(
             for module in ghost.modules():
                 vars(module)["training"] = True
         units = _record_units(ghost, paths, calls)
-    return Survey(units, _hidden_shape(units, calls), calls)
+    for unit in units:
+        _mark_residual_adds(unit, calls)
+    return Survey(units, calls)
 
 
 def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> dict[str, Call]:
     calls: dict[str, Call] = {}
-    handles = []
-    for path in paths:
-
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            calls.setdefault(path, (args, kwargs))
-
-        handles.append(ghost.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
+    noted = [(module := ghost.get_submodule(path), vars(module).get("forward")) for path in paths]
+    for path, (module, _) in zip(paths, noted, strict=True):
+        vars(module)["forward"] = _noting(module.forward, path, calls)
     before = [(name, type(module)) for name, module in ghost.named_modules()]
     try:
         ghost(**inputs)
@@ -144,8 +153,11 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
             f"{type(error).__name__}: {error}; pass example_inputs= that it takes"
         ) from error
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, own in noted:
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own
     for (name, kind), (now_name, now_kind) in zip_longest(
         before, [(name, type(module)) for name, module in ghost.named_modules()], fillvalue=("", type(None))
     ):
@@ -155,6 +167,17 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
                 f"a {now_kind.__name__} now; run the model on such inputs once, then convert it"
             )
     return calls
+
+
+def _noting(forward: Callable[..., Any], path: str, calls: dict[str, Call]) -> Callable[..., Any]:
+    """``forward``, which notes what it is first handed. (Not a hook: SqueezeBERT calls its layers' ``forward``.)"""
+
+    @functools.wraps(forward)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        calls.setdefault(path, (args, kwargs))
+        return forward(*args, **kwargs)
+
+    return noting
 
 
 def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: dict[str, Call]) -> list[Unit]:
@@ -229,10 +252,16 @@ def _reads_same(tree: BlockGraph, module: nn.Module) -> bool:
     return True
 
 
-def _hidden_shape(units: list[Unit], calls: dict[str, Call]) -> tuple[int, int] | None:
-    for unit in units:
-        if unit.layer is not None and unit.path in calls:
-            for value in flatten_call(*calls[unit.path])[0]:
-                if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
-                    return int(value.shape[0]), int(value.shape[1])
-    return None
+def _mark_residual_adds(unit: Unit, calls: dict[str, Call]) -> None:
+    """Mark the adds of two activations that have the shape of the layer's hidden states."""
+    if unit.layer is None or unit.tree is None:
+        return
+    values = flatten_call(*calls[unit.path])[0]
+    shapes = [tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    hidden = next((shape[:2] for shape in shapes if len(shape) == 3), None)
+    for graph in unit.tree.walk():
+        for node in graph.graph.nodes:
+            if node.meta.get("op") == "add":
+                operands = [tuple(arg.meta.get("shape") or ()) for arg in node.args if isinstance(arg, Node)]
+                same = len(operands) == 2 and operands[0] == operands[1] and len(operands[0]) == 3
+                node.meta[RESIDUAL] = same and operands[0][:2] == hidden

@@ -193,7 +193,14 @@ def test_a_residual_add_that_is_not_like_the_recipe_is_listed(write: Write) -> N
         match="layers: all, ",
         more=", optional: true",
     )
-    made = bert_plan(write("rules:\n" + text))
+    other = rule(
+        "other-residual-add",
+        "residual_add(relu(_), b)",
+        "b: activation",
+        match="layers: all, ",
+        more=", optional: true",
+    )
+    made = bert_plan(write("rules:\n" + text + other))
     found = [refusal for refusal in made.refusals if refusal.operator == "residual add"]
     assert len(found) == 4
     assert {r.reason for r in found} == {
@@ -282,6 +289,7 @@ def test_the_plan_as_data() -> None:
         "relative-position-scores": 0,
         "attention-scores": 4,
         "residual-add": 8,
+        "other-residual-add": 0,
     }
     assert data["sites"][0] == {
         "quantizer": "bert.encoder.layer.0.attention.self.matmul_a_input_quantizer",

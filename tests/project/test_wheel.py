@@ -39,4 +39,4 @@ def test_the_wheel_carries_the_rules(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "5"
+    assert done.stdout.strip() == str(len(qs.load_rules("qdqbert").rules))

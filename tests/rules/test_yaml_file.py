@@ -1671,6 +1671,7 @@ def test_what_the_shipped_files_hold() -> None:
         "relative-position-scores",
         "attention-scores",
         "residual-add",
+        "other-residual-add",
     ]
     for name in ("linear-only", "qdqbert"):
         rules = load_rules(name)
