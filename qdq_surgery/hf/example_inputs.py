@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAP
 
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.hf.config_facts import chunk_size, decodes, max_tokens
+from qdq_surgery.hf.other_inputs import make_others, make_pixels
 
 __all__ = ["SHAPES", "checked_examples", "make_examples", "resized", "sample_inputs", "takes_any", "without_mask"]
 
@@ -50,7 +51,10 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     both = bool(getattr(whole, "is_encoder_decoder", False))
     config = _side(whole, "encoder") if both else whole.get_text_config()
     names = inspect.signature(model.forward).parameters
-    vocabulary = getattr(config, "vocab_size", None)
+    # (CANINE looks characters up by their hashes.)
+    vocabulary = getattr(config, "vocab_size", None) or getattr(config, "num_hash_buckets", None)
+    if model.main_input_name == "pixel_values" and "input_ids" not in names:
+        return _images(model, shape[0])
     if model.main_input_name != "input_ids" or "input_ids" not in names or vocabulary is None:
         raise ModelError(
             f"{type(model).__name__} takes '{model.main_input_name}', for which its config gives no example; "
@@ -66,16 +70,15 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     else:
         size = (batch, tokens)
     generator = torch.Generator().manual_seed(0)
-    ids, mask = _text(config, size, generator)
+    ids, mask = _text(config, vocabulary, size, generator)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if both and "decoder_input_ids" in names:
         # Of another length: the decoder's tokens are not the encoder's.
         size = (batch, tokens - chunk if tokens > chunk else tokens)
-        ids, mask = _text(_side(whole, "decoder"), size, generator)
+        other = _side(whole, "decoder")
+        ids, mask = _text(other, other.vocab_size, size, generator)
         inputs.update(decoder_input_ids=ids, decoder_attention_mask=mask)
-    limit = getattr(config, "max_2d_position_embeddings", None)
-    if "bbox" in names and isinstance(limit, int):
-        inputs["bbox"] = _boxes(inputs["input_ids"].shape, limit, generator)
+    inputs.update(make_others(model, config, tuple(inputs["input_ids"].shape), generator))
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
         states = torch.randn(batch, tokens + 1, config.hidden_size, generator=generator)
@@ -108,24 +111,29 @@ def _side(config: Any, name: str) -> Any:
     return own if hasattr(own, "vocab_size") else config
 
 
-def _text(config: Any, size: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _images(model: PreTrainedModel, batch: int) -> dict[str, Any]:
+    pixels = make_pixels(model.config, batch, torch.Generator().manual_seed(0))
+    if pixels is None:
+        raise ModelError(
+            f"{type(model).__name__} takes 'pixel_values', for which its config gives no size; "
+            "pass example_inputs={'pixel_values': tensor}"
+        )
+    return {"pixel_values": pixels.to(model.device, model.dtype)}
+
+
+def _text(
+    config: Any, vocabulary: int, size: tuple[int, ...], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Ordinary tokens, and a mask that leaves the last one of the last row out."""
     special = {
         value
         for name in ("pad_token_id", "eos_token_id", "bos_token_id", "mask_token_id")
         if isinstance(value := getattr(config, name, None), int)
     }
-    ordinary = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special] or [0])
+    ordinary = torch.tensor([token for token in range(min(vocabulary, 4096)) if token not in special] or [0])
     mask = torch.ones(size, dtype=torch.long)
     mask[-1, ..., -1:] = 0
     return ordinary[torch.randint(len(ordinary), size, generator=generator)], mask
-
-
-def _boxes(size: tuple[int, ...], limit: int, generator: torch.Generator) -> Tensor:
-    """Where each token stands on its page: left, top, right, bottom, below ``limit``; no two of a row alike."""
-    half = max(1, min(limit, 1000) // 2)
-    corner, extent = (torch.randint(half, (*size, 2), generator=generator) for _ in range(2))
-    return torch.cat([corner, corner + extent], dim=-1)
 
 
 def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any], what: str = "example_inputs") -> dict[str, Any]:

@@ -193,13 +193,15 @@ class GraphBuilder:
             return type(output)([self.result(self.item(node, i), item) for i, item in enumerate(output)])
         if isinstance(output, (tuple, list)):
             return type(output)(self.result(self.item(node, index), item) for index, item in enumerate(output))
+        if type(output) is dict and all(type(key) is str for key in output):
+            return {key: self.result(self.item(node, key), item) for key, item in output.items()}
         if output is None or isinstance(output, (torch.dtype, torch.device)):
             return output
         raise TraceError(
             f"{self.where()}: {node.meta['source']} returns a {type(output).__name__}, which a graph cannot hold"
         )
 
-    def item(self, node: Node, index: int) -> Node:
+    def item(self, node: Node, index: int | str) -> Node:
         item = self.graph.call_function(operator.getitem, (node, index))
         item.meta.update(op="item", origin=(*node.meta["origin"], index), source=node.meta["source"], shape=None)
         return item
