@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
 from qdq_surgery.hf.config_facts import without_ffn_chunking
@@ -62,7 +63,7 @@ def trace(qmodel: PreTrainedModel, inputs: Mapping[str, Any], opset: int, dynami
     names: dict[nn.Module, str] = {each: name for name, each in quantizers(qmodel).items()}
     # The file has its own precision, whatever the caller's block casts to.
     with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet(), without_ffn_chunking(qmodel):
-        returned = _called(qmodel, inputs)
+        returned = _tensors_of(_called(qmodel, inputs))
         fields = _fields(returned, type(qmodel).__name__)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         shapes = {name: _open_axes(name, value, inputs) for name, value in tensors.items()} if dynamic else None
@@ -105,6 +106,13 @@ def _called(qmodel: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
         ) from error
 
 
+def _tensors_of(returned: Any) -> Any:
+    """An output without the whole outputs in it: those of the towers of a model of two, whose embeddings stay."""
+    if not isinstance(returned, ModelOutput) or not any(isinstance(each, ModelOutput) for each in returned.values()):
+        return returned
+    return type(returned)(**{name: each for name, each in returned.items() if not isinstance(each, ModelOutput)})
+
+
 def _fields(returned: Any, model: str) -> list[str]:
     if not hasattr(returned, "items"):
         raise ExportError(f"{model} returned a {type(returned).__name__}, no Hugging Face output; set return_dict=True")
@@ -132,7 +140,7 @@ def _bound(qmodel: PreTrainedModel, tensors: Mapping[str, Tensor], inputs: Mappi
     rest = {name: value for name, value in inputs.items() if name not in tensors}
 
     def bound(**given: Tensor) -> Any:
-        return forward(**given, **rest)
+        return _tensors_of(forward(**given, **rest))
 
     named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in tensors]
     bound.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]

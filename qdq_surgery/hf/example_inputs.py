@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from qdq_surgery.errors import ExportError, ModelError
 from qdq_surgery.hf.config_facts import chunk_size, decodes, max_tokens
@@ -53,9 +57,9 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     names = inspect.signature(model.forward).parameters
     # (CANINE looks characters up by their hashes.)
     vocabulary = getattr(config, "vocab_size", None) or getattr(config, "num_hash_buckets", None)
-    if model.main_input_name == "pixel_values" and "input_ids" not in names:
+    if "input_ids" not in names and model.main_input_name == "pixel_values":
         return _images(model, shape[0])
-    if model.main_input_name != "input_ids" or "input_ids" not in names or vocabulary is None:
+    if "input_ids" not in names or vocabulary is None:
         raise ModelError(
             f"{type(model).__name__} takes '{model.main_input_name}', for which its config gives no example; "
             "pass example_inputs={name: tensor, ...}"
@@ -72,7 +76,10 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     generator = torch.Generator().manual_seed(0)
     ids, mask = _text(config, vocabulary, size, generator)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if both and "decoder_input_ids" in names:
+    if both and _judges(model):
+        # The model hands the same tokens to its decoder, and looks at the last one that ends a text.
+        inputs["input_ids"][..., -2] = getattr(config, "eos_token_id", None) or 0
+    elif both and "decoder_input_ids" in names:
         # Of another length: the decoder's tokens are not the encoder's.
         size = (batch, tokens - chunk if tokens > chunk else tokens)
         other = _side(whole, "decoder")
@@ -85,6 +92,15 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
         inputs["encoder_hidden_states"] = states.to(model.device, model.dtype)
     inputs = {name: value for name, value in inputs.items() if takes_any(model) or name in names}
     return _without_cache(model, inputs, config)
+
+
+def _judges(model: PreTrainedModel) -> bool:
+    """Whether this head judges a text, where the model's others write one."""
+    heads = {
+        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+        *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
+    }
+    return any(base.__name__ in heads for base in type(model).__mro__)
 
 
 def takes_any(model: PreTrainedModel) -> bool:
@@ -121,9 +137,7 @@ def _images(model: PreTrainedModel, batch: int) -> dict[str, Any]:
     return {"pixel_values": pixels.to(model.device, model.dtype)}
 
 
-def _text(
-    config: Any, vocabulary: int, size: tuple[int, ...], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _text(config: Any, vocabulary: int, size: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Ordinary tokens, and a mask that leaves the last one of the last row out."""
     special = {
         value

@@ -22,7 +22,17 @@ from functools import lru_cache
 from qdq_surgery.errors import RuleFileError
 from qdq_surgery.rules.pattern_text import PatternRefusal, Span, scan
 
-__all__ = ["ACTIVATIONS", "COMMUTATIVE", "LAYOUT", "OPERATORS", "RESIDUAL_ADD", "Operand", "Pattern", "operator_fits", "parse_pattern"]
+__all__ = [
+    "ACTIVATIONS",
+    "COMMUTATIVE",
+    "LAYOUT",
+    "OPERATORS",
+    "RESIDUAL_ADD",
+    "Operand",
+    "Pattern",
+    "operator_fits",
+    "parse_pattern",
+]
 
 #: Operators that are the members of the pattern operator ``activation``.
 ACTIVATIONS = frozenset({"gelu", "relu", "tanh", "silu", "sigmoid", "activation"})
@@ -42,8 +52,8 @@ COMMUTATIVE = frozenset({"add", "mul"})
 OPERATORS = (
     frozenset(
         """
-        linear conv1d matmul baddbmm einsum sdpa add residual_add bias_add sub mul div softmax dropout layer_norm embedding transpose
-        gather masked_fill where cat mean sum sqrt pow neg exp clamp sin cos quantizer
+        linear conv1d matmul baddbmm einsum sdpa add residual_add bias_add sub mul div softmax dropout layer_norm
+        embedding transpose gather masked_fill where cat mean sum sqrt pow neg exp clamp sin cos quantizer
         """.split()
     )
     | ACTIVATIONS

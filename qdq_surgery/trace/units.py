@@ -170,7 +170,7 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
 
 
 def _noting(forward: Callable[..., Any], path: str, calls: dict[str, Call]) -> Callable[..., Any]:
-    """``forward``, which notes what it is first handed. (Not a hook: SqueezeBERT calls its layers' ``forward``.)"""
+    """``forward``, which notes what it is first handed. No hook does: SqueezeBERT calls its layers' ``forward``."""
 
     @functools.wraps(forward)
     def noting(*args: Any, **kwargs: Any) -> Any:
