@@ -80,15 +80,17 @@ KIN: tuple[Kin, ...] = (
     *(
         Kin(name)
         for name in """
-        albert altclip bart bert blenderbot blenderbot-small blip camembert chinese_clip clip
-        clip_text_model clipseg convbert data2vec-text deberta deberta-v2 distilbert electra embedding_gemma2_text ernie
-        esmc eurobert flava fnet fsmt gte jina_embeddings_v3 layoutlm led longformer longt5 luke m2m_100 marian
-        markuplm mbart megatron-bert metaclip_2 mobilebert modernbert modernvbert mpnet mra mt5 mvp nllb-moe nomic_bert
-        nystromformer openai_privacy_filter pegasus pegasus_x plbart prophetnet rembert roberta roberta-prelayernorm
-        roc_bert roformer splinter switch_transformers t5 t5gemma2 tapas tipsv2 tipsv2_text_model udop ultrabert
+        albert altclip bart bert blenderbot blenderbot-small camembert chinese_clip clip clip_text_model
+        clipseg convbert data2vec-text deberta deberta-v2 distilbert electra embedding_gemma2_text ernie esmc
+        eurobert flava fnet fsmt gte jina_embeddings_v3 layoutlm m2m_100 markuplm mbart
+        megatron-bert metaclip_2 mobilebert modernbert modernvbert mpnet mra mt5 mvp nllb-moe nomic_bert
+        nystromformer openai_privacy_filter pegasus plbart prophetnet rembert roberta roberta-prelayernorm
+        roc_bert roformer switch_transformers t5gemma2 tapas tipsv2 tipsv2_text_model udop ultrabert
         ultravbert umt5 xlm-roberta xlm-roberta-xl xlnet yoso
         """.split()
     ),
+    Kin("align", {"projection_dim": 640}),
+    Kin("blip", {"text_config": {"encoder_hidden_size": 32}}),
     # (Block-sparse attention turns itself into the full one in front of a short text.)
     Kin("big_bird", {"attention_type": "original_full"}),
     Kin("bigbird_pegasus", {"attention_type": "original_full"}),
@@ -108,24 +110,45 @@ KIN: tuple[Kin, ...] = (
     Kin(
         "layoutlmv3", {"coordinate_size": 6, "shape_size": 4, "max_2d_position_embeddings": 100, "visual_embed": False}
     ),
+    Kin("funnel", {"block_sizes": [1, 2], "num_decoder_layers": 1}),
+    Kin("led", {"attention_window": [4, 4]}),
+    Kin("longformer", {"attention_window": [4, 4]}),
+    Kin("longt5", {"local_radius": 4, "global_block_size": 4}),
+    Kin("pegasus_x", {"block_size": 4, "num_global_tokens": 2}),
+    Kin("seamless_m4t"),
+    Kin("seamless_m4t_v2"),
+    Kin("siglip", {"text_config": {"projection_size": 32}}),
     Kin("lilt", {"channel_shrink_ratio": 4, "max_2d_position_embeddings": 100, "hidden_size": 48}),
+    Kin("luke", {"entity_vocab_size": 20, "entity_emb_size": 16}),
     Kin("lxmert", {"l_layers": 1, "x_layers": 1, "r_layers": 1}),
+    Kin("marian", {"decoder_vocab_size": 60}),
+    Kin("neomme", {"head_dim": 16}),
     Kin("squeezebert", {"embedding_size": 32, "q_groups": 2, "k_groups": 2, "v_groups": 2, "intermediate_groups": 2}),
+    Kin("splinter", {"question_token_id": 5}),
+    Kin("t5", {"decoder_start_token_id": 0}),
+    Kin("t5gemma", {"decoder": {"cross_attention_hidden_size": 32}}),
     Kin("xmod", {"default_language": "en_XX"}),
 )
 
 #: Those that are not, and why.
 OUTSIDE: Mapping[str, str] = {
+    **dict.fromkeys(
+        """
+        audioflamingo3 glmasr granite_speech granite_speech_plus moss_transcribe_diarize musicflamingo nemo_speechlm
+        qwen2_audio qwen3_asr vibevoice_asr voxtral voxtral_realtime
+        """.split(),
+        "a decoder behind an encoder of sound",
+    ),
+    **dict.fromkeys(("blip-2", "emu3", "llama4", "mllama"), "a decoder behind an encoder of images"),
+    **dict.fromkeys(("mistral4", "molmo2_text"), "a decoder"),
+    **dict.fromkeys(("xlm", "flaubert"), "its attention is handed a cache that it fills"),
+    "encoder-decoder": "two models of other types; each is listed under its own",
     "ibert": "is a quantized BERT already: its modules decide by the values of their own ranges",
-    "xlm": "its attention is handed a cache that it fills",
-    "flaubert": "its attention is handed a cache that it fills",
-    "reformer": "its layers are handed a cache, and run backwards through their own autograd function",
-    "perceiver": "takes no token ids but embedded inputs of any kind",
-    "emu3": "a decoder",
-    "llama4": "a decoder",
-    "mllama": "a decoder",
-    "molmo2_text": "a decoder",
     "layoutlmv2": "needs detectron2",
+    "perceiver": "takes no token ids but inputs of any kind",
+    "siglip2": "its images are patches of their own shapes; convert its text tower",
+    "videoprism": "its images are videos; convert its text tower",
+    "reformer": "its layers are handed a cache, and run backwards through an autograd function of their own",
 }
 
 
@@ -157,7 +180,7 @@ def tiny(config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedConf
 def _has(config: PreTrainedConfig, name: str) -> bool:
     try:
         return getattr(config, name, None) is not None
-    except AttributeError:  # an attribute of each layer, which may differ
+    except Exception:  # transformers refuses to say what may differ from layer to layer
         return False
 
 
@@ -167,13 +190,13 @@ def config_of(kin: Kin) -> PreTrainedConfig:
 
 
 def heads(model_type: str) -> list[str]:
-    """The classes of all heads that transformers' auto classes know for a type, the bare model first."""
+    """The classes of all heads for texts that transformers' auto classes know for a type, the bare model first."""
     names: dict[str, None] = {}
     for attribute, mapping in vars(modeling_auto).items():
         if attribute.startswith("MODEL_") and attribute.endswith("_MAPPING_NAMES"):
             found = mapping.get(model_type, ())
             names.update(dict.fromkeys((found,) if isinstance(found, str) else found))
-    return list(names)
+    return [name for name in names if "input_ids" in inspect.signature(getattr(transformers, name).forward).parameters]
 
 
 def build(kin: Kin, head: str, seed: int = 0) -> PreTrainedModel:

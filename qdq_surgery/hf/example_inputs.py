@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from qdq_surgery.errors import ExportError, ModelError
@@ -76,13 +77,13 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     generator = torch.Generator().manual_seed(0)
     ids, mask = _text(config, vocabulary, size, generator)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if both and _judges(model):
+    if _judges_with_both(model):
         # The model hands the same tokens to its decoder, and looks at the last one that ends a text.
         inputs["input_ids"][..., -2] = getattr(config, "eos_token_id", None) or 0
-    elif both and "decoder_input_ids" in names:
+    elif "decoder_input_ids" in names:
         # Of another length: the decoder's tokens are not the encoder's.
         size = (batch, tokens - chunk if tokens > chunk else tokens)
-        other = _side(whole, "decoder")
+        other = _side(whole, "decoder") if both else config
         ids, mask = _text(other, other.vocab_size, size, generator)
         inputs.update(decoder_input_ids=ids, decoder_attention_mask=mask)
     inputs.update(make_others(model, config, tuple(inputs["input_ids"].shape), generator))
@@ -94,11 +95,14 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     return _without_cache(model, inputs, config)
 
 
-def _judges(model: PreTrainedModel) -> bool:
-    """Whether this head judges a text, where the model's others write one."""
+def _judges_with_both(model: PreTrainedModel) -> bool:
+    """Whether it judges a text by an encoder and a decoder, where the model's other heads write one."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return False
     heads = {
         *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
         *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
+        *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
     }
     return any(base.__name__ in heads for base in type(model).__mro__)
 
@@ -116,7 +120,8 @@ def _without_cache(model: PreTrainedModel, inputs: dict[str, Any], *parts: Any) 
         parts: Configs of the model's parts that may be one.
     """
     named = "use_cache" in inspect.signature(model.forward).parameters
-    if decodes(model.config, *parts) and (named or takes_any(model)):  # a head that does not name it hands it on
+    # A head that does not name it hands it on, but for those of T5Gemma, which do without a cache by themselves.
+    if decodes(model.config, *parts) and (named or (takes_any(model) and not _judges_with_both(model))):
         inputs.setdefault("use_cache", False)
     return inputs
 
@@ -147,7 +152,14 @@ def _text(config: Any, vocabulary: int, size: tuple[int, ...], generator: torch.
     ordinary = torch.tensor([token for token in range(min(vocabulary, 4096)) if token not in special] or [0])
     mask = torch.ones(size, dtype=torch.long)
     mask[-1, ..., -1:] = 0
-    return ordinary[torch.randint(len(ordinary), size, generator=generator)], mask
+    ids = ordinary[torch.randint(len(ordinary), size, generator=generator)]
+    separator = getattr(config, "sep_token_id", None)
+    if getattr(config, "model_type", None) == "longformer" and isinstance(separator, int):
+        ids[..., 1:4] = separator  # its heads look for a question in front of three of them
+    question = getattr(config, "question_token_id", None)  # Splinter answers at this token
+    if isinstance(question, int) and question < vocabulary:
+        ids[..., 0] = question
+    return ids, mask
 
 
 def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any], what: str = "example_inputs") -> dict[str, Any]:
