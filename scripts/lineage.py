@@ -40,10 +40,16 @@ _TASKS_OF_ANY = ("QUESTION_ANSWERING", "TOKEN_CLASSIFICATION", "SEQUENCE_CLASSIF
 
 @dataclass(frozen=True)
 class Kin:
-    """A model type, and what makes it tiny beyond :data:`_TINY`."""
+    """A model type.
+
+    Attributes:
+        options: What makes it tiny beyond :data:`_TINY`.
+        of_heads: More options, by the name of the head that needs them.
+    """
 
     model_type: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    of_heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 #: Names that configs have for the same few sizes.
@@ -126,7 +132,11 @@ KIN: tuple[Kin, ...] = (
     Kin("squeezebert", {"embedding_size": 32, "q_groups": 2, "k_groups": 2, "v_groups": 2, "intermediate_groups": 2}),
     Kin("splinter", {"question_token_id": 5}),
     Kin("t5", {"decoder_start_token_id": 0}),
-    Kin("t5gemma", {"decoder": {"cross_attention_hidden_size": 32}}),
+    Kin(
+        "t5gemma",
+        {"decoder": {"cross_attention_hidden_size": 32}},
+        of_heads={"T5GemmaEncoderModel": {"is_encoder_decoder": False}},
+    ),
     Kin("xmod", {"default_language": "en_XX"}),
 )
 
@@ -184,9 +194,9 @@ def _has(config: PreTrainedConfig, name: str) -> bool:
         return False
 
 
-def config_of(kin: Kin) -> PreTrainedConfig:
+def config_of(kin: Kin, head: str) -> PreTrainedConfig:
     """A config of its type with the sizes above."""
-    return tiny(AutoConfig.for_model(kin.model_type), kin.options)
+    return tiny(AutoConfig.for_model(kin.model_type), {**kin.options, **kin.of_heads.get(head, {})})
 
 
 def heads(model_type: str) -> list[str]:
@@ -202,7 +212,7 @@ def heads(model_type: str) -> list[str]:
 def build(kin: Kin, head: str, seed: int = 0) -> PreTrainedModel:
     """A model with random weights and eager attention, in eval mode; its weights are spread so that layers differ."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = getattr(transformers, head)._from_config(config_of(kin), attn_implementation="eager")
+    model: PreTrainedModel = getattr(transformers, head)._from_config(config_of(kin, head), attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:

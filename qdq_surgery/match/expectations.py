@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedModel
+
 from qdq_surgery.errors import MatchError, printable
 from qdq_surgery.rules.spec import Rule, RuleSet
 from qdq_surgery.trace.units import Survey, Unit
@@ -43,18 +45,17 @@ class Tally:
             self.misses[rule.name] = (depth, reason)
 
 
-def check_expectations(
-    rules: RuleSet, tally: Tally, found: Survey, model: str, model_type: str, sites: list[str]
-) -> None:
+def check_expectations(rules: RuleSet, tally: Tally, found: Survey, whole: PreTrainedModel, sites: list[str]) -> None:
     """Hold the promises of ``rules`` against ``tally``.
 
     Args:
-        model: The model's class, for the message.
+        whole: The model.
         sites: Names of the quantizers, for the message.
 
     Raises:
         MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
     """
+    model, model_type = type(whole).__name__, str(whole.config.model_type)
     layers = [unit for unit in found.units if unit.layer is not None and unit.tree is not None]
     for unit in layers:
         if unit.tree is not None and unit.tree.failure is not None:
@@ -73,11 +74,12 @@ def check_expectations(
                 f"{where} expects {rule.expect.total} matches in all, found {total} in {model}{nearest}; correct the "
                 "rule, or the count if the architecture is meant to differ"
             )
-        count = rule.expect.layer_count(model_type)
-        if count is None or (total == 0 and model_type not in rule.expect.model_types):
-            continue
         for unit in layers:
             if rule.scope.layers not in (None, "all") and unit.layer not in (rule.scope.layers or ()):
+                continue
+            promised = model_type in rule.expect.model_types and not _is_borrowed(whole, unit)
+            count = rule.expect.layer_count(model_type) if promised else rule.expect.per_layer
+            if count is None or (total == 0 and not promised):
                 continue
             if not count.holds(tally.layers[rule.name, unit.path]):
                 raise MatchError(
@@ -91,3 +93,9 @@ def check_expectations(
                 f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing "
                 f"({printable(exclude.why)}); sites are called for example {', '.join(sites[:4]) or 'nothing'}"
             )
+
+
+def _is_borrowed(model: PreTrainedModel, unit: Unit) -> bool:
+    """Whether the layer is somebody's own, with a config of transformers: what is promised of BERT is not of it."""
+    homes = [type(each).__module__ for each in (model.config, unit.tree.owner if unit.tree else model)]
+    return [home.startswith("transformers.") for home in homes] == [True, False]

@@ -49,14 +49,13 @@ def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
         matcher.run(unit.tree)
         coverage.add(unit, unit.tree, matcher.decided)
     names = sorted({site.name for site in decisions.sites.values()})
-    model_type = str(model.config.model_type)
-    check_expectations(rules, decisions.tally, found, type(model).__name__, model_type, names)
+    check_expectations(rules, decisions.tally, found, model, names)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     sites = sorted(decisions.sites.values(), key=lambda site: order[site.owner])
     refusals = sorted(decisions.refusals.items(), key=lambda item: order.get(item[0].path, -1))
     return Plan(
         model=type(model).__name__,
-        model_type=model_type,
+        model_type=str(model.config.model_type),
         rules=rules,
         sites=tuple(sites),
         refusals=tuple(replace(refusal, count=count) for refusal, count in refusals),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from architectures import build
 
 import qdq_surgery as qs
@@ -305,3 +306,44 @@ def test_the_plan_as_data() -> None:
         "bert.encoder.layer.1.intermediate.dense._weight_quantizer",
     ]
     assert "40 quantizers by rule set qdqbert in 2 layers" in str(made)
+
+
+# --- what rules promise of architectures
+
+
+def test_a_promise_of_a_known_architecture_holds_though_the_rule_is_optional(write: Write) -> None:
+    def made(more: str) -> Plan:
+        text = rule(
+            "own", "linear(x=tanh(_), w)", "x: activation", match="layers: all, ", more=f", optional: true{more}"
+        )
+        return bert_plan(write("rules:\n" + text))
+
+    assert made("").matches["own"] == 0
+    with pytest.raises(qs.MatchError, match=r"rule 'own' expects 1 matches per layer, found 0 in layer 0"):
+        made(", expect: {model_types: {bert: 1}}")
+    assert made(", expect: {model_types: {albert: 1}}").matches["own"] == 0
+
+
+def test_residual_adds_are_told_by_their_shape(write: Write) -> None:
+    every = rule("own", "residual_add(a, b)", "a: activation", match="layers: all, ")
+    assert bert_plan(write("rules:\n" + every)).matches["own"] == 4
+    behind = rule("own", "residual_add(layer_norm(_), b)", "b: activation", match="layers: all, ")
+    found = {site.owner for site in bert_plan(write("rules:\n" + behind)).sites if site.rule == "own"}
+    assert found == {f"bert.encoder.layer.{layer}.output" for layer in range(2)}
+
+
+def test_what_no_rule_is_about_is_left_in_float_and_said() -> None:
+    config = transformers.FNetConfig(
+        hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=60, max_position_embeddings=40
+    )
+    made = qs.plan(transformers.FNetModel(config).eval())
+    assert vars(made.coverage["linear"]) == {"found": 4, "quantized": 4, "refused": 0}
+    assert made.matches["attention-scores"] == 0
+    config = transformers.XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=60)
+    made = qs.plan(transformers.XLNetModel(config).eval())
+    products = made.coverage["matmul"]
+    assert products.quantized == 0
+    assert products.found == products.refused > 8
+    assert {refusal.reason for refusal in made.refusals if refusal.operator == "einsum"} == {
+        "no rule is about a einsum here"
+    }

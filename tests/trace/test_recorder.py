@@ -61,6 +61,19 @@ class Positions(nn.Module):
         return x + steps + torch.full((x.shape[0], 1, 1), 2.0) + torch.zeros(x.shape[0], x.shape[1], 1)
 
 
+class Named(nn.Module):
+    """Returns a dictionary, as SqueezeBERT's layers do, and takes one apart that a child returned."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.proj, self.inner = nn.Linear(8, 8), inner
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        if self.inner is not None:
+            x = self.inner(x)["states"][0]
+        return {"states": (self.proj(x), x), "nothing": None}
+
+
 class Optional(nn.Module):
     """None decides, and so does a keyword."""
 
@@ -361,3 +374,31 @@ def test_a_child_without_a_graph_does_not_stop_its_parent() -> None:
     assert failed.failure is not None
     x = -torch.ones(2, 3)
     assert torch.equal(run_graph(routine, block, x), block(x))
+
+
+def test_dictionaries_go_out_and_in() -> None:
+    block = Named(Named())
+    x = torch.randn(2, 3, 8)
+    graph = recorded(block, x)
+    other = torch.randn(4, 5, 8)
+    found, wanted = run_graph(graph, block, other), block(other)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(left, right) for left, right in zip(found["states"], wanted["states"], strict=True))
+    assert found["nothing"] is None
+
+
+def test_a_dictionary_with_other_keys_than_names_is_refused() -> None:
+    class Numbered(nn.Module):
+        def forward(self, x: Tensor) -> dict[int, Tensor]:
+            return {0: x}
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Numbered()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)[0]
+
+    with pytest.raises(TraceError, match=r"returns a dict, which a graph cannot hold"):
+        recorded(Outer(), torch.randn(2, 3, 8))

@@ -1,0 +1,115 @@
+"""Which parts of a model are encoder layers, however it keeps and calls them; and which of their adds are residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedModel
+
+import qdq_surgery as qs
+from qdq_surgery.hf.example_inputs import make_examples
+from qdq_surgery.trace.units import RESIDUAL, find_units, survey
+
+
+class Layer(nn.Module):
+    """A linear, and an add that has the shape of the hidden states; one more add that has not."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        scores = (states @ states.transpose(1, 2))[:, None]
+        scores = scores + torch.zeros_like(scores)
+        return states + self.norm(self.dense(states)) + mask[..., None] * scores.sum()
+
+
+class Nested(PreTrainedModel):
+    """Layers in a list of lists, as Funnel has them; ``direct`` calls their forward, as SqueezeBERT does."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig, direct: bool = False) -> None:
+        super().__init__(config)
+        self.direct = direct
+        self.embed = nn.Embedding(config.vocab_size, 8)
+        self.blocks = nn.ModuleList([nn.ModuleList([Layer(), Layer()]), nn.ModuleList([Layer()])])
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        states = self.embed(input_ids)
+        mask = torch.ones(states.shape[:2]) if attention_mask is None else attention_mask.float()
+        for block in self.blocks:
+            for layer in block:
+                states = layer.forward(states, mask) if self.direct else layer(states, mask)
+        return self.norms[1](self.norms[0](states))
+
+
+def nested(direct: bool = False) -> Nested:
+    torch.manual_seed(0)
+    return Nested(BertConfig(vocab_size=60), direct).eval()
+
+
+def test_layers_of_a_list_of_lists_are_counted_through() -> None:
+    assert list(find_units(nested())) == [
+        ("embed", None),
+        ("blocks.0.0", 0),
+        ("blocks.0.1", 1),
+        ("blocks.1.0", 2),
+        ("norms.0", None),
+        ("norms.1", None),
+    ]
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["called", "forward-called"])
+def test_layers_are_found_whichever_way_they_are_called(direct: bool) -> None:
+    model = nested(direct)
+    qmodel = qs.convert(model, "linear-only")
+    assert {name.rpartition(".")[0] for name in qs.quantizers(qmodel)} == {
+        "blocks.0.0.dense",
+        "blocks.0.1.dense",
+        "blocks.1.0.dense",
+    }
+    whole = qs.convert(model, "qdqbert")
+    batch = make_examples(model, (2, 6))
+    with torch.no_grad():
+        before = whole(**batch)
+        with qs.quantization_disabled(whole):
+            assert torch.equal(whole(**batch), model(**batch))
+    for quantizer in qs.quantizers(whole).values():
+        quantizer.amax = 0.5
+    with torch.no_grad():
+        assert not torch.equal(whole(**batch), before)
+
+
+def test_a_survey_leaves_no_forward_behind() -> None:
+    model = build("bert", "BertModel")
+    survey(model, make_examples(model, (2, 6)))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_residual_adds_are_those_of_the_hidden_states_shape() -> None:
+    model = nested()
+    found = survey(model, make_examples(model, (2, 6)))
+    for unit in found.units:
+        if unit.layer is None or unit.tree is None:
+            continue
+        adds = [node for node in unit.tree.graph.nodes if node.meta.get("op") == "add"]
+        assert [bool(node.meta[RESIDUAL]) for node in adds] == [False, True, False]
+
+
+def test_residual_adds_of_a_decoder_have_the_shape_of_its_own_states() -> None:
+    from transformers import BartConfig, BartModel
+
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _BART.items()}
+    model = BartModel(BartConfig(d_model=32, vocab_size=60, max_position_embeddings=40, **sizes)).eval()
+    made = qs.plan(model)
+    assert vars(made.coverage["residual add"]) == {"found": 5, "quantized": 5, "refused": 0}
+
+
+_BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
