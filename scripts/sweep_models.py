@@ -1,12 +1,13 @@
 """Take every text encoder of transformers through every stage: tiny models with random weights, all heads.
 
-    python scripts/sweep_models.py [TYPE ...] [--results FILE] [--write docs/models.md]
+    python scripts/sweep_models.py [TYPE ...] [--results FILE]
+    python scripts/sweep_models.py --results FILE --write docs/models.md
 
 The stages of a type: *exact* (each head converts by qdqbert and computes the same bits with its quantizers off, at two
 lengths, with a mask and without, in eval and in training mode, loss and gradients included), *padding* (ranges of a
 padded batch are those of each text alone), *reload* (saved, loaded, the same outputs), *onnxruntime* and *openvino*
-(exported, with a certificate and the share of the encoder's linears that run in INT8). Results are kept in FILE, a JSON
-line for each type, and a type that is there already is not run again.
+(exported, with a certificate and the share of the encoder's linears that run in INT8). Results are kept in FILE, and a
+stage that has passed is not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import logging
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from lineage import KIN, Kin, build, examples, heads, labels
+from lineage import KIN, OUTSIDE, Kin, build, examples, heads, labels
 
 SHAPES = ((2, 8), (3, 12))
 
@@ -36,6 +36,24 @@ SHAPES = ((2, 8), (3, 12))
 RTOL = 1e-4
 
 TARGETS = ("onnxruntime", "openvino")
+
+
+#: What the counts are of, in the order of the document.
+KINDS = ("linear", "matmul", "residual add")
+
+_HEADING = """# Model types
+
+Every text encoder in the registries of transformers, taken through every stage by `python scripts/sweep_models.py`,
+with tiny models and random weights; that script writes this table, and `tests/ecosystem/test_lineage.py` holds that
+it is true. *heads*: how many of those that the auto classes know compute the same bits with their quantizers off,
+at two lengths, with a mask and without, in eval and in training mode, loss and gradients included. *linears*,
+*matmuls*, *adds*: quantized by `qdqbert`, of those in the layers of the tiny model; the rest is listed as refused,
+with a reason. *padding*: ranges of a padded batch against those of each text alone. *reload*: the same outputs
+after saving and loading. *ONNX Runtime*, *OpenVINO*: exported with a certificate that agrees, and how many of the
+linears run in INT8 there.
+
+| type | heads | linears | matmuls | adds | padding | reload | ONNX Runtime | OpenVINO |
+|---|--:|--:|--:|--:|---|---|---|---|"""
 
 
 class StageError(Exception):
@@ -203,44 +221,66 @@ def stages(kin: Kin) -> Iterator[tuple[str, Callable[[], str]]]:
         yield target, lambda target=target: exported(kin, every[0], target)  # type: ignore[misc]
 
 
-def sweep(kin: Kin, only: str = "") -> dict[str, Any]:
-    """All stages of one type; a stage that fails does not end the others."""
-    row: dict[str, Any] = {"type": kin.model_type, "passed": {}, "failed": {}}
+def sweep(kin: Kin, only: str, known: dict[str, dict[str, str]]) -> None:
+    """Run the stages of one type that have not passed yet; one that fails does not end the others."""
     for name, stage in stages(kin):
-        if not name.startswith(only):
+        if not name.startswith(only) or "passed" in known.get(name, {}):
             continue
         begin = time.perf_counter()
         try:
-            row["passed"][name] = stage()
+            known[name] = {"passed": stage()}
         except Exception as error:
-            row["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            row.setdefault("trace", {})[name] = "".join(traceback.format_exception(error)[-6:])[-1500:]
-        row.setdefault("seconds", {})[name] = round(time.perf_counter() - begin, 1)
-    return row
+            known[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        (what, said), *_ = known[name].items()
+        print(f"{kin.model_type:24s} {name}: {what}, {time.perf_counter() - begin:.0f} s: {said}", flush=True)
+
+
+def row(kin: Kin, known: dict[str, dict[str, str]]) -> str:
+    """The line of a type in the document."""
+    exacts = [said for name, said in known.items() if name.startswith("exact ")]
+    passed = [said["passed"] for said in exacts if "passed" in said]
+    counts = dict(part.rsplit(" ", 1) for part in passed[0].split("; ")) if passed else {}
+    heads_ = f"{len(passed)} of {len(exacts)}"
+    rest = [known.get(stage, {"failed": "not run"}) for stage in ("padding", "reload", *TARGETS)]
+    cells = [kin.model_type, heads_, *(counts.get(kind, "") for kind in KINDS)]
+    cells += [_short(each) for each in rest]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _short(said: dict[str, str]) -> str:
+    """What a cell says of a stage."""
+    if "passed" in said:
+        return said["passed"].removesuffix(" of the linears in INT8")
+    return "no: " + said["failed"].split(": ", 1)[-1].replace("|", "/")[:90]
+
+
+def document(results: dict[str, dict[str, dict[str, str]]]) -> str:
+    """``docs/models.md``."""
+    lines = [_HEADING, *(row(kin, results[kin.model_type]) for kin in sorted(KIN, key=lambda kin: kin.model_type))]
+    outside = [f"- `{name}`: {why}." for name, why in sorted(OUTSIDE.items())]
+    return "\n".join([*lines, "", "## Not taken through the stages", "", *outside, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("types", nargs="*", help="model types; all that are listed if left out")
-    parser.add_argument("--results", type=Path, default=Path("sweep.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("sweep.json"))
     parser.add_argument("--only", default="", help="only the stages whose name begins so")
+    parser.add_argument("--write", type=Path, help="write the document of what is in the results")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("qdq_surgery").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
-    done = {json.loads(each)["type"] for each in lines}
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    if arguments.write is not None:
+        arguments.write.write_text(document(results))
+        return
     for kin in KIN:
-        if kin.model_type in done or (arguments.types and kin.model_type not in arguments.types):
-            continue
-        row = sweep(kin, arguments.only)
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{kin.model_type:24s} {len(row['passed'])} passed, {sum(row['seconds'].values()):.0f} s", flush=True)
-        for name, why in row["failed"].items():
-            print(f"    {name}: {why}", flush=True)
+        if not arguments.types or kin.model_type in arguments.types:
+            sweep(kin, arguments.only, results.setdefault(kin.model_type, {}))
+            arguments.results.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

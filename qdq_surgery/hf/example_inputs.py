@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,8 +59,8 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     names = inspect.signature(model.forward).parameters
     # (CANINE looks characters up by their hashes.)
     vocabulary = getattr(config, "vocab_size", None) or getattr(config, "num_hash_buckets", None)
-    if "input_ids" not in names and model.main_input_name == "pixel_values":
-        return _images(model, shape[0])
+    if "input_ids" not in names and model.main_input_name in ("pixel_values", "input_values"):
+        return _images(model, shape[0]) if model.main_input_name == "pixel_values" else _sounds(model, shape)
     if "input_ids" not in names or vocabulary is None:
         raise ModelError(
             f"{type(model).__name__} takes '{model.main_input_name}', for which its config gives no example; "
@@ -140,6 +141,13 @@ def _images(model: PreTrainedModel, batch: int) -> dict[str, Any]:
             "pass example_inputs={'pixel_values': tensor}"
         )
     return {"pixel_values": pixels.to(model.device, model.dtype)}
+
+
+def _sounds(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, Any]:
+    """Sound waves, (batch, samples), as many as make that many frames."""
+    samples = math.prod(getattr(model.config, "conv_stride", None) or (320,)) * (shape[1] + 1)
+    waves = torch.randn(shape[0], samples, generator=torch.Generator().manual_seed(0))
+    return {"input_values": waves.to(model.device, model.dtype)}
 
 
 def _text(config: Any, vocabulary: int, size: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
