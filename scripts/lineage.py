@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 
 from qdq_surgery.hf.example_inputs import make_examples
 
-__all__ = ["KIN", "OUTSIDE", "Kin", "build", "candidates", "examples", "heads", "labels"]
+__all__ = ["KIN", "OTHERS", "OUTSIDE", "Kin", "build", "candidates", "examples", "heads", "labels"]
 
 #: The mappings whose types read text and are no mere decoders.
 _TASKS = (
@@ -87,11 +87,11 @@ KIN: tuple[Kin, ...] = (
         Kin(name)
         for name in """
         albert altclip bart bert blenderbot blenderbot-small camembert chinese_clip clip clip_text_model
-        clipseg convbert data2vec-text deberta deberta-v2 distilbert electra embedding_gemma2_text ernie esmc
+        clipseg convbert data2vec-text deberta deberta-v2 distilbert electra ernie esmc
         eurobert flava fnet fsmt gte jina_embeddings_v3 layoutlm m2m_100 markuplm mbart
         megatron-bert metaclip_2 mobilebert modernbert modernvbert mpnet mra mt5 mvp nllb-moe nomic_bert
         nystromformer openai_privacy_filter pegasus plbart prophetnet rembert roberta roberta-prelayernorm
-        roc_bert roformer switch_transformers t5gemma2 tapas tipsv2 tipsv2_text_model udop ultrabert
+        roc_bert roformer switch_transformers t5gemma2 tapas tipsv2_text_model udop ultrabert
         ultravbert umt5 xlm-roberta xlm-roberta-xl xlnet yoso
         """.split()
     ),
@@ -116,7 +116,7 @@ KIN: tuple[Kin, ...] = (
     Kin(
         "layoutlmv3", {"coordinate_size": 6, "shape_size": 4, "max_2d_position_embeddings": 100, "visual_embed": False}
     ),
-    Kin("funnel", {"block_sizes": [1, 2], "num_decoder_layers": 1}),
+    Kin("funnel", {"block_sizes": [1, 2], "block_repeats": [1, 1], "num_decoder_layers": 1}),
     Kin("led", {"attention_window": [4, 4]}),
     Kin("longformer", {"attention_window": [4, 4]}),
     Kin("longt5", {"local_radius": 4, "global_block_size": 4}),
@@ -128,7 +128,7 @@ KIN: tuple[Kin, ...] = (
     Kin("luke", {"entity_vocab_size": 20, "entity_emb_size": 16}),
     Kin("lxmert", {"l_layers": 1, "x_layers": 1, "r_layers": 1}),
     Kin("marian", {"decoder_vocab_size": 60}),
-    Kin("neomme", {"head_dim": 16}),
+    Kin("neomme", {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
     Kin("squeezebert", {"embedding_size": 32, "q_groups": 2, "k_groups": 2, "v_groups": 2, "intermediate_groups": 2}),
     Kin("splinter", {"question_token_id": 5}),
     Kin("t5", {"decoder_start_token_id": 0}),
@@ -137,7 +137,44 @@ KIN: tuple[Kin, ...] = (
         {"decoder": {"cross_attention_hidden_size": 32}},
         of_heads={"T5GemmaEncoderModel": {"is_encoder_decoder": False}},
     ),
+    Kin("tipsv2", {"vision_config": {"out_features": ["stage2"], "out_indices": [2]}}),
     Kin("xmod", {"default_language": "en_XX"}),
+)
+
+#: Encoders of images and of sound that the same rules fit.
+_SOUND = {
+    "conv_dim": [32] * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "apply_spec_augment": False,  # a tiny example is shorter than what it hides
+}
+_WINDOWS = {
+    "depths": [2, 2],
+    "out_features": ["stage2"],
+    "out_indices": [2],
+    "num_heads": [2, 4],
+    "embed_dim": 16,
+    "window_size": 2,
+    "patch_size": 4,
+}
+OTHERS: tuple[Kin, ...] = (
+    *(
+        Kin(name)
+        for name in """
+        aimv2_vision_model beit clip_vision_model data2vec-vision deit dinov2 dinov2_with_registers dinov3_vit ijepa
+        siglip_vision_model vit vit_mae vit_msn
+        """.split()
+    ),
+    Kin("data2vec-audio", {**_SOUND, "mask_time_prob": 0.0}),
+    Kin("hubert", _SOUND),
+    Kin("swin", _WINDOWS),
+    Kin("swinv2", _WINDOWS),
+    Kin("unispeech", _SOUND),
+    Kin("unispeech-sat", _SOUND),
+    Kin("wav2vec2", _SOUND),
+    Kin("wav2vec2-conformer", _SOUND),
+    Kin("wavlm", _SOUND),
+    Kin("yolos", {"image_size": [32, 32]}),
 )
 
 #: Those that are not, and why.
@@ -181,6 +218,9 @@ def tiny(config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedConf
         if name in options or _has(config, name):
             with suppress(NotImplementedError):  # Funnel has as many layers as its blocks say
                 setattr(config, name, value)
+    kinds = vars(config).get("layer_types")
+    if isinstance(kinds, list):  # one for each layer
+        config.layer_types = kinds[: config.num_hidden_layers]
     for name, inner in list(vars(config).items()):
         if isinstance(inner, PreTrainedConfig):
             tiny(inner, options.get(name, {}))
@@ -200,13 +240,17 @@ def config_of(kin: Kin, head: str) -> PreTrainedConfig:
 
 
 def heads(model_type: str) -> list[str]:
-    """The classes of all heads for texts that transformers' auto classes know for a type, the bare model first."""
+    """The classes of all heads for texts that transformers' auto classes know for a type, the bare model first.
+
+    Of a type that reads no text, the bare model alone.
+    """
     names: dict[str, None] = {}
     for attribute, mapping in vars(modeling_auto).items():
         if attribute.startswith("MODEL_") and attribute.endswith("_MAPPING_NAMES"):
             found = mapping.get(model_type, ())
             names.update(dict.fromkeys((found,) if isinstance(found, str) else found))
-    return [name for name in names if "input_ids" in inspect.signature(getattr(transformers, name).forward).parameters]
+    texts = [name for name in names if "input_ids" in inspect.signature(getattr(transformers, name).forward).parameters]
+    return texts or list(names)[:1]
 
 
 def build(kin: Kin, head: str, seed: int = 0) -> PreTrainedModel:
@@ -217,6 +261,8 @@ def build(kin: Kin, head: str, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name:
                 parameter.mul_(2.0)
+            if not parameter.any() and not name.endswith("bias"):
+                parameter.normal_(std=0.05)  # what begins as nothing would stay without a range
     return model.eval()
 
 
