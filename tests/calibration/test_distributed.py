@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from architectures import build
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -184,8 +185,7 @@ def _worker(rank: int, job: Callable[[int, int], Any], folder: str) -> None:
 
 def run(job: Callable[[int, int], Any], folder: Path) -> list[Any]:
     """What ``job`` returns in each of two processes; fails if one of them hangs."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(rank, job, str(folder))) for rank in range(2)]
+    processes = [forked.CONTEXT.Process(target=_worker, args=(rank, job, str(folder))) for rank in range(2)]
     for process in processes:
         process.start()
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from architectures import batch_for, build
@@ -481,19 +482,16 @@ def test_without_the_package(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(folder: Path) -> None:
+def test_two_processes(folder: Path, tmp_path: Path) -> None:
     code = (
         "import qdq_surgery, torch; torch.set_num_threads(1); "
         "from transformers import AutoModelForSequenceClassification as A; "
         f"m = A.from_pretrained({str(folder)!r}); print(len(qdq_surgery.quantizers(m)), "
         "float(m(torch.tensor([[3, 4, 5]])).logits.detach().double().sum()))"
     )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for _ in range(2)
-    ]
-    said = [run.communicate()[0].split() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
+    printed = [tmp_path / "first", tmp_path / "second"]
+    runs = [forked.start(code, folder=each) for each in printed]
+    said = [forked.ended(run, each).split() for run, each in zip(runs, printed, strict=True)]
     with torch.no_grad():
         total = calibrated()(torch.tensor([[3, 4, 5]])).logits.double().sum()
     assert said == [["40", str(float(total))]] * 2

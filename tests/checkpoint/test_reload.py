@@ -78,12 +78,11 @@ def assert_same(found: PreTrainedModel, wanted: PreTrainedModel) -> None:
         assert torch.equal(results[1][name], value), name
 
 
-#: Every head with its ranges in float32; in bfloat16, and without ranges, one of every second architecture.
+#: Every head, with its ranges and in float32, but for one of each architecture: in bfloat16, or without ranges.
 _ONE_EACH = list({model_type: (model_type, head) for model_type, head in EVERY_HEAD}.values())
 CASES = [
-    *((*each, torch.float32, True) for each in EVERY_HEAD),
-    *((*each, torch.bfloat16, True) for each in _ONE_EACH[1::2]),
-    *((*each, torch.float32, False) for each in _ONE_EACH[::2]),
+    (*each, torch.bfloat16 if each in _ONE_EACH[1::2] else torch.float32, each not in _ONE_EACH[::2])
+    for each in EVERY_HEAD
 ]
 
 

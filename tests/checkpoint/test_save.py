@@ -7,14 +7,14 @@ import inspect
 import json
 import os
 import pickle
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from ecosystem import calibrated
@@ -41,6 +41,9 @@ def other() -> PreTrainedModel:
 
 
 SHARDS = {"max_shard_size": 20_000}
+
+#: Each shard is a step or two of a save, of which all are tried.
+FEW = {"max_shard_size": 60_000}
 
 
 @pytest.mark.parametrize("first", [{}, SHARDS], ids=["whole", "shards"])
@@ -71,12 +74,13 @@ def test_at_each_step_the_folder_holds_one_of_them(
     name: str, sharded: bool, after: bool, other: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the process ended there: no step takes anything back that is needed."""
-    qmodel, options = calibrated(), SHARDS if sharded else {}
+    qmodel, options = calibrated(), FEW if sharded else {}
+    qmodel.save_pretrained(tmp_path / "before", **({} if sharded else FEW))
     real: Callable[..., Any] = getattr(os, name)
     step = 0
     while True:
         folder = tmp_path / str(step)
-        qmodel.save_pretrained(folder, **({} if sharded else SHARDS))
+        shutil.copytree(tmp_path / "before", folder)
         count = -1
 
         def stopped(*args: Any, count_to: int = step, name: str = name, **kwargs: Any) -> Any:
@@ -128,10 +132,13 @@ while True:
     for model in models:
         model.save_pretrained(sys.argv[3])
 """
-    arguments = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "a"), str(tmp_path / "b"), str(folder)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    printed = tmp_path / "printed"
+    process = forked.start(code, tmp_path / "a", tmp_path / "b", folder, folder=printed)
+    try:
+        while not (printed / "stdout").exists() or (printed / "stdout").read_text() != "ready\n":
+            assert process.is_alive(), (printed / "stderr").read_text()
+            time.sleep(0.02)
+        assert process.pid is not None
         for index in range(10):
             time.sleep(0.05 + 0.013 * index)
             os.kill(process.pid, signal.SIGSTOP)
@@ -139,6 +146,9 @@ while True:
             wanted = next(model for model in models.values() if torch.equal(weight(found), weight(model)))
             assert_reloaded(found, wanted)
             os.kill(process.pid, signal.SIGCONT if index < 9 else signal.SIGKILL)
+    finally:
+        process.kill()
+        process.join()
     assert_reloaded(load(folder), wanted)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from architectures import BASE, batch_for, build
@@ -60,6 +58,9 @@ def test_copies_are_equal_and_independent(model_type: str, duplicate: Any) -> No
     assert type(twin.get_submodule("")) is type(qmodel)
 
 
+PATHS = [str(each) for each in (Path(__file__).parent, TESTS, SCRIPTS, PACKAGE.parent)]
+
+
 def save_models(path: str) -> None:
     """Models, each with a batch and what it makes of it."""
     saved = []
@@ -79,10 +80,8 @@ def test_pickles_open_in_another_process(tmp_path: Path) -> None:
         "for q, batch, wanted in torch.load(sys.argv[1], weights_only=False):\n"
         "    with torch.no_grad(): assert torch.equal(q(**batch).last_hidden_state, wanted)"
     )
-    paths = os.pathsep.join(map(str, (Path(__file__).parent, TESTS, SCRIPTS, PACKAGE.parent)))
     for code in (write, read):
-        command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "models.pt")]
-        subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
+        forked.run(f"import sys\nsys.path[:0] = {PATHS!r}\n{code}", tmp_path / "models.pt", folder=tmp_path / "printed")
 
 
 @pytest.mark.parametrize("model_type", KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import forked
 import pytest
 import torch
 from architectures import ARCHITECTURES, BASE, BY_TYPE, DECODERS, EVERY_HEAD, batch_for, build, tensors_of
@@ -373,6 +374,6 @@ def test_models_in_the_worker_of_a_loader() -> None:
     qmodel = calibrated()
     batches = [batch_for(qmodel, shape, mask=mask) for shape in ((2, 5), (3, 7)) for mask in (True, False)]
     data = Scored(qmodel, batches)
-    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=forked.CONTEXT)
     for found, index in zip(loader, range(4), strict=True):
         assert torch.equal(found, data[index])

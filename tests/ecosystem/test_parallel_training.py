@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
@@ -325,7 +326,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     texts = Texts()
     rows = [texts[index] for index in range(8)]
     batches = [{name: torch.stack([row[name] for row in half]) for name in rows[0]} for half in (rows[:4], rows[4:])]
-    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path), qmodel, batches), nprocs=2)
+    torch.multiprocessing.start_processes(
+        ddp_worker, (str(tmp_path), qmodel, batches), nprocs=2, start_method=forked.METHOD
+    )
     halves: list[dict[str, Tensor]] = []
     for batch in batches:
         twin = copy.deepcopy(qmodel)

@@ -6,11 +6,10 @@ import copy
 import functools
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import transformers
@@ -215,14 +214,7 @@ def test_a_fresh_process_knows_the_classes(how: str, tmp_path: Path) -> None:
         f"model = {make}\n"
         "print(type(model).__name__, len(model(torch.tensor([[3, 4]]), output_attentions=True).attentions))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        cwd=Path(qs.__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.split() == ["QDQBertForMaskedLM", "2"], done.stderr
+    assert forked.run(code, path, folder=tmp_path / "printed").split() == ["QDQBertForMaskedLM", "2"]
 
 
 @pytest.mark.usefixtures("default_descriptors")
