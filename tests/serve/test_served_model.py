@@ -56,7 +56,8 @@ class Files:
         key = f"{head}-{'-'.join(f'{name}={value}' for name, value in more.items())}"
         if key not in self._made:
             dynamic = more.pop("dynamic", True)
-            model = qs.convert(build(model_type, head, vocab_size=len(self.tokenizer), **more), inplace=True)
+            settings = {"vocab_size": len(self.tokenizer), "num_hidden_layers": 1, **more}
+            model = qs.convert(build(model_type, head, **settings), inplace=True)
             batch = dict(self.tokenizer(TEXTS, padding=True, return_tensors="pt"))
             if model_type != "bert":
                 del batch["token_type_ids"]
