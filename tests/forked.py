@@ -35,6 +35,8 @@ def run(code: str, *arguments: object, folder: Path) -> str:
 def start(code: str, *arguments: object, folder: Path) -> BaseProcess:
     """A new process that runs ``code``; what it prints goes into files in ``folder``, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("stdout", "stderr"):  # there, should it end before it says anything
+        (folder / name).write_text("")
     process = CONTEXT.Process(target=_main, args=(code, [str(each) for each in arguments], str(folder)))
     process.start()
     return process

@@ -135,7 +135,7 @@ while True:
     printed = tmp_path / "printed"
     process = forked.start(code, tmp_path / "a", tmp_path / "b", folder, folder=printed)
     try:
-        while not (printed / "stdout").exists() or (printed / "stdout").read_text() != "ready\n":
+        while (printed / "stdout").read_text() != "ready\n":
             assert process.is_alive(), (printed / "stderr").read_text()
             time.sleep(0.02)
         assert process.pid is not None
