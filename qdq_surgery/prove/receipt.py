@@ -268,8 +268,9 @@ def _check_countable(graph: OnnxGraph) -> None:
 
 
 def _longest(file: OnnxFile) -> int | None:
-    pad = file.config.get("pad_token_id") or 0
-    return max_tokens(SimpleNamespace(**{"model_type": "", **file.config, "pad_token_id": pad}))
+    config = file.config.get("text_config") or file.config  # of a model of texts and images, the texts'
+    pad = config.get("pad_token_id") or 0
+    return max_tokens(SimpleNamespace(**{"model_type": "", **config, "pad_token_id": pad}))
 
 
 def _built() -> str:

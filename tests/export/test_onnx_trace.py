@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import batch_for
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPConfig, CLIPModel, PreTrainedModel
 
 import qdq_surgery as qs
 
@@ -23,7 +23,7 @@ from exported import calibrated, inputs_for
 from qdq_surgery.export.onnx_trace import trace
 from qdq_surgery.export.shared_copy import twin
 from qdq_surgery.hf.config_facts import without_ffn_chunking
-from qdq_surgery.hf.example_inputs import sample_inputs
+from qdq_surgery.hf.example_inputs import make_examples, sample_inputs
 from qdq_surgery.quantize.export_node import FAKE_QUANT, tag
 
 
@@ -198,6 +198,24 @@ def test_a_cache_among_the_outputs() -> None:
     model = calibrated(head="BertLMHeadModel", num_hidden_layers=1, is_decoder=True)
     inputs = {**batch_for(model, (2, 9)), "use_cache": True}
     assert message(lambda: trace(model, inputs, 20, True)).endswith("DynamicCache; call it with use_cache=False")
+
+
+@pytest.mark.slow
+def test_of_two_towers_the_embeddings_and_scores_are_outputs() -> None:
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 60, "max_position_embeddings": 40, "eos_token_id": 2},
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    qmodel = qs.convert(CLIPModel._from_config(config, attn_implementation="eager").eval(), inplace=True)
+    inputs = make_examples(qmodel, (2, 9))
+    qs.calibrate(qmodel, [inputs])
+    with torch.no_grad():
+        assert qmodel(**inputs).text_model_output.last_hidden_state.shape == (2, 9, 32)
+    found = trace(qmodel, inputs, 20, True)
+    assert found.outputs == ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
 
 
 class Branching(nn.Module):

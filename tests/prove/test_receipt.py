@@ -15,6 +15,8 @@ from kept import kept
 from torch.utils.flop_counter import FlopCounterMode
 
 import qdq_surgery as qs
+from lineage import KIN, examples
+from lineage import build as build_kin
 from qdq_surgery.errors import ExportError, ReceiptError
 from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.onnx_file.opened import open_exported
@@ -675,3 +677,13 @@ def test_shares_are_never_rounded_up() -> None:
     assert "100.0 %" not in found.to_text()
     with pytest.raises(ReceiptError, match=r"99\.9990 % run in INT8, and 100\.0000 % are asked for"):
         found.require()
+
+
+@pytest.mark.slow
+def test_of_two_towers_it_counts_as_many_tokens_as_the_texts_may_have(tmp_path: Path) -> None:
+    kin = next(each for each in KIN if each.model_type == "clip")
+    qmodel = qs.convert(build_kin(kin, "CLIPModel"), "onnxruntime", inplace=True)
+    batch = examples(qmodel, (2, 9))
+    qs.calibrate(qmodel, [batch])
+    file = export_onnx(qmodel, tmp_path / "clip.onnx", target="onnxruntime", example_inputs=batch)
+    assert receipt(file.path).linear == 1.0
