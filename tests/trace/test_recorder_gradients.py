@@ -482,21 +482,6 @@ def test_what_a_graph_would_lose_is_refused(kind: type[Block], message: str) -> 
     assert torch.is_grad_enabled()
 
 
-@torch.jit.script
-def scripted(x: Tensor) -> Tensor:
-    return x * 2 + 1
-
-
-class Scripted(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(scripted(self.first(x)))
-
-
-def test_a_scripted_function_is_refused() -> None:
-    with pytest.raises(TraceError, match="or one that a scripted function made"):
-        recorded(Scripted(), torch.randn(2, 5, 8))
-
-
 def test_another_profile_function_is_put_back() -> None:
     def other(*_: object) -> None:
         return None
