@@ -97,11 +97,7 @@ def in_gliner(folder: Path) -> Held:
 
     name = save_tiny(folder, "deberta-v2", "AutoModel", **_DEBERTA)
     torch.manual_seed(0)
-    config = GLiNERConfig(model_name=name, hidden_size=32, max_width=4, dropout=0.0)
-    outer = GLiNER(config)
-    outer.data_processor.transformer_tokenizer.add_tokens([config.ent_token, config.sep_token])
-    outer.resize_embeddings()
-    outer.eval()
+    outer = GLiNER.from_config(GLiNERConfig(model_name=name, hidden_size=32, max_width=4, dropout=0.0))
     labels = ["person", "place"]
     call: Any = outer.inference if hasattr(outer, "inference") else outer.batch_predict_entities
     return Held(outer.model.token_rep_layer.bert_layer.model, lambda: call(TEXTS, labels, threshold=0.0))
@@ -160,11 +156,16 @@ def in_sparse_encoder(folder: Path) -> Held:
 
 def in_flair(folder: Path) -> Held:
     """An embedding for each word, kept in flair's own sentences."""
+    # flair imports this name, which it needs for LayoutLM alone and transformers 5 does not have any more.
+    module = sys.modules["transformers"]  # which is not always what was imported first
+    if not hasattr(module, "LayoutLMv2FeatureExtractor"):
+        vars(module)["LayoutLMv2FeatureExtractor"] = object
     from flair.data import Sentence
     from flair.embeddings import TransformerWordEmbeddings
 
     name = save_tiny(folder, "roberta", "AutoModel")
-    outer = TransformerWordEmbeddings(name, fine_tune=False)
+    # (Without the separator: flair adds its token with an argument that transformers 5 does not take.)
+    outer = TransformerWordEmbeddings(name, fine_tune=False, use_context_separator=False)
 
     def call() -> Any:
         sentences = [Sentence(text) for text in TEXTS]

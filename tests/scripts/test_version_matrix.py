@@ -57,6 +57,23 @@ def test_the_lower_bounds_are_rows() -> None:
     assert least([row.transformers for row in rows])[0] == lowest(r'"transformers>=([\d.]+)')[0]
 
 
+def test_the_readme_names_the_lowest_and_the_highest() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = listed_rows()
+
+    def ends(versions: list[str]) -> tuple[str, str]:
+        ordered = sorted(versions, key=lambda version: tuple(map(int, version.split("."))))
+        return ordered[0], ordered[-1]
+
+    for name, (low, high) in {
+        "transformers": ends([row.transformers for row in rows]),
+        "torch": ends([row.torch for row in rows]),
+        "Python": ends([row.python for row in rows]),
+    }.items():
+        assert re.search(rf"^\| {name} \| {low}(?:; \S+ to export)? \| {high} \|$", readme, re.MULTILINE), name
+    assert f"; {ends([row.torch for row in rows if row.onnx])[0]} to export" in readme
+
+
 def test_a_failure_is_a_line_of_its_own() -> None:
     broken = {**RIGHT["steps"], "convert": {"bert": "ok", "albert": "MatchError: 3"}, "exact": {"albert": "-"}}
     outcomes: dict[str, Any] = {ROWS[0].name: {"versions": {}, "steps": broken}, ROWS[1].name: "not run: no python3.10"}
