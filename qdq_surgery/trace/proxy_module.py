@@ -19,7 +19,7 @@ __all__ = ["ModuleRecorder", "make_stand_in"]
 _NOT_READ = frozenset({"gradient_checkpointing"})
 
 _FUNCTIONS = (types.FunctionType, torch.jit.ScriptFunction)
-_CALLED = (*_FUNCTIONS, types.MethodType)
+_CALLED = (*_FUNCTIONS, types.MethodType, types.BuiltinMethodType, type)
 
 
 def _decides(value: object) -> bool:

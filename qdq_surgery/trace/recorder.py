@@ -48,8 +48,8 @@ from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.safety.torch_private import FakeTensor, python_function, set_grad_enabled
 from qdq_surgery.trace.autograd_watch import unwatched, watching
 from qdq_surgery.trace.graph_builder import GraphBuilder
+from qdq_surgery.trace.hidden_calls import Applied, Copies, autograd_function, products_inside
 from qdq_surgery.trace.proxy_module import make_stand_in
-from qdq_surgery.trace.scripted import Copies, products_inside
 from qdq_surgery.trace.source_places import grad_mode_owners, parameter_names
 from qdq_surgery.trace.tensor_facts import CHECKED, DTYPES, FACTS, refusal
 
@@ -121,8 +121,7 @@ class _Recorder:
         self.routine = BlockGraph(path, kind, block, getattr(function, "__name__", "forward"))
         self.block, self.nested = block, nested
         self.build = GraphBuilder(self.routine, block, type(self).run.__code__)
-        # (A partial, which C calls: the place of the call is told as it is for a function of torch.)
-        self.copies = Copies(lambda scripted: functools.partial(self.call_scripted, scripted))
+        self.copies = Copies(self._instead)
         self.build.stand_in = self.stand_in = make_stand_in(block, "", self)
         self.leaf: Node | None = None  # the autograd function that is running
         self.grad_modes: dict[int, Node] = {}  # what torch.no_grad and its like found, by their ids
@@ -257,6 +256,26 @@ class _Recorder:
         self.routine.children.append(routine)
         return output
 
+    def _instead(self, hidden: Any) -> Any:
+        """What a forward calls where it called what nobody is told of."""
+        # (A partial, which C calls: the place of the call is told as it is for a function of torch.)
+        function = autograd_function(hidden)
+        if function is None:
+            return functools.partial(self.call_scripted, hidden)
+        apply = functools.partial(self.call_function, function)
+        return Applied(function, apply) if hidden is function else apply
+
+    def call_function(self, function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        """An autograd function is called: one node, its own forward and backward together."""
+        apply: Callable[..., Any] = function.apply
+        if self.paused:
+            return apply(*plain(args), **plain(kwargs))
+        node = self.build.node("call_function", apply_of(function), args, kwargs, "autograd_function")
+        with self.build.pause():
+            output = apply(*plain(args), **plain(kwargs))
+        self._bind_parts(node, output)
+        return output
+
     def call_scripted(self, scripted: Any, *args: Any, **kwargs: Any) -> Any:
         """A scripted function is called: the Python function that it was made from, or a leaf if there is none."""
         original = python_function(scripted)
@@ -382,8 +401,10 @@ class _Recorder:
 
     def leave_function(self, output: Any) -> None:
         node, self.leaf, self.paused = self.leaf, None, False
-        if node is None or output is None:
-            return
+        if node is not None and output is not None:
+            self._bind_parts(node, output)
+
+    def _bind_parts(self, node: Node, output: Any) -> None:
         self._count(node, output)
         parts = output if isinstance(output, tuple) else (output,)
         for index, part in enumerate(parts):

@@ -1,8 +1,9 @@
-"""Scripted functions: what a forward calls without torch telling anyone, and how a recording sees it all the same.
+"""What a forward calls without torch telling anyone, and how a recording sees it all the same.
 
-No mode and no profile function is told when a function begins that ``torch.jit.script`` made. So a recording runs
-copies: the same code, over globals in which something else lies where a scripted function lay. Only what reaches a
-scripted function is copied, and the modeling file stays as it is.
+No mode and no profile function is told when a function begins that ``torch.jit.script`` made; nor what an autograd
+function is called with, where ``Function.apply`` is a function of C. So a recording runs copies: the same code, over
+globals in which something else lies where such a function lay. Only what reaches one is copied, and the modeling file
+stays as it is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["Copies", "products_inside"]
+from qdq_surgery.trace.autograd_watch import applied_function, sees_functions
+
+__all__ = ["Applied", "Copies", "autograd_function", "products_inside"]
 
 #: Where nothing is scripted that a modeling file calls by name, or what is scripted is one operator.
 _NOT_ENTERED = frozenset({"torch", "qdq_surgery", "pytorch_quantization", "numpy", *sys.stdlib_module_names})
@@ -30,22 +33,22 @@ _Instead = Callable[[Any], Any]
 
 
 class Copies:
-    """Functions that call something else where the originals call scripted functions.
+    """Functions that call something else where the originals call what is hidden.
 
     Args:
-        instead: What is to lie where a scripted function lay.
+        instead: What is to lie where a scripted function, an autograd function or its ``apply`` lay.
     """
 
     def __init__(self, instead: _Instead) -> None:
         self._instead = instead
-        self._made: dict[Any, Any] = {}  # what has nothing scripted below it stands for itself
+        self._made: dict[Any, Any] = {}  # what has nothing hidden below it stands for itself
 
     def of(self, value: Any) -> Any:
-        """What runs in place of ``value``: a scripted function, a function or a method; anything else is itself."""
-        if isinstance(value, MethodType):
+        """What runs in place of ``value``: what is hidden, a function or a method; anything else is itself."""
+        if isinstance(value, MethodType) and not _is_hidden(value):
             function = self.of(value.__func__)
             return value if function is value.__func__ else MethodType(function, value.__self__)
-        if not isinstance(value, (FunctionType, torch.jit.ScriptFunction)):
+        if not _is_function(value):
             return value
         if value not in self._made:
             self._make(value)
@@ -55,7 +58,7 @@ class Copies:
         below = _everything_below(value)
         reaching = _those_that_reach(below)
         for each in below:
-            if isinstance(each, torch.jit.ScriptFunction):
+            if _is_hidden(each):
                 self._made.setdefault(each, self._instead(each))
             else:
                 self._made.setdefault(each, _shell(each) if each in reaching else each)
@@ -85,6 +88,16 @@ class Copies:
         return self._made.get(value, value) if _is_function(value) else value
 
 
+class Applied:
+    """What stands for an autograd function in globals: its ``apply`` is another, all else is its own."""
+
+    def __init__(self, function: type[torch.autograd.Function], apply: Callable[..., Any]) -> None:
+        self._function, self.apply = function, apply
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+
 def products_inside(scripted: Any) -> list[str]:
     """The operators in a scripted function, as TorchScript calls them, that could take quantizers at their operands."""
     found = []
@@ -105,8 +118,21 @@ def _adds_tensors(node: Any) -> bool:
     return node.kind() in _SUMS and all(str(each.type()) == "Tensor" for each in list(node.inputs())[:2])
 
 
+def _is_hidden(value: Any) -> bool:
+    return isinstance(value, torch.jit.ScriptFunction) or autograd_function(value) is not None
+
+
+def autograd_function(value: Any) -> type[torch.autograd.Function] | None:
+    """The autograd function that ``value`` is, or is the ``apply`` of, where the watch does not see it begin."""
+    if sees_functions():
+        return None
+    if isinstance(value, type):
+        return value if issubclass(value, torch.autograd.Function) else None
+    return applied_function(value) if isinstance(value, (MethodType, BuiltinMethodType)) else None
+
+
 def _is_function(value: Any) -> bool:
-    return isinstance(value, (FunctionType, torch.jit.ScriptFunction))
+    return isinstance(value, FunctionType) or _is_hidden(value)
 
 
 def _is_entered(value: Any) -> bool:
@@ -126,13 +152,13 @@ def _everything_below(value: Any) -> dict[Any, list[Any]]:
 
 
 def _those_that_reach(below: dict[Any, list[Any]]) -> list[FunctionType]:
-    """The Python functions that a scripted one is below of."""
+    """The Python functions that something hidden is below of."""
     callers: dict[Any, list[Any]] = {}
     for each, named in below.items():
         for callee in named:
             callers.setdefault(callee, []).append(each)
     found: dict[Any, None] = {}
-    waiting = [each for each in below if isinstance(each, torch.jit.ScriptFunction)]
+    waiting = [each for each in below if _is_hidden(each)]
     while waiting:
         for caller in callers.get(waiting.pop(), []):
             if caller not in found:

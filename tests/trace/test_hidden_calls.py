@@ -193,7 +193,7 @@ def test_one_without_its_python_function_is_one_operator() -> None:
 
 
 def test_one_that_may_hide_sites_is_refused() -> None:
-    message = r"HidesASum\.forward: test_scripted\.py:\d+ calls the scripted function added, which holds aten::add"
+    message = r"HidesASum\.forward: test_hidden_calls\.py:\d+ calls the scripted function added, which holds aten::add"
     with pytest.raises(TraceError, match=message):
         recorded(HidesASum(), torch.randn(2, 5, 8))
 
