@@ -1,6 +1,6 @@
 """One row of the matrix of versions: what works in the environment that runs this. scripts/test_versions.sh calls it.
 
-python scripts/smoke_versions.py RESULT.json SAVED_HERE [--read SAVED_BY_ANOTHER] [--no-onnx]
+python scripts/smoke_versions.py RESULT.json SAVED_HERE [--read SAVED_BY_ANOTHER]
 python scripts/smoke_versions.py RESULT.json --read SAVED_BY_ANOTHER --only-read
 
 Tiny random models, made from configs: nothing is fetched. The result holds, by step and model, ``"ok"``,
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result.note("import", "", None)
         for name, options in MODELS.items():
             if not arguments.only_read:
-                _Smoke(name, options, arguments.saved, result).run(with_onnx=not arguments.no_onnx)
+                _Smoke(name, options, arguments.saved, result).run()
             if arguments.read is not None:
                 result.attempt("across", name, partial(_read, arguments.read, name))
     arguments.result.write_text(json.dumps({"versions": _versions(), "steps": result.steps}, indent=1))
@@ -110,7 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("saved", type=Path, nargs="?", help="the folder to save models in")
     parser.add_argument("--read", type=Path, help="a folder that another environment saved models in")
     parser.add_argument("--only-read", action="store_true", help="load what is there; save nothing")
-    parser.add_argument("--no-onnx", action="store_true", help="without export and serve")
     return parser
 
 
@@ -152,15 +151,15 @@ class _Smoke:
         self.model: Any = None
         self.loaded: Any = None
 
-    def run(self, *, with_onnx: bool) -> None:
+    def run(self) -> None:
         steps: list[tuple[str, Callable[[], None]]] = [
             ("convert", self.convert),
             ("exact", self.exact),
             ("calibrate", self.calibrate),
             ("reload", self.reload),
+            ("export", self.export),
+            ("serve", self.serve),
         ]
-        if with_onnx:
-            steps += [("export", self.export), ("serve", self.serve)]
         goes_on = True
         for step, do in steps:
             if goes_on:

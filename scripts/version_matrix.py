@@ -83,8 +83,7 @@ class _Matrix:
         except MissingError as error:
             result.write_text(json.dumps(f"not run: {error}"))
             return
-        options = ["--read", str(self._saved(self.first)), *([] if row.onnx else ["--no-onnx"])]
-        self._smoke(row, result, [str(self._saved(row)), *options])
+        self._smoke(row, result, [str(self._saved(row)), "--read", str(self._saved(self.first))])
         if row != self.first and self.environments.python(self.first).exists():
             back = self._result(row, "back")
             self._smoke(self.first, back, ["--only-read", "--read", str(self._saved(row))])

@@ -19,8 +19,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 #: What takes long to install, and no row asks for a version of.
-_SHARED = ("numpy", "scipy", "pytorch-quantization>=2.1.3,<2.2")
-_SHARED_ONNX = ("onnx", "onnxscript", "onnxruntime")
+_SHARED = ("numpy", "scipy", "pytorch-quantization>=2.1.3,<2.2", "onnx", "onnxscript", "onnxruntime")
 
 #: How much a program may say about its failure in one line.
 _MOST = 160
@@ -32,16 +31,11 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One environment of the matrix.
-
-    Attributes:
-        onnx: Whether the extra ``onnx`` is installed, whose lower bounds are higher.
-    """
+    """One environment of the matrix."""
 
     python: str
     torch: str
     transformers: str
-    onnx: bool = True
 
     @property
     def name(self) -> str:
@@ -90,10 +84,9 @@ class Environments:
         """
         interpreter = _interpreter(row.python)
         below = self.folder / f"base-{row.base}"
-        shared = (f"torch=={row.torch}", *_SHARED, *(_SHARED_ONNX if row.onnx else ()))
+        shared = (f"torch=={row.torch}", *_SHARED)
         self._install(below, interpreter, row, shared, None)
-        project = f"{ROOT}[onnx]" if row.onnx else str(ROOT)
-        wanted = (f"transformers=={row.transformers}", f"torch=={row.torch}", "--editable", project)
+        wanted = (f"transformers=={row.transformers}", f"torch=={row.torch}", "--editable", f"{ROOT}[onnx]")
         self._install(self.folder / row.name, interpreter, row, wanted, below)
 
     def _install(self, home: Path, interpreter: str, row: Row, wanted: tuple[str, ...], below: Path | None) -> None:

@@ -18,7 +18,7 @@ from versions.table import COLUMNS, document, failures, printed
 
 PAGE = (ROOT / "docs" / "versions.md").read_text()
 
-ROWS = [Row("3.11", "2.13.0", "5.23.0"), Row("3.10", "2.6.0", "5.0.0", onnx=False)]
+ROWS = [Row("3.11", "2.13.0", "5.23.0"), Row("3.10", "2.8.0", "5.0.0")]
 
 RIGHT: dict[str, Any] = {"versions": {}, "steps": {column: {"bert": "ok", "albert": "ok"} for column in COLUMNS}}
 
@@ -53,7 +53,6 @@ def test_the_lower_bounds_are_rows() -> None:
 
     assert least([row.python for row in rows]) == lowest(r'requires-python = ">=([\d.]+)"')
     assert least([row.torch for row in rows]) == lowest(r'\n  "torch>=([\d.]+)"')
-    assert least([row.torch for row in rows if row.onnx]) == lowest(r'onnx = \["torch>=([\d.]+)"')
     assert least([row.transformers for row in rows])[0] == lowest(r'"transformers>=([\d.]+)')[0]
 
 
@@ -70,8 +69,7 @@ def test_the_readme_names_the_lowest_and_the_highest() -> None:
         "torch": ends([row.torch for row in rows]),
         "Python": ends([row.python for row in rows]),
     }.items():
-        assert re.search(rf"^\| {name} \| {low}(?:; \S+ to export)? \| {high} \|$", readme, re.MULTILINE), name
-    assert f"; {ends([row.torch for row in rows if row.onnx])[0]} to export" in readme
+        assert re.search(rf"^\| {name} \| {low} \| {high} \|$", readme, re.MULTILINE), name
 
 
 def test_a_failure_is_a_line_of_its_own() -> None:
@@ -79,11 +77,11 @@ def test_a_failure_is_a_line_of_its_own() -> None:
     outcomes: dict[str, Any] = {ROWS[0].name: {"versions": {}, "steps": broken}, ROWS[1].name: "not run: no python3.10"}
     assert failures(ROWS, outcomes) == [
         ("3.11-2.13.0-5.23.0", "convert albert: MatchError: 3"),
-        ("3.10-2.6.0-5.0.0", "not run: no python3.10"),
+        ("3.10-2.8.0-5.0.0", "not run: no python3.10"),
     ]
     lines = printed(ROWS, outcomes).splitlines()
     assert lines[1].split()[:5] == ["3.11", "2.13.0", "5.23.0", "2", "1"]
-    assert lines[-1] == "3.10-2.6.0-5.0.0: not run: no python3.10"
+    assert lines[-1] == "3.10-2.8.0-5.0.0: not run: no python3.10"
     assert "- 3.11-2.13.0-5.23.0: convert albert: MatchError: 3" in document(ROWS, outcomes).splitlines()
 
 
