@@ -18,7 +18,7 @@ from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.safety.torch_private import DisableTorchFunction, FakeTensor
 
-__all__ = ["Example", "check_replay", "copied", "example_of"]
+__all__ = ["Example", "agrees", "check_replay", "copied", "example_of"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def check_replay(routine: BlockGraph) -> None:
         finally:
             before.put_back()
     outputs = flatten_call((found,), {})[0]
-    if len(outputs) != len(wanted) or not all(map(_same, outputs, wanted)):
+    if len(outputs) != len(wanted) or not all(map(agrees, outputs, wanted)):
         raise _failure(routine, "gives another output than the forward on the example it was recorded on")
-    if not all(map(_same, values, left)):
+    if not all(map(agrees, values, left)):
         raise _failure(routine, "leaves its arguments otherwise than the forward does")
 
 
@@ -98,7 +98,8 @@ def _failure(routine: BlockGraph, what: str) -> TraceError:
     )
 
 
-def _same(found: Any, wanted: Any) -> bool:
+def agrees(found: Any, wanted: Any) -> bool:
+    """Whether a leaf of an output is what it must be."""
     if not isinstance(wanted, Tensor):
         return isinstance(wanted, nn.Module) or (type(found) is type(wanted) and bool(found == wanted))
     if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:

@@ -228,8 +228,8 @@ def _surveys(model: PreTrainedModel, look: Look) -> Iterator[tuple[str, Survey]]
     for mask, seen in masks:
         yield f"eval mode{mask}", seen.first
     for mask, seen in masks:
-        first = survey(model, seen.inputs, training=True, calls=seen.first.calls)
-        _compare(first, survey(model, seen.others, training=True, calls=seen.second.calls))
+        first = survey(model, seen.inputs, training=True, like=seen.first)
+        _compare(first, survey(model, seen.others, training=True, like=seen.second))
         yield f"training mode{mask}", first
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import MatchError, printable
+from qdq_surgery.graph.block_graph import join_path
 from qdq_surgery.rules.spec import Rule, RuleSet
 from qdq_surgery.trace.units import Survey, Unit
 
@@ -53,26 +54,29 @@ def check_expectations(rules: RuleSet, tally: Tally, found: Survey, whole: PreTr
         sites: Names of the quantizers, for the message.
 
     Raises:
-        MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
+        MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing;
+            or one of these is so because a block has no graph.
     """
     model, model_type = type(whole).__name__, str(whole.config.model_type)
     layers = [unit for unit in found.units if unit.layer is not None and unit.tree is not None]
     for unit in layers:
         if unit.tree is not None and unit.tree.failure is not None:
             raise MatchError(f"the encoder layer {unit.path} of {model} has no graph: {unit.tree.failure}")
+    hidden = _hidden_block(layers, model)
+    unseen = f"; {hidden}" if hidden else ""
     for rule in rules.rules:
         where = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
         nearest = f"; nearest: {tally.misses[rule.name][1]}" if rule.name in tally.misses else ""
         total = len(tally.places.get(rule.name, ()))
         if total == 0 and not rule.optional:
             raise MatchError(
-                f"{where} matches nothing in {model} (pattern {rule.pattern}; {rule.scope}){nearest}; correct its "
-                "pattern or scope, or mark it optional: true"
+                f"{where} matches nothing in {model} (pattern {rule.pattern}; {rule.scope}){nearest}{unseen}; correct "
+                "its pattern or scope, or mark it optional: true"
             )
         if rule.expect.total is not None and not rule.expect.total.holds(total):
             raise MatchError(
-                f"{where} expects {rule.expect.total} matches in all, found {total} in {model}{nearest}; correct the "
-                "rule, or the count if the architecture is meant to differ"
+                f"{where} expects {rule.expect.total} matches in all, found {total} in {model}{nearest}{unseen}; "
+                "correct the rule, or the count if the architecture is meant to differ"
             )
         for unit in layers:
             if rule.scope.layers not in (None, "all") and unit.layer not in (rule.scope.layers or ()):
@@ -81,12 +85,27 @@ def check_expectations(rules: RuleSet, tally: Tally, found: Survey, whole: PreTr
             count = rule.expect.layer_count(model_type) if promised else rule.expect.per_layer
             if count is None or (total == 0 and not promised):
                 continue
-            if not count.holds(tally.layers[rule.name, unit.path]):
+            seen = tally.layers[rule.name, unit.path]
+            if not count.holds(seen):
+                if inside := _hidden_block([unit], model):
+                    raise MatchError(f"{inside}; in the layer's others {where} finds {seen} matches of {count}")
                 raise MatchError(
-                    f"{where} expects {count} matches per layer, found {tally.layers[rule.name, unit.path]} in layer "
+                    f"{where} expects {count} matches per layer, found {seen} in layer "
                     f"{unit.layer} of {model}{nearest}; correct the rule, or the count if the architecture is meant to "
                     "differ"
                 )
+    _check_exclusions(rules, tally, sites)
+
+
+def _hidden_block(units: list[Unit], model: str) -> str | None:
+    """The first block in these layers that no rule can look into, and why: what is missing may lie there."""
+    for unit in units:
+        for graph in unit.tree.opaque() if unit.tree is not None else ():
+            return f"{join_path(unit.path, graph.path)} of {model} has no graph: {graph.failure}"
+    return None
+
+
+def _check_exclusions(rules: RuleSet, tally: Tally, sites: list[str]) -> None:
     for index, exclude in enumerate(rules.exclude):
         if index not in tally.excluded:
             raise MatchError(

@@ -5,6 +5,9 @@ Nothing public does the same. Beside each name stands what it is for; what must 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch._functorch.eager_transforms as function_transforms
 import torch._functorch.functional_call as functional_calls
 import torch._functorch.vmap as vmap_calls
@@ -34,6 +37,7 @@ __all__ = [
     "function_transforms",
     "functional_calls",
     "onnx_flags",
+    "python_function",
     "qualified_name",
     "set_grad_enabled",
     "vmap_calls",
@@ -41,3 +45,9 @@ __all__ = [
 
 #: The name of the exporter's logger.
 ONNX_EXPORTER_LOG = "torch.onnx._internal.exporter"
+
+
+def python_function(scripted: Any) -> Callable[..., Any] | None:
+    """The function that ``torch.jit.script`` was given, which it keeps for dynamo; ``None`` for one from a file."""
+    found = getattr(scripted, "_torchdynamo_inline", None)
+    return found if callable(found) else None

@@ -2,7 +2,8 @@
 
 ``Function.apply``, ``torch.autocast``, ``torch.manual_seed`` and their like reach no mode. They are Python functions
 all the same, so a profile function of Python's own (``sys.setprofile``, for this thread and while a recording lasts)
-sees each of them begin and end. Nothing is replaced in torch.
+sees each of them begin and end. Nothing is replaced in torch. (From torch 2.15 on ``Function.apply`` is a function of
+C, of which it sees no arguments: see :mod:`~qdq_surgery.trace.hidden_calls`.)
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from qdq_surgery.safety.torch_private import function_transforms, functional_cal
 from qdq_surgery.safety.transaction import put_back_after
 from qdq_surgery.trace.source_places import OUR_HOME, TORCH_HOME
 
-__all__ = ["APPLY", "Watched", "unwatched", "watching"]
+__all__ = ["APPLY", "Watched", "applied_function", "sees_functions", "unwatched", "watching"]
 
-#: The code of ``torch.autograd.Function.apply``.
-APPLY: CodeType = cast("Any", torch.autograd.Function.apply).__func__.__code__
+#: The code of ``torch.autograd.Function.apply``; ``None`` where it is a function of C.
+APPLY: CodeType | None = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 _OUT = "move that out of the block, or exclude the block from the rules"
 
@@ -45,6 +46,18 @@ class Watched(Protocol):
 
     def note_autocast(self) -> None:
         """The forward asks whether autocast is on."""
+
+
+def sees_functions() -> bool:
+    """Whether the watch is told when an autograd function begins, and with what."""
+    return APPLY is not None
+
+
+def applied_function(value: Any) -> type[torch.autograd.Function] | None:
+    """The autograd function that ``value`` is the ``apply`` of."""
+    owner = getattr(value, "__self__", None)
+    named = getattr(value, "__name__", None) == "apply"
+    return owner if named and isinstance(owner, type) and issubclass(owner, torch.autograd.Function) else None
 
 
 def _code(function: Any) -> CodeType | None:
@@ -167,5 +180,10 @@ def _hook(watched: Watched) -> Callable[[FrameType, str, Any], None]:
                 watched.note_autocast()
             else:
                 watched.forbid(f"asks whether gradients are wanted ({arg.__name__}), which a graph does not know")
+        elif event == "c_call" and not watched.paused and (function := applied_function(arg)) is not None:
+            watched.forbid(
+                f"calls the autograd function {function.__name__} where only C knows of it; call it by its name in the "
+                f"module of the forward, or {_OUT}"
+            )
 
     return hook

@@ -6,6 +6,7 @@ import functools
 import types
 from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
 
 from qdq_surgery.errors import TraceError
@@ -17,12 +18,15 @@ __all__ = ["ModuleRecorder", "make_stand_in"]
 # Read by the wrapper that transformers puts around a layer's forward, never by the forward itself.
 _NOT_READ = frozenset({"gradient_checkpointing"})
 
+_FUNCTIONS = (types.FunctionType, torch.jit.ScriptFunction)
+_CALLED = (*_FUNCTIONS, types.MethodType, types.BuiltinMethodType, type)
+
 
 def _decides(value: object) -> bool:
     """Whether a graph depends on an attribute of this kind: plain values, sequences of them, functions."""
     if isinstance(value, (tuple, list)):
         return all(isinstance(item, PLAIN) for item in value)
-    return isinstance(value, (*PLAIN, types.FunctionType, types.BuiltinFunctionType, functools.partial))
+    return isinstance(value, (*PLAIN, *_FUNCTIONS, types.BuiltinFunctionType, functools.partial))
 
 
 class ModuleRecorder(Protocol):
@@ -30,6 +34,9 @@ class ModuleRecorder(Protocol):
 
     def note_read(self, path: str, name: str, value: Any) -> None:
         """The plain attribute ``name`` of the module at ``path`` was read."""
+
+    def to_call(self, value: Any) -> Any:
+        """What runs where the forward reads the function or method ``value``."""
 
     def call_child(self, path: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The real module ``child`` at ``path`` is to be called."""
@@ -51,6 +58,9 @@ def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
             recorder = own.get("_qdq_recorder")
             if recorder is not None and name in own:
                 recorder.note_read(own["_qdq_path"], name, list(value) if isinstance(value, list) else value)
+        if isinstance(value, _CALLED):
+            recorder = object.__getattribute__(self, "__dict__").get("_qdq_recorder")
+            return value if recorder is None else recorder.to_call(value)
         return value
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ Nothing is patched anywhere: the block recorded is a stand-in made for the occas
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -41,11 +42,13 @@ from qdq_surgery.graph.block_graph import (
 from qdq_surgery.graph.call_targets import apply_of, function_target, is_in_place, tensor_method
 from qdq_surgery.graph.cleanup import tidy
 from qdq_surgery.graph.operators import callable_name, function_operator, is_leaf, module_operator
-from qdq_surgery.graph.replay import copied, example_of
+from qdq_surgery.graph.replay import agrees, copied, example_of
 from qdq_surgery.graph.symbolic_sizes import Real, Size, plain
-from qdq_surgery.safety.torch_private import set_grad_enabled
+from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.torch_private import FakeTensor, python_function, set_grad_enabled
 from qdq_surgery.trace.autograd_watch import unwatched, watching
 from qdq_surgery.trace.graph_builder import GraphBuilder
+from qdq_surgery.trace.hidden_calls import Applied, Copies, autograd_function, products_inside
 from qdq_surgery.trace.proxy_module import make_stand_in
 from qdq_surgery.trace.source_places import grad_mode_owners, parameter_names
 from qdq_surgery.trace.tensor_facts import CHECKED, DTYPES, FACTS, refusal
@@ -118,6 +121,7 @@ class _Recorder:
         self.routine = BlockGraph(path, kind, block, getattr(function, "__name__", "forward"))
         self.block, self.nested = block, nested
         self.build = GraphBuilder(self.routine, block, type(self).run.__code__)
+        self.copies = Copies(self._instead)
         self.build.stand_in = self.stand_in = make_stand_in(block, "", self)
         self.leaf: Node | None = None  # the autograd function that is running
         self.grad_modes: dict[int, Node] = {}  # what torch.no_grad and its like found, by their ids
@@ -147,7 +151,7 @@ class _Recorder:
         leaves = iter([self._placeholder(value, path, names) for value, path in zip(values, paths, strict=True)])
         args, kwargs = rebuild_call(args, leaves), rebuild_call(kwargs, leaves)
         with torch.no_grad(), _Mode(self), watching(self):
-            output = function(self.stand_in, *args, **kwargs)
+            output = self.copies.of(function)(self.stand_in, *args, **kwargs)
         if self.forbidden is not None:  # the forward caught it
             raise self.forbidden
         self.routine.output = self.build.argument(output)
@@ -193,6 +197,10 @@ class _Recorder:
     def note_read(self, path: str, name: str, value: Any) -> None:
         if not self.paused:
             self.routine.reads[path, name] = value
+
+    def to_call(self, value: Any) -> Any:
+        """What a forward gets for a method, or another function, that it reads."""
+        return value if self.paused else self.copies.of(value)
 
     def call_child(self, path: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A child of the block is called: a leaf node, and a routine of its own if it is a block."""
@@ -247,6 +255,68 @@ class _Recorder:
         node.meta["callee"] = routine
         self.routine.children.append(routine)
         return output
+
+    def _instead(self, hidden: Any) -> Any:
+        """What a forward calls where it called what nobody is told of."""
+        # (A partial, which C calls: the place of the call is told as it is for a function of torch.)
+        function = autograd_function(hidden)
+        if function is None:
+            return functools.partial(self.call_scripted, hidden)
+        apply = functools.partial(self.call_function, function)
+        return Applied(function, apply) if hidden is function else apply
+
+    def call_function(self, function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        """An autograd function is called: one node, its own forward and backward together."""
+        apply: Callable[..., Any] = function.apply
+        if self.paused:
+            return apply(*plain(args), **plain(kwargs))
+        node = self.build.node("call_function", apply_of(function), args, kwargs, "autograd_function")
+        with self.build.pause():
+            output = apply(*plain(args), **plain(kwargs))
+        self._bind_parts(node, output)
+        return output
+
+    def call_scripted(self, scripted: Any, *args: Any, **kwargs: Any) -> Any:
+        """A scripted function is called: the Python function that it was made from, or a leaf if there is none."""
+        original = python_function(scripted)
+        if self.paused:
+            return scripted(*plain(args), **plain(kwargs))
+        if original is None:
+            return self._scripted_leaf(scripted, args, kwargs)
+        wanted = self._what_it_makes(scripted, plain(args), plain(kwargs))
+        output = self.copies.of(original)(*args, **kwargs)
+        with self.build.pause():
+            found = flatten_call((plain(output), plain(args), plain(kwargs)), {})[0]
+            if wanted is not None and not (len(found) == len(wanted) and all(map(agrees, found, wanted))):
+                raise self.build.failure(
+                    f"calls {original.__name__}, a scripted function that computes something else than the Python "
+                    "function that it was made from; call that one, or exclude the block from the rules"
+                )
+        return output
+
+    def _what_it_makes(self, scripted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The output of ``scripted`` and what it leaves of its arguments; ``None`` where there are no values."""
+        values = flatten_call(args, kwargs)[0]
+        if any(isinstance(value, FakeTensor) for value in values):
+            return None
+        devices = {value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda}
+        with self.build.pause(), kept_random(devices):
+            leaves = iter(copied(values))
+            args, kwargs = rebuild_call(args, leaves), rebuild_call(kwargs, leaves)
+            return flatten_call((scripted(*args, **kwargs), args, kwargs), {})[0]
+
+    def _scripted_leaf(self, scripted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inside = products_inside(scripted)
+        if inside:
+            raise self.build.failure(
+                f"calls the scripted function {scripted.name}, which holds {', '.join(inside)} and does not know the "
+                "Python function that it was made from; call that one, or exclude the block from the rules"
+            )
+        node = self.build.node("call_function", function_target(scripted), args, kwargs, "scripted", scripted.name)
+        with self.build.pause():
+            output = scripted(*plain(args), **plain(kwargs))
+        self._count(node, output)
+        return self.build.result(node, output)
 
     def call_torch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = callable_name(func)
@@ -331,8 +401,10 @@ class _Recorder:
 
     def leave_function(self, output: Any) -> None:
         node, self.leaf, self.paused = self.leaf, None, False
-        if node is None or output is None:
-            return
+        if node is not None and output is not None:
+            self._bind_parts(node, output)
+
+    def _bind_parts(self, node: Node, output: Any) -> None:
         self._count(node, output)
         parts = output if isinstance(output, tuple) else (output,)
         for index, part in enumerate(parts):

@@ -52,10 +52,16 @@ class Unit:
 
 @dataclass
 class Survey:
-    """All units of a model, recorded on one example."""
+    """All units of a model, recorded on one example.
+
+    Attributes:
+        calls: The arguments of each unit.
+        attention: The attention function that the model ran with.
+    """
 
     units: list[Unit]
     calls: dict[str, Call] = field(default_factory=dict, repr=False)
+    attention: str = QDQ_ATTENTION
 
     def graphs(self) -> Iterator[tuple[str, BlockGraph]]:
         """Path of each block that was reached, and its graph: one that layers share comes once for each of them."""
@@ -108,14 +114,14 @@ def _has_list(module: nn.Module) -> bool:
 
 
 def survey(
-    model: PreTrainedModel, inputs: dict[str, Any], *, training: bool = False, calls: dict[str, Call] | None = None
+    model: PreTrainedModel, inputs: dict[str, Any], *, training: bool = False, like: Survey | None = None
 ) -> Survey:
     """Run ``model`` once on a shadow and record its units.
 
     Args:
         inputs: Keyword arguments of the model's forward.
         training: Record what the blocks do in training mode. The run that finds their arguments is in eval mode.
-        calls: The arguments of each unit, if a run has found them already.
+        like: A survey of the same model on the same inputs, if there is one: it has found the units' arguments.
 
     Raises:
         ModelError: The model cannot run on these inputs.
@@ -123,20 +129,41 @@ def survey(
     ghost = shadow(model)
     for module in ghost.modules():
         vars(module)["training"] = False
-    for module in ghost.modules():
-        set_attention(getattr(module, "config", None), QDQ_ATTENTION)
     paths = list(find_units(ghost))
     devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
     with kept_random(devices), torch.no_grad():
-        if calls is None:
-            calls = _find_calls(ghost, [path for path, _ in paths], inputs)
+        if like is None:
+            calls, attention = _find_calls_with(ghost, [path for path, _ in paths], inputs)
+        else:
+            calls, attention = like.calls, like.attention
+            _choose(ghost, attention)
         if training:
             for module in ghost.modules():
                 vars(module)["training"] = True
         units = _record_units(ghost, paths, calls)
     for unit in units:
         _mark_residual_adds(unit, calls)
-    return Survey(units, calls)
+    return Survey(units, calls, attention)
+
+
+def _choose(ghost: nn.Module, attention: str) -> None:
+    for module in ghost.modules():
+        set_attention(getattr(module, "config", None), attention)
+
+
+def _find_calls_with(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> tuple[dict[str, Call], str]:
+    """The arguments of each unit, and the attention function that the model takes."""
+    _choose(ghost, QDQ_ATTENTION)
+    try:
+        return _find_calls(ghost, paths, inputs), QDQ_ATTENTION
+    except ModelError as error:
+        # Where transformers' interface is not used, a modeling file may look the name up in a table of its own. The
+        # eager function in it is then a function like any other, recorded in the block that calls it.
+        _choose(ghost, "eager")
+        try:
+            return _find_calls(ghost, paths, inputs), "eager"
+        except ModelError:
+            raise error from error.__cause__
 
 
 def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> dict[str, Call]:
