@@ -275,7 +275,7 @@ def _short(said: dict[str, str]) -> str:
 
 def table(kin: Sequence[Kin], results: dict[str, dict[str, dict[str, str]]]) -> list[str]:
     """The lines of all types, by their names."""
-    return [row(each, results[each.model_type]) for each in sorted(kin, key=lambda each: each.model_type)]
+    return [row(each, results.get(each.model_type, {})) for each in sorted(kin, key=lambda each: each.model_type)]
 
 
 def document(results: dict[str, dict[str, dict[str, str]]]) -> str:

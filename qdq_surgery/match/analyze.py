@@ -58,14 +58,17 @@ def analyze(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str,
     others, second = _second(model, candidates)
     _compare(first, second)
     try:
-        return Look(inputs, others, first, second), match(model, first, rules)
+        made = match(model, first, rules)
     except MatchError as error:
         if not is_decoder_only(model):
             raise
-        raise ModelError(
-            f"{type(model).__name__} is a decoder, and a decoder is not supported: the rules are for encoders, such as "
-            "BERT's family; give one of those"
-        ) from error
+        raise ModelError(_DECODER.format(type(model).__name__)) from error
+    if is_decoder_only(model) and not made.coverage["linear"].found:  # GPT-2 keeps its weights in no linears
+        raise ModelError(_DECODER.format(type(model).__name__))
+    return Look(inputs, others, first, second), made
+
+
+_DECODER = "{} is a decoder, and a decoder is not supported: the rules are for encoders, such as BERT's family; give one of those"
 
 
 def _second(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Survey]:
