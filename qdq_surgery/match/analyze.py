@@ -68,7 +68,10 @@ def analyze(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str,
     return Look(inputs, others, first, second), made
 
 
-_DECODER = "{} is a decoder, and a decoder is not supported: the rules are for encoders, such as BERT's family; give one of those"
+_DECODER = (
+    "{} is a decoder, and a decoder is not supported: the rules are for encoders, such as BERT's family; "
+    "give one of those"
+)
 
 
 def _second(model: PreTrainedModel, candidates: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], Survey]:
