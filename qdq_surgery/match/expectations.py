@@ -107,10 +107,11 @@ def _hidden_block(units: list[Unit], model: str) -> str | None:
 
 def _check_exclusions(rules: RuleSet, tally: Tally, sites: list[str]) -> None:
     for index, exclude in enumerate(rules.exclude):
-        if index not in tally.excluded:
+        if index not in tally.excluded and not exclude.optional:
             raise MatchError(
                 f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing "
-                f"({printable(exclude.why)}); sites are called for example {', '.join(sites[:4]) or 'nothing'}"
+                f"({printable(exclude.why)}); sites are called for example {', '.join(sites[:4]) or 'nothing'}; "
+                "correct it, or mark it optional: true"
             )
 
 

@@ -130,6 +130,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         **_SCOPE,
         **_GLOBS,
         **_SOURCE,
+        "optional": Key("flag"),
     },
     "share": {
         "why": Key("text", needed="say why these have one range", stored=_ALWAYS),

@@ -207,13 +207,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Exclude:
-    """Sites to leave in float although a rule matches them. All keys that are given must hold."""
+    """Sites to leave in float although a rule matches them. All keys that are given must hold.
+
+    Attributes:
+        optional: Whether a model may have none of them.
+    """
 
     why: str
     scope: Scope = Scope()
     sites: tuple[str, ...] | None = None
     rules: tuple[str, ...] | None = None
     source: str = ""
+    optional: bool = False
 
     def __post_init__(self) -> None:
         _check_entry(self)

@@ -347,3 +347,19 @@ def test_what_no_rule_is_about_is_left_in_float_and_said() -> None:
     assert {refusal.reason for refusal in made.refusals if refusal.operator == "einsum"} == {
         "no rule is about a einsum here"
     }
+
+
+def test_an_exclusion_may_be_of_what_not_every_model_has(write: Write) -> None:
+    text = "exclude: [{why: where there are some, sites: nothing_like_it, optional: true}]\n"
+    assert len(bert_plan(write(text)).sites) == 40
+
+
+@pytest.mark.parametrize("rules", sorted({*qs.shipped_rules()} - {"fuse-qkv", "linear-only"}))
+def test_rules_for_targets_take_models_without_softmax_or_linears(rules: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 60}
+    assert qs.plan(transformers.FNetModel(transformers.FNetConfig(**sizes)).eval(), rules).sites
+    groups = dict.fromkeys(("q_groups", "k_groups", "v_groups", "intermediate_groups", "output_groups"), 2)
+    config = transformers.SqueezeBertConfig(**sizes, num_attention_heads=4, embedding_size=32, **groups)
+    made = qs.plan(transformers.SqueezeBertModel(config).eval(), rules)
+    assert {site.operator for site in made.sites} <= {"matmul", "add"}
+    assert len([refusal for refusal in made.refusals if refusal.operator == "conv1d"]) == 6

@@ -235,23 +235,18 @@ UNKNOWN_KEY: Cases = {
     "exclude": (
         with_exclude("{why: w, ^rule: first}"),
         "unknown key 'rule' in an exclude entry",
-        "known: layers, rules",
+        "known: layers, optional, rules",
     ),
     "share": (
         with_share("{why: w, ^site: a}"),
         "unknown key 'site' in a share entry",
         "known: captures, layers, optional, rules, sites, why, within$",
     ),
-    # An exclude entry has neither: it is about single sites, and what it does not find is no mistake.
+    # An exclude entry is about single sites.
     "exclude-captures": (
         with_exclude("{why: w, ^captures: x}"),
         "unknown key 'captures' in an exclude entry",
-        "known: layers, rules, sites, why, within$",
-    ),
-    "exclude-optional": (
-        with_exclude("{why: w, sites: a, ^optional: true}"),
-        "unknown key 'optional' in an exclude entry",
-        "known: layers, rules, sites, why, within$",
+        "known: layers, optional, rules, sites, why, within$",
     ),
     "calibration": (
         with_calibration("{^batches: 8}"),
