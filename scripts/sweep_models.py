@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import tempfile
 import time
 import warnings
@@ -270,7 +271,8 @@ def _short(said: dict[str, str]) -> str:
     """What a cell says of a stage."""
     if "passed" in said:
         return said["passed"].removesuffix(" of the linears in INT8")
-    return "no: " + said["failed"].split(": ", 1)[-1].replace("|", "/")[:90]
+    why = re.sub(r"/\S*/", "", said["failed"].split(": ", 1)[-1]).replace("|", "/")
+    return "no: " + (why if len(why) <= 110 else why[:107] + "...")
 
 
 def table(kin: Sequence[Kin], results: dict[str, dict[str, dict[str, str]]]) -> list[str]:

@@ -157,6 +157,8 @@ def _find_calls_with(ghost: nn.Module, paths: list[str], inputs: dict[str, Any])
     try:
         return _find_calls(ghost, paths, inputs), QDQ_ATTENTION
     except ModelError as error:
+        if error.__cause__ is None:  # it ran, and is refused for what it did
+            raise
         # Where transformers' interface is not used, a modeling file may look the name up in a table of its own. The
         # eager function in it is then a function like any other, recorded in the block that calls it.
         _choose(ghost, "eager")
