@@ -25,12 +25,15 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.safety.transaction import put_back_after
 
-__all__ = ["copy_module_shell", "hollow", "real_tensors", "shadow"]
+__all__ = ["copy_module_shell", "foreign_forward", "hollow", "real_tensors", "shadow"]
 
 #: What a forward may write to without setting an attribute, or hold such things in.
 _STATE = (Tensor, dict, list, set, tuple, nn.Module)
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+
+#: Set by accelerate's hooks, and bound to the original.
+_FORWARDS = ("forward", "_old_forward")
 
 
 def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -47,7 +50,7 @@ def copy_module_shell(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
         if isinstance(attributes[name], (dict, set)):
             attributes[name] = type(attributes[name])()
     attributes["_compiled_call_impl"] = None  # of module.compile(): it would run the original
-    for name in ("forward", "_old_forward"):  # set by accelerate's hooks: bound to the original
+    for name in _FORWARDS:
         if name in attributes:
             attributes[name] = _bound_to(shell, module, attributes[name])
     # nn.Module.__setattr__ must not see these: it would register the tables themselves.
@@ -75,6 +78,12 @@ def _bound_to(shell: nn.Module, module: nn.Module, function: Any) -> Any:
     if isinstance(function, types.MethodType) and function.__self__ is module:
         return types.MethodType(function.__func__, shell)
     return function
+
+
+def foreign_forward(module: nn.Module) -> bool:
+    """Whether ``module`` has a forward of its own that no copy of it can have: a function around the original's."""
+    own = [vars(module)[name] for name in _FORWARDS if name in vars(module)]
+    return any(_bound_to(module, module, function) is function for function in own)
 
 
 def shadow(model: nn.Module) -> nn.Module:

@@ -15,13 +15,14 @@ from qdq_surgery.errors import AlreadyConvertedError, MatchError, ModelError, Tr
 from qdq_surgery.graph.block_graph import BlockGraph, DecisionChangedError
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.graph.replay import check_replay, copied
+from qdq_surgery.graph.shell_copy import foreign_forward
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples, resized, without_mask
 from qdq_surgery.hf.wrappers import is_decoder_only, remedy_for
 from qdq_surgery.match.matcher import match
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.safety.random_state import kept_random
-from qdq_surgery.trace.units import Survey, survey
+from qdq_surgery.trace.units import Survey, find_units, survey
 
 __all__ = ["Look", "analyze", "recordings_of"]
 
@@ -104,6 +105,24 @@ def _check(model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ModelError(f"the parameter {name} has no data (meta device); load the weights first")
+    _check_forwards(model)
+
+
+def _check_forwards(model: PreTrainedModel) -> None:
+    """Whatever calls the units must call those of a copy in the copy: else what is recorded there is never run."""
+    around = {"": model}
+    for unit, _ in find_units(model):
+        *parents, _ = unit.split(".")
+        for end in range(1, len(parents) + 1):
+            path = ".".join(parents[:end])
+            around[path] = model.get_submodule(path)
+    for path, module in around.items():
+        if foreign_forward(module):
+            raise ModelError(
+                f"this {type(module).__name__}{' at ' + path if path else ''} has a forward of its own, set on the "
+                "instance, which goes on calling the original in a copy; convert the model before it gets one, or set "
+                "a method of it: types.MethodType(function, module)"
+            )
 
 
 def _method(hf_quantizer: Any) -> str:

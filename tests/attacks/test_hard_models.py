@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import types
 from typing import Any
 
 import pytest
@@ -117,6 +118,19 @@ def test_a_forward_of_its_own_is_refused() -> None:
         qs.MatchError, match=r"encoder.layer.0 of BertModel has no graph: this BertLayer has a forward of its own"
     ):
         qs.convert(layer)
+
+
+@pytest.mark.parametrize("place", ["", "encoder"])
+def test_a_function_around_the_originals_layers_is_refused(place: str) -> None:
+    model = build("bert", "BertModel")
+    module = model.get_submodule(place)
+    original = module.forward
+    module.forward = functools.wraps(original)(lambda *args, **kwargs: original(*args, **kwargs))
+    for call in (qs.plan, qs.convert):
+        with pytest.raises(qs.ModelError, match="has a forward of its own, set on the instance"):
+            call(model)
+    module.forward = types.MethodType(type(module).forward, module)  # as accelerate's: a copy can have it, too
+    assert len(qs.quantizers(qs.convert(model))) == len(qs.quantizers(qs.convert(build("bert", "BertModel"))))
 
 
 def test_a_compiled_module_is_looked_at_not_run() -> None:
