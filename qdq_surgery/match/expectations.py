@@ -94,7 +94,24 @@ def check_expectations(rules: RuleSet, tally: Tally, found: Survey, whole: PreTr
                     f"{unit.layer} of {model}{nearest}; correct the rule, or the count if the architecture is meant to "
                     "differ"
                 )
+    if not sites and not tally.excluded:
+        why = _why_nothing(tally, layers)
+        raise MatchError(f"the rules of '{printable(rules.name)}' put no quantizer into {model}: {why}{unseen}")
     _check_exclusions(rules, tally, sites)
+
+
+def _why_nothing(tally: Tally, layers: list[Unit]) -> str:
+    if not layers:
+        return (
+            "no encoder layer of it is run by the example inputs, and encoder layers are the entries of an "
+            "nn.ModuleList that the model calls itself (an nn.Sequential is one block)"
+        )
+    if any(tally.places.values()):
+        return "what their patterns match cannot take any"
+    nearest = max(tally.misses.values(), default=None)
+    return f"their patterns match nothing in {len(layers)} encoder layers" + (
+        f"; nearest: {nearest[1]}" if nearest else ""
+    )
 
 
 def _hidden_block(units: list[Unit], model: str) -> str | None:
@@ -116,6 +133,10 @@ def _check_exclusions(rules: RuleSet, tally: Tally, sites: list[str]) -> None:
 
 
 def _is_borrowed(model: PreTrainedModel, unit: Unit) -> bool:
-    """Whether the layer is somebody's own, with a config of transformers: what is promised of BERT is not of it."""
-    homes = [type(each).__module__ for each in (model.config, unit.tree.owner if unit.tree else model)]
+    """Whether the layer is somebody's own, with a type of transformers': what is promised of BERT is not of it.
+
+    The type is transformers', too, where somebody's own config inherits it.
+    """
+    named = next((each for each in type(model.config).__mro__ if "model_type" in vars(each)), type(model.config))
+    homes = [each.__module__ for each in (named, type(unit.tree.owner if unit.tree else model))]
     return [home.startswith("transformers.") for home in homes] == [True, False]

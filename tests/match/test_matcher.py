@@ -70,9 +70,9 @@ def test_patterns_find_across_blocks(model_type: str, head: str, pattern: str, c
     captures = [c for c in ("local", "x", "q", "gate") if f"{c}=" in pattern or f"({c}," in pattern][:1]
     text = rule("own", pattern, f"{captures[0]}: activation", match="layers: all, ", more=", optional: true")
     rules = qs.load_rules(write("rules:\n" + text))
-    # Alone, so that no rule of the recipe is there to win.
-    alone = qs.RuleSet("alone", "", rules.specs, (rules.rule("own"),))
-    assert qs.plan(build(model_type, head), alone).matches == {"own": count}
+    # Before all others, so that no rule of the recipe is there to win.
+    first = qs.RuleSet("first", "", rules.specs, (rules.rule("own"), rules.rule("encoder-linear")))
+    assert qs.plan(build(model_type, head), first).matches["own"] == count
 
 
 def test_the_first_match_wins_per_operand(write: Write) -> None:
@@ -363,3 +363,35 @@ def test_rules_for_targets_take_models_without_softmax_or_linears(rules: str) ->
     made = qs.plan(transformers.SqueezeBertModel(config).eval(), rules)
     assert {site.operator for site in made.sites} <= {"matmul", "add"}
     assert len([refusal for refusal in made.refusals if refusal.operator == "conv1d"]) == 6
+
+
+class HeirConfig(transformers.BertConfig):
+    """Somebody's own, of BERT's type."""
+
+
+class Heir(transformers.PreTrainedModel):
+    """Layers of its own under a config that inherits BERT's type."""
+
+    config_class = HeirConfig
+
+    def __init__(self, config: HeirConfig) -> None:
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(60, 8)
+        self.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())])
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        states: torch.Tensor = self.layers[0](self.embed(input_ids))
+        return states
+
+
+def test_what_is_promised_of_bert_is_not_promised_of_those_who_inherit_its_type(write: Write) -> None:
+    model = Heir(HeirConfig(vocab_size=60)).eval()
+    assert vars(qs.plan(model).coverage["linear"]) == {"found": 1, "quantized": 1, "refused": 0}
+    own = rule("own", "linear(x, w)", "x: activation", match="layers: all, ", more=", expect: {model_types: {heir: 2}}")
+    HeirConfig.model_type = "heir"
+    try:
+        with pytest.raises(qs.MatchError, match="rule 'own' expects 2 matches per layer, found 1"):
+            qs.plan(model, write("rules:\n" + own))
+    finally:
+        del HeirConfig.model_type
