@@ -23,10 +23,14 @@ class CoverageCount:
 
     Args:
         decisions: Gets a refusal for each operator that has neither a quantizer nor a refusal yet.
+        reached: Paths of the linears that the example came to.
     """
 
-    def __init__(self, model: nn.Module, paths: ModulePaths, decisions: Decisions) -> None:
+    def __init__(
+        self, model: nn.Module, paths: ModulePaths, decisions: Decisions, reached: frozenset[str] = frozenset()
+    ) -> None:
         self.model, self.paths, self.decisions = model, paths, decisions
+        self.reached = {paths[path] for path in reached}
         self.counts: dict[str, Counter[str]] = {kind: Counter() for kind in COVERED}
 
     def result(self) -> dict[str, Coverage]:
@@ -91,6 +95,8 @@ class CoverageCount:
                 continue
             if any(path.startswith(block + ".") for block in opaque):
                 reason = "it lies in a block that has no graph"
+            elif path in self.reached:
+                reason = "it is called by code around its block, or in a later call of it, and these have no graph"
             else:
                 reason = "the example inputs never reach it; pass example_inputs= that do"
             self.decisions.refuse(path, "linear", reason, unit.layer)

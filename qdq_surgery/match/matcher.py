@@ -37,7 +37,7 @@ def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
         MatchError: A rule matches nothing, a count is not what the rule expects, or an exclusion excludes nothing.
     """
     paths, decisions = ModulePaths(model), Decisions()
-    coverage = CoverageCount(model, paths, decisions)
+    coverage = CoverageCount(model, paths, decisions, found.linears)
     for unit in found.units:
         if unit.tree is None:
             coverage.add_uncalled(unit, set())

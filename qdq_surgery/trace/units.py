@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -57,11 +57,13 @@ class Survey:
     Attributes:
         calls: The arguments of each unit.
         attention: The attention function that the model ran with.
+        linears: Paths of the linears that the run which found the calls came to, in units or between them.
     """
 
     units: list[Unit]
     calls: dict[str, Call] = field(default_factory=dict, repr=False)
     attention: str = QDQ_ATTENTION
+    linears: frozenset[str] = frozenset()
 
     def graphs(self) -> Iterator[tuple[str, BlockGraph]]:
         """Path of each block that was reached, and its graph: one that layers share comes once for each of them."""
@@ -91,7 +93,7 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
                     if id(entry) not in seen:
                         seen.add(id(entry))
                         yield place, index if layers else None
-            elif isinstance(child, PreTrainedModel) or (not is_leaf(child) and _has_list(child)):
+            elif isinstance(child, PreTrainedModel) or _is_dict(child) or (not is_leaf(child) and _has_list(child)):
                 yield from visit(child, where)
             else:
                 yield where, None
@@ -99,14 +101,19 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
     yield from visit(model, "")
 
 
-def _entries(modules: nn.ModuleList, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The entries of a list, with their paths; of a list of lists (Funnel's blocks), those of each in turn."""
-    for index, entry in enumerate(modules):
-        where = f"{path}.{index}"
-        if isinstance(entry, nn.ModuleList):
+def _entries(modules: nn.ModuleList | nn.ModuleDict, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The entries of a list, with their paths; of a list of lists (Funnel's blocks) or dicts, those of each in turn."""
+    for name, entry in modules.items() if isinstance(modules, nn.ModuleDict) else enumerate(modules):
+        where = f"{path}.{name}"
+        if isinstance(entry, nn.ModuleList) or _is_dict(entry):
             yield from _entries(entry, where)
         else:
             yield where, entry
+
+
+def _is_dict(module: nn.Module) -> TypeGuard[nn.ModuleDict]:
+    """Whether it only holds modules: nobody calls it, and what it holds is called."""
+    return isinstance(module, nn.ModuleDict) and type(module).forward is nn.ModuleDict.forward
 
 
 def _has_list(module: nn.Module) -> bool:
@@ -133,9 +140,9 @@ def survey(
     devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
     with kept_random(devices), torch.no_grad():
         if like is None:
-            calls, attention = _find_calls_with(ghost, [path for path, _ in paths], inputs)
+            calls, linears, attention = _find_calls_with(ghost, [path for path, _ in paths], inputs)
         else:
-            calls, attention = like.calls, like.attention
+            calls, linears, attention = like.calls, like.linears, like.attention
             _choose(ghost, attention)
         if training:
             for module in ghost.modules():
@@ -143,7 +150,7 @@ def survey(
         units = _record_units(ghost, paths, calls)
     for unit in units:
         _mark_residual_adds(unit, calls)
-    return Survey(units, calls, attention)
+    return Survey(units, calls, attention, linears)
 
 
 def _choose(ghost: nn.Module, attention: str) -> None:
@@ -151,11 +158,13 @@ def _choose(ghost: nn.Module, attention: str) -> None:
         set_attention(getattr(module, "config", None), attention)
 
 
-def _find_calls_with(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> tuple[dict[str, Call], str]:
-    """The arguments of each unit, and the attention function that the model takes."""
+def _find_calls_with(
+    ghost: nn.Module, paths: list[str], inputs: dict[str, Any]
+) -> tuple[dict[str, Call], frozenset[str], str]:
+    """What :func:`_find_calls` finds, and the attention function that the model takes."""
     _choose(ghost, QDQ_ATTENTION)
     try:
-        return _find_calls(ghost, paths, inputs), QDQ_ATTENTION
+        return *_find_calls(ghost, paths, inputs), QDQ_ATTENTION
     except ModelError as error:
         if error.__cause__ is None:  # it ran, and is refused for what it did
             raise
@@ -163,16 +172,27 @@ def _find_calls_with(ghost: nn.Module, paths: list[str], inputs: dict[str, Any])
         # eager function in it is then a function like any other, recorded in the block that calls it.
         _choose(ghost, "eager")
         try:
-            return _find_calls(ghost, paths, inputs), "eager"
+            return *_find_calls(ghost, paths, inputs), "eager"
         except ModelError:
             raise error from error.__cause__
 
 
-def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> dict[str, Call]:
+def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> tuple[dict[str, Call], frozenset[str]]:
+    """What each unit is first handed, and the linears that the example comes to."""
     calls: dict[str, Call] = {}
-    noted = [(module := ghost.get_submodule(path), vars(module).get("forward")) for path in paths]
-    for path, (module, _) in zip(paths, noted, strict=True):
-        vars(module)["forward"] = _noting(module.forward, path, calls)
+    linears: set[str] = set()
+    notes: list[tuple[nn.Module, Callable[[Call], object]]] = [
+        (ghost.get_submodule(path), functools.partial(calls.setdefault, path)) for path in paths
+    ]
+    notes += [
+        (module, functools.partial(_add, linears, name))
+        for name, module in ghost.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+    ]
+    # (One module may be noted more than once, in all the places where it stands.)
+    noted = {module: vars(module).get("forward") for module, _ in notes}
+    for module, note in notes:
+        vars(module)["forward"] = _noting(module.forward, note)
     before = [(name, type(module)) for name, module in ghost.named_modules()]
     try:
         ghost(**inputs)
@@ -182,11 +202,16 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
             f"{type(error).__name__}: {error}; pass example_inputs= that it takes"
         ) from error
     finally:
-        for module, own in noted:
+        for module, own in noted.items():
             if own is None:
                 del vars(module)["forward"]
             else:
                 vars(module)["forward"] = own
+    _check_unchanged(ghost, before)
+    return calls, frozenset(linears)
+
+
+def _check_unchanged(ghost: nn.Module, before: list[tuple[str, type[nn.Module]]]) -> None:
     for (name, kind), (now_name, now_kind) in zip_longest(
         before, [(name, type(module)) for name, module in ghost.named_modules()], fillvalue=("", type(None))
     ):
@@ -195,18 +220,21 @@ def _find_calls(ghost: nn.Module, paths: list[str], inputs: dict[str, Any]) -> d
                 f"{type(ghost).__name__} changes its own modules while it runs: '{name}' was a {kind.__name__} and is "
                 f"a {now_kind.__name__} now; run the model on such inputs once, then convert it"
             )
-    return calls
 
 
-def _noting(forward: Callable[..., Any], path: str, calls: dict[str, Call]) -> Callable[..., Any]:
-    """``forward``, which notes what it is first handed. No hook does: SqueezeBERT calls its layers' ``forward``."""
+def _noting(forward: Callable[..., Any], note: Callable[[Call], object]) -> Callable[..., Any]:
+    """``forward``, which notes what it is handed. No hook does: SqueezeBERT calls its layers' ``forward``."""
 
     @functools.wraps(forward)
     def noting(*args: Any, **kwargs: Any) -> Any:
-        calls.setdefault(path, (args, kwargs))
+        note((args, kwargs))
         return forward(*args, **kwargs)
 
     return noting
+
+
+def _add(names: set[str], name: str, _: Call) -> None:
+    names.add(name)  # what a linear is handed is not kept
 
 
 def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: dict[str, Call]) -> list[Unit]:
@@ -285,12 +313,19 @@ def _mark_residual_adds(unit: Unit, calls: dict[str, Call]) -> None:
     """Mark the adds of two activations that have the shape of the layer's hidden states."""
     if unit.layer is None or unit.tree is None:
         return
-    values = flatten_call(*calls[unit.path])[0]
-    shapes = [tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    hidden = next((shape[:2] for shape in shapes if len(shape) == 3), None)
+    hidden = _hidden_shape(unit.tree, flatten_call(*calls[unit.path])[0])
     for graph in unit.tree.walk():
         for node in graph.graph.nodes:
             if node.meta.get("op") == "add":
                 operands = [tuple(arg.meta.get("shape") or ()) for arg in node.args if isinstance(arg, Node)]
                 same = len(operands) == 2 and operands[0] == operands[1] and len(operands[0]) == 3
                 node.meta[RESIDUAL] = same and operands[0][:2] == hidden
+
+
+def _hidden_shape(tree: BlockGraph, values: list[Any]) -> tuple[int, ...] | None:
+    """(batch, tokens) of what a layer is handed and hands on; a mask may come before it, as an argument."""
+    shapes = [tuple(value.shape) for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    shapes = [shape for shape in shapes if len(shape) == 3]
+    handed_on = {each.meta.get("shape") for each in flatten_call((tree.output,), {})[0] if isinstance(each, Node)}
+    found = next((shape for shape in shapes if shape in handed_on), None) or next(iter(shapes), None)
+    return None if found is None else found[:2]

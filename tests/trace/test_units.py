@@ -113,3 +113,78 @@ def test_residual_adds_of_a_decoder_have_the_shape_of_its_own_states() -> None:
 
 
 _BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
+
+
+class Masked(nn.Module):
+    """A layer whose mask comes before its states, and has as many axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, mask: Tensor, states: Tensor) -> Tensor:
+        return states + torch.tanh(self.dense(states)) * mask
+
+
+class Own(PreTrainedModel):
+    """Keeps its layers in whatever it is given, and runs them one after the other; ``tail`` stands in two places."""
+
+    config_class = BertConfig
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__(BertConfig(vocab_size=60))
+        self.embed, self.layers = nn.Embedding(60, 8), layers
+        self.tail = nn.ModuleDict({"norm": nn.LayerNorm(8), "out": nn.Linear(8, 8)})
+        self.head = nn.ModuleDict({"out": self.tail["out"]})
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        states = self.embed(input_ids)
+        mask = torch.ones(len(states), 1, 1)
+        for layer in self.layers.modules():
+            if isinstance(layer, Masked):
+                states = layer(mask, states)
+        return self.head["out"](self.tail["norm"](states))
+
+
+def test_what_a_dict_of_modules_holds_is_told_apart() -> None:
+    model = Own(nn.ModuleList([nn.ModuleDict({"a": Masked(), "b": Masked()}), nn.ModuleDict({"a": Masked()})])).eval()
+    assert list(find_units(model)) == [
+        ("embed", None),
+        ("layers.0.a", 0),
+        ("layers.0.b", 1),
+        ("layers.1.a", 2),
+        ("tail.norm", None),
+        ("tail.out", None),
+        ("head.out", None),
+    ]
+    found = survey(model, make_examples(model, (2, 6)))
+    assert all(unit.tree is not None for unit in found.units)
+    assert found.linears == {
+        "layers.0.a.dense",
+        "layers.0.b.dense",
+        "layers.1.a.dense",
+        "tail.out",
+        "head.out",
+    }
+
+
+def test_a_mask_before_the_states_does_not_hide_residual_adds() -> None:
+    made = qs.plan(Own(nn.ModuleList([Masked()])).eval())
+    assert vars(made.coverage["residual add"]) == {"found": 1, "quantized": 1, "refused": 0}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [("qdqbert", "no quantizer into Own: no encoder layer of it is run"), ("linear-only", "matches nothing")],
+)
+def test_layers_that_are_no_entries_of_a_list_are_not_passed_over_in_silence(rules: str, message: str) -> None:
+    for call in (qs.plan, qs.convert):
+        with pytest.raises(qs.MatchError, match=message):
+            call(Own(nn.Sequential(Masked(), Masked())).eval(), rules)
+
+
+def test_a_linear_called_by_the_code_around_its_block_is_said_to_be() -> None:
+    model = Own(nn.ModuleList([Masked(), nn.Sequential(Masked())])).eval()
+    reasons = {refusal.path: refusal.reason for refusal in qs.plan(model).refusals}
+    assert "called by code around its block" in reasons["layers.1.0.dense"]
