@@ -90,7 +90,9 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, int | None]]:
                 # A list of single operators (the linears of a multi-label head) is no list of encoder layers.
                 layers = any(not is_leaf(entry) for _, entry in entries)
                 for index, (place, entry) in enumerate(entries):
-                    if id(entry) not in seen:
+                    if isinstance(entry, PreTrainedModel) and _has_list(entry):
+                        yield from visit(entry, place)  # a list of encoders, each with layers of its own
+                    elif id(entry) not in seen:
                         seen.add(id(entry))
                         yield place, index if layers else None
             elif isinstance(child, PreTrainedModel) or _is_dict(child) or (not is_leaf(child) and _has_list(child)):

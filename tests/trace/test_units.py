@@ -188,3 +188,10 @@ def test_a_linear_called_by_the_code_around_its_block_is_said_to_be() -> None:
     model = Own(nn.ModuleList([Masked(), nn.Sequential(Masked())])).eval()
     reasons = {refusal.path: refusal.reason for refusal in qs.plan(model).refusals}
     assert "called by code around its block" in reasons["layers.1.0.dense"]
+
+
+def test_encoders_in_a_list_have_layers_of_their_own() -> None:
+    model = nn.Module()
+    model.encoders = nn.ModuleList([build("bert", "BertModel"), build("bert", "BertModel")])
+    layers = [(path, layer) for path, layer in find_units(model) if layer is not None]
+    assert layers == [(f"encoders.{each}.encoder.layer.{layer}", layer) for each in range(2) for layer in range(2)]
