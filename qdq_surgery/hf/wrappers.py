@@ -20,7 +20,11 @@ def remedy_for(thing: Any) -> str:
     """What to convert in place of something that is no PreTrainedModel."""
     if hasattr(thing, "_orig_mod"):
         return "convert it before torch.compile"
-    found = list(models_inside(thing))
+    # One model may be held under several names, and is converted once.
+    places: dict[PreTrainedModel, str] = {}
+    for place, each in models_inside(thing):
+        places.setdefault(each, place)
+    found = [(place, each) for each, place in places.items()]
     if not found:
         return "load it with transformers"
     named = ", ".join(f"a {type(each).__name__} at model{place}" for place, each in found[:_SHOWN])

@@ -34,6 +34,14 @@ def test_a_wrapper_is_told_which_model_it_holds_and_where(what: str) -> None:
         qs.convert(inner, inplace=True)
 
 
+def test_a_model_under_two_names_is_named_once() -> None:
+    model = Towers()
+    model.again = model.query
+    model.last = build("bert", "BertModel")
+    with pytest.raises(qs.ModelError, match=r"model\.query, a BertForMaskedLM at [^,]*, a BertModel at model\.last: "):
+        qs.convert(model)  # type: ignore[type-var]
+
+
 def test_an_object_that_holds_a_model() -> None:
     holder = SimpleNamespace(model=build("bert", "BertModel"), device="cpu")
     with pytest.raises(qs.ModelError, match=r"found a SimpleNamespace.* a BertModel at model\.model"):
