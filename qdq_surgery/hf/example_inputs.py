@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from qdq_surgery.errors import ExportError, ModelError
+from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
 from qdq_surgery.hf.config_facts import chunk_size, decodes, max_tokens
 from qdq_surgery.hf.other_inputs import make_others, make_pixels
 
@@ -51,8 +51,20 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
         boxes for a model of texts on pages, and what a decoder with cross-attention needs.
 
     Raises:
-        ModelError: The model does not take token ids; pass ``example_inputs``.
+        ModelError: The model does not take token ids, or its config says nothing of use; pass ``example_inputs``.
     """
+    try:
+        return _make_examples(model, shape)
+    except QdqSurgeryError:
+        raise
+    except Exception as error:  # a config is anybody's: a name may be missing from it, or a number may be a list
+        raise ModelError(
+            f"no example can be made from the config of {type(model).__name__} ({type(error).__name__}: {error}); "
+            "pass example_inputs={name: tensor, ...}"
+        ) from error
+
+
+def _make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, Any]:
     whole = model.config
     both = bool(getattr(whole, "is_encoder_decoder", False))
     config = _side(whole, "encoder") if both else whole.get_text_config()
@@ -80,7 +92,7 @@ def make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, A
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if _judges_with_both(model):
         # The model hands the same tokens to its decoder, and looks at the last one that ends a text.
-        inputs["input_ids"][..., -2] = getattr(config, "eos_token_id", None) or 0
+        inputs["input_ids"][..., -min(tokens, 2)] = getattr(config, "eos_token_id", None) or 0
     elif "decoder_input_ids" in names:
         # Of another length: the decoder's tokens are not the encoder's.
         size = (batch, tokens - chunk if tokens > chunk else tokens)

@@ -93,3 +93,20 @@ def test_images_whose_size_no_config_says() -> None:
         ModelError, match=r"Siglip2VisionModel takes 'pixel_values', for which its config gives no size"
     ):
         make_examples(model, (2, 7))
+
+
+_BART = {f"{side}_{name}": 1 for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")}
+
+
+def test_a_config_that_no_example_can_be_made_from_is_refused_in_words() -> None:
+    odd = transformers.BartConfig(vocab_size=60, d_model=8, eos_token_id=[2, 3], **_BART)
+    model = transformers.BartForSequenceClassification(odd)
+    for call in (qs.plan, qs.convert):
+        with pytest.raises(ModelError, match=r"no example can be made from the config of Bart.*pass example_inputs="):
+            call(model)
+
+
+def test_a_judge_with_room_for_one_token_has_it_end_the_text() -> None:
+    small = transformers.BartConfig(vocab_size=60, d_model=8, max_position_embeddings=1, **_BART)
+    inputs = make_examples(transformers.BartForSequenceClassification(small), (2, 7))
+    assert inputs["input_ids"].tolist() == [[small.eos_token_id]] * 2
