@@ -59,4 +59,6 @@ def is_decoder_only(model: PreTrainedModel) -> bool:
     """Whether models of this type only ever write text: there is a causal language model of it, and no masked one."""
     kind = getattr(model.config, "model_type", None)
     writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if getattr(model.config, "use_bidirectional_attention", False):  # EmbeddingGemma
+        return False
     return writes and kind not in _NO_DECODERS and not getattr(model.config, "is_encoder_decoder", False)

@@ -105,6 +105,9 @@ def _check(model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise ModelError(f"the parameter {name} has no data (meta device); load the weights first")
+    if is_decoder_only(model) and type(model).__module__.startswith("transformers."):
+        # (Somebody's own class may look both ways, whatever its config is called.)
+        raise ModelError(_DECODER.format(type(model).__name__))
     _check_forwards(model)
 
 

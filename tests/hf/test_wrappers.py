@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 from architectures import build
 from torch import nn
-from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import qdq_surgery as qs
 from qdq_surgery.hf.wrappers import is_decoder_only, models_inside
@@ -57,6 +65,9 @@ def test_what_holds_no_model(thing: object) -> None:
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "vocab_size": 64}
 DECODERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=64)),
+    "llama-without-cache": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=64, use_cache=False)
+    ),
     "gpt2": lambda: GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64)),
     "gpt2-without-cache": lambda: GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=64, use_cache=False)),
 }
@@ -74,3 +85,11 @@ def test_a_decoder_is_called_one(name: str, rules: str) -> None:
 def test_an_encoder_type_that_can_decode_is_none(kind: str) -> None:
     model: PreTrainedModel = build("bert", kind, is_decoder=kind == "BertLMHeadModel")
     assert not is_decoder_only(model)
+
+
+def test_a_decoders_type_that_looks_both_ways_is_an_encoder() -> None:
+    sizes = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16, "use_cache": False}
+    assert is_decoder_only(Gemma3TextModel(Gemma3TextConfig(**sizes)))
+    model = Gemma3TextModel(Gemma3TextConfig(**sizes, use_bidirectional_attention=True)).eval()
+    assert not is_decoder_only(model)
+    assert vars(qs.plan(model).coverage["linear"]) == {"found": 7, "quantized": 7, "refused": 0}
