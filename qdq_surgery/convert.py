@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from qdq_surgery.checkpoint.plugin import adopt
+from qdq_surgery.errors import ModelError
 from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.rules.spec import RuleSet
@@ -50,7 +51,7 @@ def convert(
         TraceError: A block that is to be rewritten cannot be, in training mode or without a mask.
     """
     made, recordings = _recorded(model, load_rules(rules), example_inputs)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else _copied(model)
     with all_or_nothing(target):
         operate(target, made, recordings)
         adopt(target)
@@ -65,6 +66,15 @@ def plan(
 ) -> Plan:
     """What :func:`convert` would do with these ``rules`` and ``example_inputs``: edits nothing, and raises the same."""
     return _recorded(model, load_rules(rules), example_inputs)[0]
+
+
+def _copied(model: _Model) -> _Model:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # it holds a lock, an open file, a tensor of a graph
+        raise ModelError(
+            f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass inplace=True"
+        ) from error
 
 
 def _recorded(

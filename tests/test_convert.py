@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,3 +350,11 @@ def test_save_pretrained_writes_plain_weights(tmp_path: Path) -> None:
     assert not qs.quantizers(again)
     batch = batch_for(model, (2, 5))
     assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_a_model_that_cannot_be_copied_is_converted_in_place() -> None:
+    model = build("bert", "BertModel")
+    model.lock = threading.Lock()
+    with pytest.raises(qs.ModelError, match=r"cannot be copied \(TypeError: .*lock.*; pass inplace=True"):
+        qs.convert(model)
+    assert len(qs.quantizers(qs.convert(model, inplace=True))) == 40
