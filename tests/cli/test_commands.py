@@ -91,7 +91,7 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["rules", "show", "qdqbert"]) == 0
     assert capsys.readouterr().out == qs.shipped_rules()["qdqbert"].read_text()
     assert main(["rules", "check", "qdqbert"]) == 0
-    assert "qdqbert: 5 rules, 0 exclusions, no mistake found" in capsys.readouterr().out
+    assert "qdqbert: 6 rules, 0 exclusions, no mistake found" in capsys.readouterr().out
     assert main(["rules", "check", "linear-only", "--model", str(folder)]) == 0
     assert "fits tagger (BertForTokenClassification): 24 quantizers in 2 layers" in capsys.readouterr().out
     bad = tmp_path / "bad.yaml"
