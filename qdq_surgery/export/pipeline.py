@@ -16,6 +16,7 @@ from qdq_surgery.export.passes.keep_scales_apart import keep_scales_apart
 from qdq_surgery.export.passes.lower_qdq import lower
 from qdq_surgery.export.passes.name_nodes import name_nodes
 from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm
+from qdq_surgery.export.passes.widen_embedding_factor import widen_embedding_factors
 from qdq_surgery.export.qparams import QParams
 from qdq_surgery.onnx_file.metadata import METADATA, dump_sites
 from qdq_surgery.onnx_file.opened import OnnxFile
@@ -49,6 +50,7 @@ def build(
     fold_channel_scales(graph)
     if target.scales_apart:
         keep_scales_apart(graph)
+        widen_embedding_factors(graph)
     if target.plain_bias:
         plain_bias(graph)
     if target.plain_skip_norm:

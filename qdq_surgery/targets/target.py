@@ -52,7 +52,7 @@ class Target:
         unsigned: Whether a quantizer with an unsigned grid (zero point 0, 255 steps) can be written.
         plain_bias: Keep the runtime from fusing a bias with a GELU behind it, or with the product before it.
         plain_skip_norm: Keep the runtime from fusing a residual add and the LayerNorm behind it.
-        scales_apart: Keep the runtime from a fusion that drops an activation's scales.
+        scales_apart: Keep the runtime from fusions that drop an activation's scales, or an embedding's factor.
     """
 
     name: str

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PegasusConfig, PegasusModel, PreTrainedModel
 
 ir = pytest.importorskip("onnx_ir")
 onnx = pytest.importorskip("onnx")
@@ -23,6 +23,8 @@ from exported import compute, graph, inputs_for, operators  # noqa: E402
 import qdq_surgery as qs  # noqa: E402
 from qdq_surgery.export.passes.fold_channel_scales import fold_channel_scales  # noqa: E402
 from qdq_surgery.export.passes.keep_scales_apart import keep_scales_apart  # noqa: E402
+from qdq_surgery.export.passes.widen_embedding_factor import widen_embedding_factors  # noqa: E402
+from qdq_surgery.hf.example_inputs import make_examples  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(2, 3, 8)).astype(np.float32)
@@ -88,6 +90,30 @@ def test_a_clip_that_cuts_nothing_off() -> None:
 @pytest.mark.parametrize("text", [NORM, READ_TWICE, LINEAR.replace("y = Add(r, m)", "y = Relu(r)")])
 def test_no_clip_where_none_is_needed(text: str) -> None:
     assert keep_scales_apart(divided(text).graph) == 0
+
+
+LOOKUP = """
+lookup (int64[b,s] ids) => (float[b,s,8] y) {
+  e = Gather(table, ids)
+  m = Mul(ORDER)
+  y = Add(m, m)
+}"""
+
+
+@pytest.mark.parametrize("order", ["e, factor", "factor, e"])
+def test_the_factor_of_an_embedding_becomes_a_vector(order: str) -> None:
+    table, ids = RANDOM.normal(size=(9, 8)).astype(np.float32), np.array([[1, 8, 3]])
+    model = graph(LOOKUP.replace("ORDER", order), table=table, factor=np.float32(5.7))
+    before = compute(model, ids=ids)
+    assert widen_embedding_factors(model.graph) == 1
+    assert model.graph.initializers["factor/8"].const_value.shape == (8,)
+    np.testing.assert_array_equal(compute(model, ids=ids)[0], before[0])
+    assert widen_embedding_factors(model.graph) == 0
+
+
+def test_a_number_behind_anything_else_stays() -> None:
+    text = "scaled (float[b,s,8] x) => (float[b,s,8] y) {\n  m = Mul(x, factor)\n  y = Add(m, m)\n}"
+    assert widen_embedding_factors(graph(text, factor=np.float32(2)).graph) == 0
 
 
 # Whole files ---------------------------------------------------------------------------------------------------------
@@ -189,3 +215,20 @@ def test_where_nothing_is_scaled_nothing_is_multiplied(tmp_path: Path) -> None:
     qs.recalibrate_weights(qmodel)
     qs.export_onnx(qmodel, tmp_path / "m.onnx", target="onnxruntime", dynamic=False)
     assert not products(tmp_path / "m.onnx")
+
+
+@pytest.mark.slow
+def test_openvino_takes_a_model_with_scaled_embeddings(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _SIDE.items()}
+    config = PegasusConfig(d_model=32, vocab_size=60, max_position_embeddings=40, scale_embedding=True, **sizes)
+    torch.manual_seed(0)
+    qmodel = qs.convert(PegasusModel._from_config(config, attn_implementation="eager").eval(), "openvino", inplace=True)
+    batch = make_examples(qmodel, (2, 9))
+    qs.calibrate(qmodel, [batch])
+    file = qs.export_onnx(qmodel, tmp_path / "model.onnx", target="openvino", example_inputs=batch)
+    assert file.parity is not None
+    assert file.parity.agrees
+
+
+_SIDE = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
