@@ -11,6 +11,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+import torch
 import transformers
 
 from fuzzing import checkpoints, interruptions, rules
@@ -19,6 +20,7 @@ from fuzzing import checkpoints, interruptions, rules
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one kind; 0 if all was right and cheap."""
     arguments = _parser().parse_args(argv)
+    torch.set_num_threads(1)  # the models are tiny: a second thread would wait, and its waiting would count as time
     transformers.utils.logging.disable_progress_bar()
     for name in ("transformers", "qdq_surgery"):  # what is passed over would be said thousands of times
         logging.getLogger(name).setLevel(logging.CRITICAL)
