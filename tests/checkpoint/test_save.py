@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import itertools
 import json
 import os
 import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
 import torch
+from architectures import batch_for, build
 from ecosystem import calibrated
 from saved import assert_reloaded, metadata_of
 from torch import nn
@@ -110,6 +113,45 @@ def test_at_each_step_the_folder_holds_one_of_them(
             break
         step += 1
     assert step > 0 or name == "unlink"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replace", "link", "unlink"])
+@pytest.mark.parametrize(("first", "then"), [({}, {}), (FEW, FEW)], ids=["whole", "shards"])
+def test_at_each_step_a_model_has_its_own_config(
+    name: str, first: dict[str, Any], then: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, quantizers and config are those of one model, of another size and by other rules than the other."""
+    before, after = (
+        calibrated(),
+        qs.convert(build("bert", KIND, num_hidden_layers=1, intermediate_size=64), "linear-only"),
+    )
+    qs.calibrate(after, [batch_for(after, (4, 9))])
+    before.save_pretrained(tmp_path / "before", **first)
+    real: Callable[..., Any] = getattr(os, name)
+    kinds = []
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        shutil.copytree(tmp_path / "before", folder)
+        left = iter(range(step))
+
+        def stopped(*args: Any, left: Iterator[int] = left, **kwargs: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(saving.os, name, stopped)
+            after.save_pretrained(folder, **then)
+            break
+        found = load(folder)
+        kinds.append(found.config.num_hidden_layers)
+        assert_reloaded(found, {1: after, 2: before}[kinds[-1]])
+    assert_reloaded(load(folder), after)
+    assert kinds == sorted(kinds, reverse=True), "the old model came back"
+
+
+KIND = "BertForSequenceClassification"
 
 
 def weight(model: PreTrainedModel) -> torch.Tensor:
