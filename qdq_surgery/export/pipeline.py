@@ -15,7 +15,7 @@ from qdq_surgery.export.passes.fold_score_scale import fold_score_factors
 from qdq_surgery.export.passes.keep_scales_apart import keep_scales_apart
 from qdq_surgery.export.passes.lower_qdq import lower
 from qdq_surgery.export.passes.name_nodes import name_nodes
-from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm
+from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_relu, plain_skip_norm
 from qdq_surgery.export.passes.widen_embedding_factor import widen_embedding_factors
 from qdq_surgery.export.qparams import QParams
 from qdq_surgery.onnx_file.metadata import METADATA, dump_sites
@@ -53,6 +53,7 @@ def build(
         widen_embedding_factors(graph)
     if target.plain_bias:
         plain_bias(graph)
+        plain_relu(graph)
     if target.plain_skip_norm:
         plain_skip_norm(graph)
     common.RemoveUnusedNodesPass()(model)

@@ -50,7 +50,8 @@ class Target:
         unchecked: Why the certificate cannot ask a runtime without a session.
         precisions: What everything else is computed in; the first is the usual one.
         unsigned: Whether a quantizer with an unsigned grid (zero point 0, 255 steps) can be written.
-        plain_bias: Keep the runtime from fusing a bias with a GELU behind it, or with the product before it.
+        plain_bias: Keep the runtime from fusing a bias with a GELU behind it, or with the product before it, and from
+            leaving a product in float for the sake of a ReLU behind it.
         plain_skip_norm: Keep the runtime from fusing a residual add and the LayerNorm behind it.
         scales_apart: Keep the runtime from fusions that drop an activation's scales, or an embedding's factor.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["plain_bias", "plain_skip_norm"]
+__all__ = ["plain_bias", "plain_relu", "plain_skip_norm"]
 
 
 def plain_bias(graph: ir.Graph) -> int:
@@ -39,6 +39,41 @@ def plain_bias(graph: ir.Graph) -> int:
     return done
 
 
+def plain_relu(graph: ir.Graph) -> int:
+    """A ReLU right behind a product (T5 has no bias) is written as the larger of it and 0; returns how many.
+
+    ONNX Runtime hopes to drop a ReLU in front of a quantization, leaves the product before it in float for that, and
+    then drops nothing: a symmetric grid does not begin at 0.
+    """
+    done = 0
+    for node in [each for each in graph if each.op_type == "Relu"]:
+        value = node.inputs[0]
+        product = None if value is None else value.producer()
+        if value is None or product is None or product.op_type != "MatMul":
+            continue
+        larger = ir.node("Max", [value, _zero(graph)], name=node.name, metadata_props=dict(node.metadata_props))
+        _put_in_place(graph, node, larger)
+        done += 1
+    return done
+
+
+def _zero(graph: ir.Graph) -> ir.Value:
+    name = "zero/float32"
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.zeros((), np.float32), name=name)))
+    return graph.initializers[name]
+
+
+def _put_in_place(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """``new`` computes what ``old`` did, under its name."""
+    new.outputs[0].shape, new.outputs[0].type = old.outputs[0].shape, old.outputs[0].type
+    name = old.outputs[0].name
+    graph.insert_before(old, new)
+    ir.convenience.replace_all_uses_with(old.outputs[0], new.outputs[0], replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    new.outputs[0].name = name
+
+
 def plain_skip_norm(graph: ir.Graph) -> int:
     """The add of two tensors in front of a LayerNorm is written as Sum, which is the same; returns how many."""
     done = 0
@@ -50,11 +85,6 @@ def plain_skip_norm(graph: ir.Graph) -> int:
             and all(each is not None and each.const_value is None for each in node.inputs)
         ):
             total = ir.node("Sum", node.inputs, name=node.name, metadata_props=dict(node.metadata_props))
-            total.outputs[0].shape, total.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-            name = node.outputs[0].name
-            graph.insert_before(node, total)
-            ir.convenience.replace_all_uses_with(node.outputs[0], total.outputs[0], replace_graph_outputs=True)
-            graph.remove(node, safe=True)
-            total.outputs[0].name = name
+            _put_in_place(graph, node, total)
             done += 1
     return done

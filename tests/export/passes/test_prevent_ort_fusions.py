@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from transformers import T5Config, T5EncoderModel
 
 ir = pytest.importorskip("onnx_ir")
 onnx = pytest.importorskip("onnx")
@@ -15,7 +17,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from exported import compute, graph, operators  # noqa: E402
 
-from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_skip_norm  # noqa: E402
+import qdq_surgery as qs  # noqa: E402
+from qdq_surgery.export.passes.prevent_ort_fusions import plain_bias, plain_relu, plain_skip_norm  # noqa: E402
+from qdq_surgery.hf.example_inputs import make_examples  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(2, 3, 8)).astype(np.float32)
@@ -143,3 +147,38 @@ def test_an_add_that_is_also_an_output() -> None:
     assert plain_skip_norm(model.graph) == 1
     assert [value.name for value in model.graph.outputs] == ["y", "a"]
     assert all(np.array_equal(*each) for each in zip(compute(model, x=X), compute(norm(text), x=X), strict=True))
+
+
+RELU = """
+relu (float[b,s,8] x) => (float[b,s,8] y) {
+  m = MatMul(x, w)
+  r = Relu(m)
+  y = Add(r, r)
+}"""
+
+
+def test_a_relu_behind_a_product_is_the_larger_of_it_and_zero() -> None:
+    model = graph(RELU, w=square())
+    before = compute(model, x=X)
+    assert plain_relu(model.graph) == 1
+    assert operators(model.graph) == ["MatMul", "Max", "Add"]
+    assert np.array_equal(compute(model, x=X)[0], before[0])
+
+
+@pytest.mark.parametrize("text", [NORM, RELU.replace("m = MatMul(x, w)", "m = Tanh(x)")], ids=["norm", "tanh"])
+def test_a_relu_behind_anything_else_stays(text: str) -> None:
+    model = norm(text) if text is NORM else graph(text)
+    assert plain_relu(model.graph) == 0
+    assert "Relu" in operators(model.graph)
+
+
+@pytest.mark.slow
+def test_products_without_a_bias_in_front_of_a_relu_run_in_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 1, "vocab_size": 60}
+    model = T5EncoderModel._from_config(T5Config(**sizes), attn_implementation="eager").eval()
+    qmodel = qs.convert(model, "onnxruntime", inplace=True)
+    batch = make_examples(qmodel, (2, 9))
+    qs.calibrate(qmodel, [batch])
+    file = qs.export_onnx(qmodel, tmp_path / "t5.onnx", target="onnxruntime", example_inputs=batch)
+    assert qs.receipt(file.path).linear == 1.0
