@@ -148,23 +148,16 @@ _SOUND = {
     "num_conv_pos_embedding_groups": 2,
     "apply_spec_augment": False,  # a tiny example is shorter than what it hides
 }
-_WINDOWS = {
-    "depths": [2, 2],
-    "out_features": ["stage2"],
-    "out_indices": [2],
-    "num_heads": [2, 4],
-    "embed_dim": 16,
-    "window_size": 2,
-    "patch_size": 4,
-}
+_LAST = {"out_features": ["stage2"], "out_indices": [2]}
+_WINDOWS = {**_LAST, "depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "patch_size": 4}
 OTHERS: tuple[Kin, ...] = (
     *(
         Kin(name)
         for name in """
-        aimv2_vision_model beit clip_vision_model data2vec-vision deit dinov2 dinov2_with_registers dinov3_vit ijepa
-        siglip_vision_model vit vit_mae vit_msn
+        aimv2_vision_model clip_vision_model data2vec-vision deit ijepa siglip_vision_model vit vit_mae vit_msn
         """.split()
     ),
+    *(Kin(name, _LAST) for name in ("beit", "dinov2", "dinov2_with_registers", "dinov3_vit")),
     Kin("data2vec-audio", {**_SOUND, "mask_time_prob": 0.0}),
     Kin("hubert", _SOUND),
     Kin("swin", _WINDOWS),
