@@ -46,7 +46,8 @@ def outlier_ranges(tops: Tensor, _: Tensor | None = None, threshold: float = 1.5
     """
     middle = tops[tops > 0].median() * threshold
     # Where no channel is so large, one range for all does not have to be larger than the largest of them.
-    lowest = torch.minimum(middle, tops.max()).float()
+    # (And a median that is next to nothing would make an infinite scale.)
+    lowest = torch.minimum(middle, tops.max()).float().clamp(min=_least(tops))
     halves = (2.0 * (tops.float() / lowest).clamp(min=1.0).log2() - _EXACT).ceil()
     return _above_zero(lowest * (halves / 2.0).exp2())
 
@@ -80,7 +81,11 @@ def channel_scale(ranges: Tensor) -> Tensor:
 
 def _above_zero(values: Tensor) -> Tensor:
     values = values.float()
-    return values.clamp(min=max(float(values.max()) / _WIDEST, torch.finfo(torch.float32).tiny))
+    return values.clamp(min=_least(values))
+
+
+def _least(values: Tensor) -> float:
+    return max(float(values.max()) / _WIDEST, torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def test_max_makes_all_channels_equally_large() -> None:
 
 
 @pytest.mark.parametrize("name", SCALE_METHODS)
+@example(tops=[1.0, 1.401298464324817e-45])
 @given(tops=TOPS)
 @settings(max_examples=60, deadline=None)
 def test_no_value_is_cut_off_and_every_scale_is_a_number(name: str, tops: list[float]) -> None:
