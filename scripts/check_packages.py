@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import qdq_surgery as qs
+from deberta_v3 import OPTIONS as DEBERTA_V3
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "paris is the capital of france", "a dog in paris"]
 
@@ -40,17 +41,7 @@ _SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 128,
 }
-#: As released deberta-v3 checkpoints have them.
-_DEBERTA = {
-    **_SIZES,
-    "relative_attention": True,
-    "position_buckets": 8,
-    "pos_att_type": ["p2c", "c2p"],
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-    "type_vocab_size": 0,
-}
+_DEBERTA = {**_SIZES, **DEBERTA_V3}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deberta_v3 import OPTIONS as DEBERTA_V3
+
 _BERT = {
     "vocab_size": 60,
     "hidden_size": 32,
@@ -40,17 +42,7 @@ _DISTILBERT = {
     "hidden_dim": 48,
     "max_position_embeddings": 40,
 }
-#: The options of the released deberta-v3 checkpoints.
-_DEBERTA = {
-    **_BERT,
-    "relative_attention": True,
-    "position_buckets": 8,
-    "pos_att_type": ["p2c", "c2p"],
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-    "type_vocab_size": 0,
-}
+_DEBERTA = {**_BERT, **DEBERTA_V3}
 _MODERNBERT = {
     **_BERT,
     "num_hidden_layers": 3,

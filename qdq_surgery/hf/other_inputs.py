@@ -1,4 +1,4 @@
-"""Arguments beyond text, made from a model's config: boxes, pixels, regions of an image, languages.
+"""Arguments beyond text, made from a model's config: boxes, pixels, regions of an image.
 
 Each maker belongs to one name of an argument, and says by the config whether the model cannot do without it.
 """

@@ -61,4 +61,6 @@ def is_decoder_only(model: PreTrainedModel) -> bool:
     writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if getattr(model.config, "use_bidirectional_attention", False):  # EmbeddingGemma
         return False
-    return writes and kind not in _NO_DECODERS and not getattr(model.config, "is_encoder_decoder", False)
+    # Half of an encoder-decoder (PegasusForCausalLM) has a config that says no, of a class that says yes.
+    both = getattr(type(model.config), "is_encoder_decoder", False)
+    return writes and kind not in _NO_DECODERS and not both

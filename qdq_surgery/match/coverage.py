@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
-from qdq_surgery.graph.operators import PRODUCTS
+from qdq_surgery.graph.operators import INSIDE, PRODUCTS
 from qdq_surgery.match.decisions import Decisions, ModulePaths, UnitDecisions
 from qdq_surgery.match.plan import COVERED, Coverage
 from qdq_surgery.match.subgraph import place_of
@@ -67,12 +67,15 @@ class CoverageCount:
         if place_of(graph, node) in decided.quantized:
             return  # refused already, with its own reason
         where_rules = "outside the encoder layers" if unit.layer is None else "here"
-        _, reason = decided.near.get(place_of(graph, node), (0, f"no rule is about a {kind} {where_rules}"))
+        default = f"no rule is about a {kind} {where_rules}"
+        if INSIDE in node.meta:
+            default = f"its own backward goes with its forward, so the {node.meta[INSIDE]} inside takes no quantizers"
+        _, reason = decided.near.get(place_of(graph, node), (0, default))
         self.decisions.refuse(where, kind, reason, unit.layer, None, str(node.meta["source"]))
 
     def _kind(self, graph: BlockGraph, node: Node, decided: UnitDecisions) -> str | None:
         op = str(node.meta.get("op"))
-        if op in PRODUCTS:
+        if op in PRODUCTS or INSIDE in node.meta:
             return op
         if op == "add" and (place_of(graph, node) in decided.quantized or node.meta.get(RESIDUAL)):
             return "residual add"

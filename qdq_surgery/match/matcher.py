@@ -89,8 +89,10 @@ class _UnitMatcher:
         paths = (join_path(unit.path, graph.path), inside)
         if not any(rule.scope.holds(path, unit.layer) for path in paths):
             return
-        attempt = Attempt()
-        if fit(rule.pattern, Value(graph, node), attempt):
+        attempt, value = Attempt(), Value(graph, node)
+        if rule.unless is not None and value.is_a(rule.unless.operators[0]) and fit(rule.unless, value, Attempt()):
+            return
+        if fit(rule.pattern, value, attempt):
             self.decisions.tally.fit(rule, unit, (unit.path, place))
             self._apply(rule, attempt.captured)
             return

@@ -113,7 +113,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "optional": Key("flag"),
         "expect": Key("section", "expectation"),
     },
-    "match": {"pattern": Key("pattern", stored=_ALWAYS), **_SCOPE},
+    "match": {"pattern": Key("pattern", stored=_ALWAYS), "unless": Key("pattern"), **_SCOPE},
     "place": {
         "operand": Key("text", stored=_ONLY),
         "spec": Key("text", stored=_ALWAYS),

@@ -176,6 +176,7 @@ class Rule:
 
     Attributes:
         quantize: What to do with each capture of the pattern.
+        unless: Where this pattern fits, too, the rule does not.
         optional: Whether the rule may match nothing.
         source: The file and line that it was read from, as ``file:line``.
     """
@@ -188,6 +189,7 @@ class Rule:
     expect: Expect = Expect()
     optional: bool = False
     source: str = ""
+    unless: Pattern | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "the name of a rule")

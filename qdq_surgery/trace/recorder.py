@@ -41,7 +41,7 @@ from qdq_surgery.graph.block_graph import (
 )
 from qdq_surgery.graph.call_targets import apply_of, function_target, is_in_place, tensor_method
 from qdq_surgery.graph.cleanup import tidy
-from qdq_surgery.graph.operators import callable_name, function_operator, is_leaf, module_operator
+from qdq_surgery.graph.operators import INSIDE, PRODUCTS, callable_name, function_operator, is_leaf, module_operator
 from qdq_surgery.graph.replay import agrees, copied, example_of
 from qdq_surgery.graph.symbolic_sizes import Real, Size, plain
 from qdq_surgery.safety.random_state import kept_random
@@ -109,6 +109,7 @@ class _Mode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self.recorder.paused:
+            self.recorder.note_inside(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
         with unwatched():
             return self.recorder.call_torch(func, args, kwargs or {})
@@ -270,9 +271,12 @@ class _Recorder:
         apply: Callable[..., Any] = function.apply
         if self.paused:
             return apply(*plain(args), **plain(kwargs))
-        node = self.build.node("call_function", apply_of(function), args, kwargs, "autograd_function")
-        with self.build.pause():
-            output = apply(*plain(args), **plain(kwargs))
+        self.leaf = node = self.build.node("call_function", apply_of(function), args, kwargs, "autograd_function")
+        try:
+            with self.build.pause():
+                output = apply(*plain(args), **plain(kwargs))
+        finally:
+            self.leaf = None
         self._bind_parts(node, output)
         return output
 
@@ -398,6 +402,11 @@ class _Recorder:
         args, kwargs = local["args"], local["kwargs"]
         self.leaf = self.build.node("call_function", apply_of(local["cls"]), args, kwargs, "autograd_function")
         self.paused = True
+
+    def note_inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A torch function is called where nothing is written down: in an autograd function, products are told of."""
+        if self.leaf is not None and (op := function_operator(callable_name(func), args, kwargs)) in PRODUCTS:
+            self.leaf.meta[INSIDE] = op
 
     def leave_function(self, output: Any) -> None:
         node, self.leaf, self.paused = self.leaf, None, False

@@ -14,6 +14,8 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    PegasusConfig,
+    PegasusForCausalLM,
     PreTrainedModel,
 )
 
@@ -85,6 +87,13 @@ def test_a_decoder_is_called_one(name: str, rules: str) -> None:
 def test_an_encoder_type_that_can_decode_is_none(kind: str) -> None:
     model: PreTrainedModel = build("bert", kind, is_decoder=kind == "BertLMHeadModel")
     assert not is_decoder_only(model)
+
+
+def test_half_of_an_encoder_decoder_is_converted() -> None:
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 60}
+    model = PegasusForCausalLM(PegasusConfig(**sizes)).eval()
+    assert not is_decoder_only(model)
+    assert vars(qs.plan(model).coverage["linear"]) == {"found": 10, "quantized": 6, "refused": 4}
 
 
 def test_a_decoders_type_that_looks_both_ways_is_an_encoder() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from architectures import BASE, BY_TYPE, EXPECTED, batch_for, build
+from counting import Counting
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 
 import qdq_surgery as qs
 
@@ -27,53 +25,6 @@ def test_everything_in_the_encoder_is_quantized(model_type: str) -> None:
     }
     assert len(made.sites) == quantizers
     assert not [refusal for refusal in made.refusals if refusal.layer is not None]
-
-
-class Counting(TorchFunctionMode):
-    """Counts matrix products inside encoder layers, and those with an operand that no quantizer returned."""
-
-    PRODUCTS = (
-        "linear",
-        "matmul",
-        "bmm",
-        "mm",
-        "baddbmm",
-        "addmm",
-        "einsum",
-        "__matmul__",
-        "scaled_dot_product_attention",
-    )
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.depth = 0
-        self.counts: Counter[str] = Counter()
-        self.bare: list[str] = []
-        self.returned: list[Tensor] = []  # kept, so that ids stay identities
-        for module in model.modules():
-            if isinstance(module, qs.TensorQuantizer):
-                module.register_forward_hook(self._note)
-            if isinstance(module, nn.ModuleList):
-                for layer in module:
-                    layer.register_forward_pre_hook(lambda *_: self._step(1))
-                    layer.register_forward_hook(lambda *_: self._step(-1))
-
-    def _note(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        self.returned.append(output)
-
-    def _step(self, by: int) -> None:
-        self.depth += by
-
-    def __torch_function__(
-        self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.depth and name in self.PRODUCTS:
-            self.counts["linear" if name == "linear" else "matmul"] += 1
-            known = {id(tensor) for tensor in self.returned}
-            if not all(id(operand) in known for operand in args[:2]):
-                self.bare.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("model_type", BY_TYPE)
@@ -107,3 +58,60 @@ def test_what_lies_outside_the_layers_is_listed() -> None:
     assert ("mobilebert.embeddings.embedding_transformation", "linear") in listed
     assert ("cls.predictions", "matmul") in listed
     assert all("outside the encoder layers" in refusal.reason for refusal in made.refusals)
+
+
+class Hidden(torch.autograd.Function):
+    """A product with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left @ right
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        left, right = ctx.saved_tensors
+        return grads[0] @ right.mT, left.mT @ grads[0]
+
+
+class Plain(torch.autograd.Function):
+    """A function without any product."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(_: Any, *grads: Any) -> Any:
+        return grads[0] * 2
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dense(Plain.apply(x))
+        return Hidden.apply(Hidden.apply(y, y.mT), y)
+
+
+class Holder(PreTrainedModel):
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.embed, self.layers = nn.Embedding(60, 8), nn.ModuleList([Layer()])
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        return self.layers[0](self.embed(input_ids))
+
+
+def test_products_inside_an_autograd_function_are_refused_and_counted() -> None:
+    made = qs.plan(Holder(BertConfig(vocab_size=60)).eval())
+    assert vars(made.coverage["matmul"]) == {"found": 2, "quantized": 0, "refused": 2}
+    found = [refusal for refusal in made.refusals if refusal.operator == "autograd_function"]
+    assert [refusal.count for refusal in found] == [2]  # on one line of the source
+    reason = "its own backward goes with its forward, so the matmul inside takes no quantizers"
+    assert {refusal.reason for refusal in found} == {reason}

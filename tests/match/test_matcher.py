@@ -395,3 +395,21 @@ def test_what_is_promised_of_bert_is_not_promised_of_those_who_inherit_its_type(
             qs.plan(model, write("rules:\n" + own))
     finally:
         del HeirConfig.model_type
+
+
+def test_a_rule_does_not_fit_where_its_unless_does(write: Write) -> None:
+    text = rule("own", "linear(x, w)", "x: activation", match="unless: linear(gelu(_)), layers: all, ")
+    owners = {site.owner for site in bert_plan(write("rules:\n" + text)).sites if site.rule == "own"}
+    assert len(owners) == 10
+    assert not any(owner.endswith("output.dense") and "attention" not in owner for owner in owners)
+
+
+def test_a_narrower_residual_rule_of_a_users_own_leaves_the_other_adds_in_float(write: Write) -> None:
+    text = (
+        "rules:\n  - name: residual-add\n    why: the first layer alone\n"
+        '    match: {layers: [0], pattern: "add(local=maybe(dropout)(linear(_)), residual)"}\n'
+        "    quantize: {local: activation, residual: activation}\n"
+    )
+    made = bert_plan(write(text))
+    assert {site.layer for site in made.sites if site.operator == "add"} == {0}
+    assert made.matches["other-residual-add"] == 0

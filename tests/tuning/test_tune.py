@@ -78,12 +78,18 @@ def test_every_entry_has_its_reason_with_figures() -> None:
     assert f"{made.start:.4g} before, {made.error:.4g} after" in made.rules.why
 
 
-def test_rules_of_a_users_own_are_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "own.yaml"
+def rules_with(spec: str, folder: Path) -> Path:
+    """A user's own rule file: all linears, their inputs by ``spec``."""
+    path = folder / "own.yaml"
     path.write_text(
-        "schema: 1\nname: own\nspecs: {s: {calibrator: max}}\nrules:\n"
+        f"schema: 1\nname: own\nspecs: {{s: {spec}}}\nrules:\n"
         '  - {name: all, why: w, match: {layers: all, pattern: "linear(x, w)"}, quantize: {x: s, w: default}}\n'
     )
+    return path
+
+
+def test_rules_of_a_users_own_are_written_whole(tmp_path: Path) -> None:
+    path = rules_with("{calibrator: max}", tmp_path)
     model = spoiled()
     made = qs.tune(model, batches_of(model), path, name="mine")
     assert made.rules.extends is None
@@ -137,11 +143,7 @@ def test_what_stays_in_float_has_no_part_in_a_shared_range() -> None:
 
 def test_ranges_by_channel_of_an_activation_stay(tmp_path: Path) -> None:
     """No other method is for them."""
-    path = tmp_path / "own.yaml"
-    path.write_text(
-        "schema: 1\nname: own\nspecs: {s: {axis: 2}}\nrules:\n"
-        '  - {name: all, why: w, match: {layers: all, pattern: "linear(x, w)"}, quantize: {x: s, w: default}}\n'
-    )
+    path = rules_with("{axis: 2}", tmp_path)
     model = spoiled()
     made = qs.tune(model, batches_of(model), path)
     assert made.error == error_of(model, made.rules, batches_of(model)) <= made.start
