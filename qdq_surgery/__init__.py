@@ -25,6 +25,7 @@ from qdq_surgery.errors import (
     AttentionBypassError,
     CalibrationError,
     ExportError,
+    LossError,
     MatchError,
     ModelError,
     OptionError,
@@ -56,6 +57,7 @@ from qdq_surgery.report.diff import Diff, diff
 from qdq_surgery.report.explain import Explanation, explain
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
+from qdq_surgery.sensitivity.evaluate import Evaluation, evaluate
 from qdq_surgery.sensitivity.measure import sensitivity
 from qdq_surgery.sensitivity.result import Sensitivity
 from qdq_surgery.serve.model import OnnxModel, load_onnx
@@ -71,11 +73,13 @@ __all__ = [
     "CalibrationError",
     "Diff",
     "Equalization",
+    "Evaluation",
     "Explanation",
     "Export",
     "ExportError",
     "Finding",
     "Findings",
+    "LossError",
     "MatchError",
     "ModelError",
     "OnnxModel",
@@ -112,6 +116,7 @@ __all__ = [
     "convert",
     "diff",
     "equalize",
+    "evaluate",
     "explain",
     "export_onnx",
     "fix_ranges",

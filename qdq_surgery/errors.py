@@ -137,3 +137,7 @@ class ParityError(ExportError):
 
 class ReceiptError(ExportError):
     """A runtime runs less of a file in INT8 than was asked for, or leaves more Q/DQ over."""
+
+
+class LossError(QdqSurgeryError):
+    """A model loses more against float than was asked for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,26 +16,14 @@ from qdq_surgery.checkpoint.range_files import RANGE_SUFFIX
 from qdq_surgery.cli.heads import check_head, model_class
 from qdq_surgery.errors import AlreadyConvertedError, ModelError, QdqSurgeryError
 from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
+from qdq_surgery.safety.whole_folder import check_new, whole_folder
 from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.texts.tokenizers import TOKENIZER_FILES
 
 #: The longest config that is looked at, in bytes.
 _MOST_CONFIG = 1 << 22
 
-__all__ = ["check_new", "is_converted", "load_model", "save_model"]
-
-#: Files of a tokenizer, which a converted model needs as the float one does.
-_TOKENIZER = (
-    "tokenizer*",
-    "vocab*",
-    "*vocab.json",
-    "*vocab.txt",
-    "merges.txt",
-    "bpe.codes",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "spiece*",
-)
+__all__ = ["is_converted", "load_model", "save_model"]
 
 
 def load_model(
@@ -109,17 +96,6 @@ def _check_weights(folder: str | Path, name: str, info: dict[str, Any]) -> None:
             )
 
 
-def check_new(folder: str | Path) -> None:
-    """Whether a model can be written there.
-
-    Raises:
-        ModelError: The folder exists and is not empty.
-    """
-    path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ModelError(f"{folder} exists and is not empty; give a new folder")
-
-
 def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path | None = None) -> None:
     """Write a converted model with ``save_pretrained``, and the tokenizer of ``source`` beside it.
 
@@ -130,18 +106,9 @@ def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path |
     """
     check_new(folder)
     plan_of(qmodel)
-    path = Path(folder)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".qdq-surgery-") as temporary:
-            draft = Path(temporary) / "model"
-            qmodel.save_pretrained(draft)
-            for pattern in _TOKENIZER if source is not None else ():
-                for file in Path(str(source)).glob(pattern):
-                    if file.is_file() and not (draft / file.name).exists():
-                        shutil.copy(file, draft / file.name)
-            if path.exists():
-                path.rmdir()
-            draft.rename(path)
-    except OSError as error:
-        raise ModelError(f"{folder} cannot be written: {error.strerror or error}") from error
+    with whole_folder(folder) as draft:
+        qmodel.save_pretrained(draft)
+        for pattern in TOKENIZER_FILES if source is not None else ():
+            for file in Path(str(source)).glob(pattern):
+                if file.is_file() and not (draft / file.name).exists():
+                    shutil.copy(file, draft / file.name)

@@ -15,7 +15,20 @@ from transformers import PreTrainedModel
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.padding.token_masks import rows_of, texts_of
 
-__all__ = ["DEFAULT", "METRICS", "Judge", "Metric", "Sum", "judge_of", "real_rows", "token_mask"]
+__all__ = [
+    "DEFAULT",
+    "METRICS",
+    "Judge",
+    "Metric",
+    "Sum",
+    "compared_rows",
+    "is_score",
+    "judge_of",
+    "main_outputs",
+    "real_rows",
+    "summed",
+    "token_mask",
+]
 
 #: A user's own: outputs of the model and its inputs to a number, higher is better.
 Metric: TypeAlias = Callable[[Any, Mapping[str, Any]], float]
@@ -103,7 +116,7 @@ class Judge:
             raise OptionError(
                 f"metric='cosine' compares directions, and {type(model).__name__} gives one number a row: take 'mse'"
             )
-        return 0.0, _summed(self.name, self._wanted, self._wanted)[1]
+        return 0.0, summed(self.name, self._wanted, self._wanted)[1]
 
     def figure(self, outputs: Any) -> Sum:
         """The sum of the batch, and what it is divided by.
@@ -120,23 +133,24 @@ class Judge:
                 raise OptionError(f"{self.name} returns a {type(value).__name__}, wanted a number") from None
             found = score * rows, rows
         else:
-            found = _summed(self.name, self._rows(outputs), self._wanted)
+            found = summed(self.name, self._rows(outputs), self._wanted)
         if not all(map(math.isfinite, found)):
             raise CalibrationError(f"its {self.name} is {found[0]}; look for NaN and infinite values in the outputs")
         return found
 
     def _rows(self, outputs: Any) -> Tensor:
         assert self._model is not None
-        parts = list(_main(outputs))
-        if self.name == "kl" and not all("logits" in name for name, _ in parts):
+        parts = list(main_outputs(outputs))
+        if self.name == "kl" and not all(map(is_score, (name for name, _ in parts))):
             raise OptionError(
                 f"metric='kl' compares probabilities, and {type(self._model).__name__} has no logits but "
                 f"'{parts[0][0]}'; take 'mse' or 'cosine'"
             )
-        return torch.cat([_compared(self._model, self._inputs, *part, self.name) for part in parts])
+        return torch.cat([compared_rows(self._model, self._inputs, *part, self.name) for part in parts])
 
 
-def _summed(name: str, found: Tensor, wanted: Tensor) -> Sum:
+def summed(name: str, found: Tensor, wanted: Tensor) -> Sum:
+    """A metric by its name over rows of the output and those of the float model, a piece at a time."""
     rows = max(1, _PIECE // max(1, wanted.shape[1]))
     pieces = [slice(start, start + rows) for start in range(0, len(wanted), rows)]
     sums = [METRICS[name](found[piece].double(), wanted[piece].double()) for piece in pieces]
@@ -161,8 +175,17 @@ def _name(metric: Metric) -> str:
     return f"{getattr(metric, '__module__', '')}.{named}".lstrip(".")
 
 
-def _main(outputs: Any) -> Iterator[tuple[str, Tensor]]:
-    """What is compared, by name."""
+def is_score(name: str) -> bool:
+    """Whether an output of that name holds scores of classes, of which the highest is the answer."""
+    return "logits" in name
+
+
+def main_outputs(outputs: Any) -> Iterator[tuple[str, Tensor]]:
+    """What of a model's outputs is compared, by name.
+
+    Raises:
+        CalibrationError: There is nothing.
+    """
     named = outputs if isinstance(outputs, Mapping) else dict(zip(map(str, range(len(outputs))), outputs, strict=True))
     chosen = next((names for names in _MAIN if all(named.get(name) is not None for name in names)), None)
     floats = (n for n, v in named.items() if n != "loss" and isinstance(v, Tensor) and v.is_floating_point() and v.ndim)
@@ -194,7 +217,17 @@ def real_rows(values: Tensor, mask: Tensor | None) -> Tensor | None:
     return rows[mask.reshape(-1)] if len(rows) == mask.numel() else None
 
 
-def _compared(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, values: Tensor, metric: str) -> Tensor:
+def compared_rows(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, values: Tensor, metric: str) -> Tensor:
+    """An output as (rows, channels), without padding: what a metric compares.
+
+    Args:
+        inputs: What the model was called with.
+        name, values: As :func:`main_outputs` gives them.
+        metric: One of :data:`METRICS`.
+
+    Raises:
+        CalibrationError: It cannot be told what in it is padding.
+    """
     mask = token_mask(model, inputs)
     values = values.detach()
     if values.ndim == 1:

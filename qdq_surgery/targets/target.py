@@ -11,7 +11,9 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from numpy.typing import NDArray
 
 from qdq_surgery.onnx_graph.executed import Executed
 from qdq_surgery.onnx_graph.graph import OnnxGraph
@@ -20,7 +22,7 @@ from qdq_surgery.targets.session import Session
 if TYPE_CHECKING:
     from qdq_surgery.targets.lint_rules import LintRules
 
-__all__ = ["ACTIVATIONS", "PRECISIONS", "Layers", "Target", "full_precision"]
+__all__ = ["ACTIVATIONS", "PRECISIONS", "Layers", "OwnForm", "Target", "full_precision"]
 
 ACTIVATIONS = ("int8", "uint8")
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -30,6 +32,20 @@ _SHORT = {"f32": "float32", "bf16": "bfloat16"}
 
 #: What the inspector of an engine that was built elsewhere wrote: the path, or the data.
 Layers = str | Path | Mapping[str, Any]
+
+
+class OwnForm(NamedTuple):
+    """A runtime's own form of a file.
+
+    Attributes:
+        path: Where tools look for it, in the folder of a model.
+        write: From an ONNX file to it.
+        run: Its outputs by name, from inputs by name.
+    """
+
+    path: str
+    write: Callable[[Path, Path], None]
+    run: Callable[[Path, Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class Target:
             leaving a product in float for the sake of a ReLU behind it.
         plain_skip_norm: Keep the runtime from fusing a residual add and the LayerNorm behind it.
         scales_apart: Keep the runtime from fusions that drop an activation's scales, or an embedding's factor.
+        own_form: What else a deployed folder has for tools that load no ONNX on this runtime; ``None``: nothing.
     """
 
     name: str
@@ -70,6 +87,7 @@ class Target:
     plain_bias: bool = False
     plain_skip_norm: bool = False
     scales_apart: bool = False
+    own_form: OwnForm | None = None
 
     def rules(self) -> type[LintRules]:
         """The lint rules."""

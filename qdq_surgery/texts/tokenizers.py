@@ -10,12 +10,26 @@ from transformers import AutoTokenizer
 
 from qdq_surgery.errors import ModelError
 
-__all__ = ["REMEDY", "load_tokenizer", "special_tokens", "unknown_token"]
+__all__ = ["REMEDY", "TOKENIZER_FILES", "load_tokenizer", "special_tokens", "unknown_token"]
 
 #: What to do where a folder's tokenizer is none, or not the model's.
 REMEDY = (
     "give the folder of the tokenizer that the model was trained with (--tokenizer FOLDER), or a .jsonl file with "
     "'tokens' of its vocabulary or 'input_ids' in each row"
+)
+
+#: Files of a tokenizer, which a converted model needs as the float one does.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "*vocab.json",
+    "*vocab.txt",
+    "merges.txt",
+    "bpe.codes",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "spiece*",
 )
 
 #: The files without which a tokenizer makes up a vocabulary of nothing but special tokens.

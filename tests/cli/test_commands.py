@@ -172,9 +172,10 @@ def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.Captu
     assert "usage: qdq-surgery" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "command", ["", "convert", "calibrate", "sensitivity", "tune", "diff", "plan", "rules", "export", "demo"]
-)
+COMMANDS = "quantize plan diff explain convert calibrate evaluate sensitivity tune export lint receipt rules demo"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS.split()])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

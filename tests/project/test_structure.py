@@ -41,6 +41,7 @@ ORDER = [
     "export",
     "prove",
     "onnx_export",
+    "deployment",
     "cli",
     "__init__",
     "__main__",

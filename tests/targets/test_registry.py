@@ -17,7 +17,7 @@ import torch
 from repository import PACKAGE
 
 import qdq_surgery as qs
-from qdq_surgery.cli.commands import _parser
+from qdq_surgery.cli.commands import parser
 from qdq_surgery.onnx_file.opened import OnnxFile
 from qdq_surgery.onnx_graph.executed import Executed, Kernel
 from qdq_surgery.onnx_graph.findings import Finding
@@ -227,5 +227,5 @@ def test_a_target_that_is_registered_goes_all_the_way(
 def test_the_command_line_asks_the_registry(toy: Target) -> None:
     words = ["export", "folder", "file.onnx", "--target", toy.name, "--precision"]
     for short, full in (("f32", "float32"), ("bf16", "bfloat16"), ("float16", "float16")):
-        given = _parser().parse_args([*words, short])
+        given = parser().parse_args([*words, short])
         assert (given.target, given.precision) == ("toy", full)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qdq_surgery.targets.openvino.engine_graph import run_by_openvino
+from qdq_surgery.targets.openvino.own_form import run_own_form, write_own_form
 from qdq_surgery.targets.openvino.session import OpenVinoSession
-from qdq_surgery.targets.target import Target
+from qdq_surgery.targets.target import OwnForm, Target
 
 __all__ = ["OPENVINO"]
 
@@ -20,4 +21,6 @@ OPENVINO = Target(
     executed=run_by_openvino,
     session=OpenVinoSession,
     scales_apart=True,
+    # (As sentence-transformers and optimum call it.)
+    own_form=OwnForm("openvino/openvino_model_qint8_quantized.xml", write_own_form, run_own_form),
 )

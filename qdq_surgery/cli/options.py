@@ -1,0 +1,176 @@
+"""Arguments that commands share, and what all of them do with these: loading, reading texts, showing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qdq_surgery.cli.folder import load_model
+from qdq_surgery.convert import convert
+from qdq_surgery.errors import ModelError
+from qdq_surgery.safety.interrupt import COMMAND
+from qdq_surgery.sensitivity.evaluate import Evaluation
+from qdq_surgery.sensitivity.output_error import DEFAULT as DEFAULT_METRIC
+from qdq_surgery.sensitivity.output_error import METRICS
+from qdq_surgery.surgery.model_state import quantizers
+from qdq_surgery.text.view import Result
+from qdq_surgery.texts.batches import text_batches
+from qdq_surgery.texts.samples import Sample
+
+__all__ = [
+    "FOLDER_HELP",
+    "RULES",
+    "Commands",
+    "batches",
+    "check_loss",
+    "check_rules",
+    "class_option",
+    "load",
+    "load_converted",
+    "loss_options",
+    "model_options",
+    "output_options",
+    "say",
+    "show",
+    "text_options",
+    "texts_argument",
+]
+
+#: The rules that are meant where none are named.
+RULES = "qdqbert"
+FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
+_WIDEST = 10_000
+
+#: Where a command is added to.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def say(what: str, text: str) -> None:
+    """A line on standard error, under the command's name."""
+    # Without anything that a terminal obeys: names and texts of others may be in it.
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)
+
+
+def texts_argument(command: argparse.ArgumentParser) -> None:
+    """TEXTS."""
+    command.add_argument(
+        "texts",
+        metavar="TEXTS",
+        help="a UTF-8 file: one text in each line, or .csv, .tsv or .jsonl with columns; .jsonl may have 'input_ids' "
+        "(and 'attention_mask', 'token_type_ids') or 'tokens' in each row",
+    )
+
+
+def text_options(command: argparse.ArgumentParser) -> None:
+    """How texts become batches."""
+    command.add_argument(
+        "--column",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="which column has the texts (default: text, or sentence); twice for pairs of texts",
+    )
+    command.add_argument("--tokenizer", metavar="FOLDER", help="has the tokenizer (default: the model's folder)")
+    command.add_argument("--batch", type=int, default=16, help="texts in a batch (default: %(default)s)")
+    command.add_argument("--length", type=int, help="most tokens of a text (default: 128, or what the model takes)")
+
+
+def loss_options(command: argparse.ArgumentParser) -> None:
+    """Which figure is the loss, and how much of it may be."""
+    command.add_argument("--metric", choices=METRICS, default=DEFAULT_METRIC, help="the loss (default: %(default)s)")
+    command.add_argument("--max-loss", type=float, metavar="LOSS", help="fail, with exit code 1, if it is more")
+
+
+def check_loss(found: Evaluation, arguments: argparse.Namespace) -> None:
+    """Whether the loss is as asked for.
+
+    Raises:
+        LossError: It is more.
+    """
+    if arguments.max_loss is not None:
+        found.require(arguments.max_loss)
+
+
+def model_options(command: argparse.ArgumentParser, converted: bool = True) -> None:
+    """MODEL_DIR, and by which rules it is converted, if it may be ``converted`` already."""
+    command.add_argument("model", metavar="MODEL_DIR", help=f"{FOLDER_HELP}{', converted or not' if converted else ''}")
+    known = "for a model that is not converted yet, " if converted else ""
+    command.add_argument("--rules", help=f"{known}a shipped name or a file (default: {RULES})")
+    class_option(command)
+
+
+def class_option(command: argparse.ArgumentParser) -> None:
+    """Of which class the model is."""
+    command.add_argument(
+        "--class",
+        dest="kind",
+        metavar="CLASS",
+        help="class of the model, such as BertForMaskedLM (default: the one that its config.json names)",
+    )
+
+
+def output_options(command: argparse.ArgumentParser) -> None:
+    """How a result is printed."""
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--width", type=_columns, help="columns of the text (default: those of the terminal)")
+
+
+def load(arguments: argparse.Namespace) -> PreTrainedModel:
+    """The model of MODEL_DIR."""
+    return load_model(arguments.model, arguments.kind, note=lambda text: say("note", text))
+
+
+def load_converted(arguments: argparse.Namespace) -> PreTrainedModel:
+    """The model of MODEL_DIR with its quantizers: its own, or those of ``--rules``.
+
+    Raises:
+        ModelError: It is converted, and rules are named.
+    """
+    model = load(arguments)
+    check_rules(model, arguments)
+    return model if quantizers(model) else convert(model, arguments.rules or RULES, inplace=True)
+
+
+def check_rules(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
+    """Whether rules are named only where they are for something.
+
+    Raises:
+        ModelError: The model has its own.
+    """
+    if quantizers(model) and arguments.rules is not None:
+        raise ModelError(f"{arguments.model} is converted already, by its own rules; leave --rules out")
+
+
+def _columns(text: str) -> int:
+    """A width of text."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _WIDEST):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of columns; give 1 to {_WIDEST}")
+    return int(text)
+
+
+def batches(
+    arguments: argparse.Namespace, samples: Sequence[Sample], model: PreTrainedModel, notes: bool = True
+) -> list[dict[str, Tensor]]:
+    """The texts as the model takes them; what was done to them is said, if ``notes``."""
+    tokenizer = arguments.tokenizer or arguments.model
+    data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
+    for note in data.notes if notes else ():
+        say("note", note)
+    return data.batches
+
+
+def show(made: Result, arguments: argparse.Namespace) -> None:
+    """Print a result as the options say."""
+    if arguments.json:
+        print(json.dumps(made.to_json(), indent=2))
+    elif arguments.width is not None:
+        print(made.to_text(arguments.width))
+    else:
+        print(made)

@@ -1,0 +1,119 @@
+"""A deployed folder: the file under the name that other tools look for, and what they read beside it.
+
+sentence-transformers (``backend="onnx"``, ``file_name="onnx/model_quantized.onnx"``), optimum's ``ORTModel`` and
+Transformers.js (``dtype: "q8"``) read ``onnx/model_quantized.onnx``; optimum's ``OVModel`` and sentence-transformers
+(``backend="openvino"``) read OpenVINO's own form in ``openvino/``. All of them want config.json and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdq_surgery.errors import ParityError
+from qdq_surgery.safety.whole_folder import whole_folder
+from qdq_surgery.targets.target import Target
+from qdq_surgery.texts.tokenizers import TOKENIZER_FILES
+
+__all__ = ["CARD", "FILE", "REPORT", "deployed_folder", "model_files", "write_own_form", "write_report"]
+
+FILE = Path("onnx") / "model_quantized.onnx"
+REPORT = "qdq_report.json"
+CARD = "README.md"
+
+#: What else of a float model's folder other tools read.
+_CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    # sentence-transformers: its modules, and what they keep in folders of their own.
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+
+#: Factors are multiplied in another order, and a value at a tie then goes the other way: 1 % of the outputs' norm.
+_SAME = 1e-2
+
+
+@contextmanager
+def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Path) -> Iterator[Path]:
+    """A draft with config, tokenizer and sentence-transformers' modules of the float model, to write files into.
+
+    It becomes ``folder`` when the block ends, and is gone if the block raises.
+
+    Args:
+        source: The folder of the float model.
+        tokenizer: The folder that has its tokenizer.
+
+    Raises:
+        ModelError: The folder exists and is not empty, or cannot be written.
+    """
+    with whole_folder(folder) as draft:
+        (draft / FILE).parent.mkdir(parents=True)
+        for name in _CONFIGS:
+            _copy(Path(source) / name, draft)
+        for pattern in TOKENIZER_FILES:
+            for file in sorted(Path(tokenizer).glob(pattern)):
+                _copy(file, draft)
+        for module in sorted(Path(source).glob("[0-9]*_*")):  # 1_Pooling and the like
+            if module.is_dir() and not module.is_symlink():
+                shutil.copytree(module, draft / module.name)
+        yield draft
+
+
+def _copy(file: Path, draft: Path) -> None:
+    if file.is_file() and not (draft / file.name).exists():
+        shutil.copy(file, draft / file.name)
+
+
+def write_own_form(draft: Path, target: Target, inputs: Mapping[str, NDArray[Any]]) -> None:
+    """The runtime's own form of the file, if it has one, compared with the file, which has the certificate.
+
+    Args:
+        inputs: What the model is called with, to run both on.
+
+    Raises:
+        ModelError: The runtime is not installed.
+        ParityError: It computes something else.
+    """
+    if target.own_form is None or target.session is None:
+        return
+    form = draft / target.own_form.path
+    form.parent.mkdir()
+    target.own_form.write(draft / FILE, form)
+    precision = "float32" if target.session.precisions else None
+    session = target.session(draft / FILE, None, precision)
+    wanted = session.run({port.name: inputs[port.name] for port in session.inputs})
+    found = target.own_form.run(form, inputs)
+    worst = max(_distance(value, found[name]) for name, value in wanted.items())
+    if not worst <= _SAME:
+        raise ParityError(
+            f"{form.name}, which {target.title} made of {FILE.name}, differs from it by {worst:.2g} of the outputs; "
+            f"deploy the ONNX file on {target.title}, and report this"
+        )
+
+
+def _distance(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Norm of the difference, as a share of that of the values."""
+    return float(np.linalg.norm(one - other) / max(float(np.linalg.norm(one)), np.finfo(np.float32).tiny))
+
+
+def model_files(draft: Path) -> list[tuple[str, int]]:
+    """The model's files by their names in the folder, the ONNX file first, and their sizes with weights beside them."""
+    found = sorted(path for folder in ("onnx", "openvino") for path in (draft / folder).glob("*") if path.is_file())
+    heads = [path for path in found if path.suffix in (".onnx", ".xml")]
+    sizes = {head: sum(each.stat().st_size for each in found if each.name.startswith(head.stem)) for head in heads}
+    return [(path.relative_to(draft).as_posix(), size) for path, size in sizes.items()]
+
+
+def write_report(draft: Path, report: Mapping[str, Any]) -> None:
+    """All figures, as JSON."""
+    (draft / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

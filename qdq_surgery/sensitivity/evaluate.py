@@ -1,0 +1,268 @@
+"""What a quantized model, or a file that was made from it, loses against the float model: on texts that nobody saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
+from qdq_surgery.calibration.collect import unwrapped
+from qdq_surgery.errors import CalibrationError, LossError, ModelError, OptionError
+from qdq_surgery.safety.transaction import put_back_after
+from qdq_surgery.sensitivity.borrowed import gpus_of, run_seeded
+from qdq_surgery.sensitivity.output_error import (
+    DEFAULT,
+    METRICS,
+    compared_rows,
+    is_score,
+    main_outputs,
+    real_rows,
+    summed,
+    token_mask,
+)
+from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
+from qdq_surgery.text.progress import track
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
+
+__all__ = ["Evaluation", "evaluate"]
+
+_HIDDEN = "last_hidden_state"
+
+#: What each figure says.
+_WORDS = {
+    "mse": "squared error of the output, as a share of the output's squares",
+    "cosine": "1 - mean cosine of the output's rows",
+    "kl": "divergence of the classes' probabilities, in nats",
+    "worst_cosine": "lowest cosine of a row",
+    "same_answer": "share of rows whose highest score is of the same class",
+    "text_cosine": "mean cosine of the texts' embeddings (means of their tokens)",
+    "worst_text_cosine": "lowest cosine of a text",
+    "same_nearest_text": "share of texts whose nearest other text is the same",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Result):
+    """What :func:`evaluate` found.
+
+    Attributes:
+        model: The class of the float model.
+        metric: Which figure is :attr:`loss`: ``mse``, ``cosine`` or ``kl``.
+        figures: By name. ``mse``, and where rows of the output have more than one number ``cosine`` and
+            ``worst_cosine``; of scores ``kl`` and ``same_answer``; of hidden states ``text_cosine``,
+            ``worst_text_cosine`` and, of three texts or more, ``same_nearest_text``.
+        batches, rows, tokens: How much data it was; padding is no token.
+    """
+
+    model: str
+    metric: str
+    figures: Mapping[str, float]
+    batches: int
+    rows: int
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """The figure of the metric that was asked for: 0 where nothing was lost."""
+        return self.figures[self.metric]
+
+    def require(self, loss: float) -> None:
+        """Nothing, if the loss is at most that: for a CI that gates on quality.
+
+        Raises:
+            LossError: It is more.
+        """
+        if not self.loss <= loss:
+            raise LossError(
+                f"{self.model} loses {self.loss:.4g} against float ({self.metric}: {_WORDS[self.metric]}), and at most "
+                f"{loss:g} is asked for; see what costs it (sensitivity), find better rules (tune), or train"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; ``schema`` is the version of this form."""
+        return {"schema": 1, **asdict(self), "figures": dict(self.figures), "loss": self.loss}
+
+    def _title(self) -> Line:
+        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        return line(f"{self.model} against float, on {data}: ", (f"{self.metric} {self.loss:.3g}", "bold"))
+
+    def _parts(self) -> Iterable[Part]:
+        rows = tuple((name, _shown(name, value), _WORDS[name]) for name, value in self.figures.items())
+        yield Table((Column("figure", wraps=False), number("value"), Column("what it is")), rows)
+
+
+def evaluate(
+    candidate: Any,
+    batches: Iterable[Mapping[str, Any]],
+    reference: nn.Module | None = None,
+    metric: str | None = None,
+) -> Evaluation:
+    """Compare a converted model, or a file made from one, with the float model at its output.
+
+    Bring texts that were not calibrated on. Padding does not count. Both run in eval mode, without gradients, with the
+    same random numbers; models are left as they were.
+
+    Args:
+        candidate: A converted model, alone or wrapped; or what :func:`~qdq_surgery.load_onnx` opened; or anything else
+            that takes the same keyword arguments and returns outputs of the same names.
+        batches: Keyword arguments of the model's forward, such as a tokenizer gives.
+        reference: The float model. Left out, the converted model itself with its quantizers off, which is that to the
+            bit.
+        metric: Which figure is the loss: ``mse`` if left out, ``cosine``, or ``kl`` for models with logits.
+
+    Returns:
+        The figures; :meth:`Evaluation.require` fails a build that loses too much.
+
+    Raises:
+        CalibrationError: There are no batches, or one cannot be used or judged.
+        ModelError: There is no float model: no reference is given, and the candidate is no converted model; or the
+            reference is none of Hugging Face.
+        OptionError: There is no such metric, or it is not for such outputs.
+    """
+    chosen = DEFAULT if metric is None else metric
+    if chosen not in METRICS:
+        raise OptionError(f"the metric {metric!r} is none; give {', '.join(map(repr, METRICS))}")
+    converted = unwrapped(candidate) if isinstance(candidate, nn.Module) else None
+    plain = converted if reference is None else reference
+    if not isinstance(plain, PreTrainedModel):
+        raise ModelError(
+            f"there is no float model to compare a {type(candidate).__name__} with; pass reference=, the Hugging Face "
+            "model that it was made from"
+        )
+    found = _Sums(plain)
+    total = len(batches) if isinstance(batches, Sized) else None
+    with _resting(plain, converted), torch.no_grad():
+        for index, batch in enumerate(track(batches, "comparing", total)):
+            inputs = prepared(plain, batch, index)
+            with quantization_disabled(plain) if quantizers(plain) else nullcontext():
+                wanted = run_seeded(plain, inputs, gpus_of(plain))
+            try:
+                found.add(inputs, wanted, _outputs(candidate, converted, inputs))
+            except CalibrationError as error:
+                raise CalibrationError(f"batch {index}: {error}") from error
+    figures = found.figures()
+    if chosen not in figures:
+        raise OptionError(
+            f"metric='{chosen}' is not for the outputs of {type(plain).__name__}; take one of "
+            f"{', '.join(repr(name) for name in METRICS if name in figures)}"
+        )
+    return Evaluation(type(plain).__name__, chosen, figures, *found.counts)
+
+
+@contextmanager
+def _resting(*models: PreTrainedModel | None) -> Iterator[None]:
+    """The models in eval mode; afterwards each module is in the mode that it had."""
+    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+
+    def put_back() -> None:
+        for module, mode in modes:
+            module.training = mode
+
+    with put_back_after(put_back):
+        for model in models:
+            if model is not None:
+                model.eval()
+        yield
+
+
+def _outputs(candidate: Any, converted: PreTrainedModel | None, inputs: Mapping[str, Any]) -> Any:
+    if converted is not None:
+        on = {
+            name: value.to(converted.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
+        }
+        return run_seeded(converted, on, gpus_of(converted))
+    return candidate(**{name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()})
+
+
+@dataclass
+class _Sums:
+    """What is added up over the batches."""
+
+    model: PreTrainedModel
+    counts: list[int] = field(default_factory=lambda: [0, 0, 0])
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    lowest: float = 1.0
+    texts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, inputs: Mapping[str, Any], wanted: Any, found: Any) -> None:
+        """Take note of a batch: its inputs, what the float model gives for it, and what the other one does."""
+        pairs = list(zip(main_outputs(wanted), main_outputs(found), strict=True))
+        for (name, one), (other_name, other) in pairs:
+            if name != other_name or one.shape != other.shape:
+                raise CalibrationError(
+                    f"the float model returns {name} with the shape {tuple(one.shape)}, the other {other_name} with "
+                    f"{tuple(other.shape)}; compare models with the same head"
+                )
+            self._compare(inputs, name, one.float(), other.to(one.device).float())
+        rows, tokens = counted(inputs)
+        self.counts = [self.counts[0] + 1, self.counts[1] + rows, self.counts[2] + tokens]
+
+    def _compare(self, inputs: Mapping[str, Any], name: str, wanted: Tensor, found: Tensor) -> None:
+        for metric in METRICS:
+            if metric == "kl" and not is_score(name):
+                continue
+            rows = [compared_rows(self.model, inputs, name, each, metric) for each in (wanted, found)]
+            if metric == "cosine" and rows[0].shape[1] < 2:
+                continue
+            if not bool(rows[1].isfinite().all()):
+                raise CalibrationError(f"{name} has a NaN or an infinite value")
+            self._count(metric, summed(metric, rows[1], rows[0]))
+            if metric == "cosine":
+                self.lowest = min(self.lowest, float(functional.cosine_similarity(rows[0], rows[1], dim=1).min()))
+            if metric == "kl" and rows[0].shape[1] > 1:
+                same = rows[0].argmax(1) == rows[1].argmax(1)
+                self._count("same_answer", (float(same.sum()), float(len(same))))
+        if name == _HIDDEN:
+            self.texts.append(tuple(_pooled(self.model, inputs, each) for each in (wanted, found)))  # type: ignore[arg-type]
+
+    def _count(self, name: str, more: tuple[float, float]) -> None:
+        total, weight = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (total + more[0], weight + more[1])
+
+    def figures(self) -> dict[str, float]:
+        """All of them, by name.
+
+        Raises:
+            CalibrationError: There were no batches.
+        """
+        if not self.counts[0]:
+            raise CalibrationError(NO_BATCHES)
+        made = {name: total / weight if weight else total for name, (total, weight) in self.sums.items()}
+        if "cosine" in made:
+            made["worst_cosine"] = self.lowest
+        if self.texts and all(len(each) for pair in self.texts for each in pair):
+            made.update(_of_texts(*(torch.cat(each) for each in zip(*self.texts, strict=True))))
+        return {name: made[name] for name in _WORDS if name in made}
+
+
+def _pooled(model: PreTrainedModel, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
+    """(texts, channels): the mean of each text's tokens, of length 1; empty if it cannot be told which these are."""
+    mask = token_mask(model, inputs)
+    if values.ndim != 3 or real_rows(values, mask) is None:
+        return values.new_empty(0, 0)
+    weights = values.new_ones(values.shape[:2]) if mask is None else mask.to(values).reshape(values.shape[:2])
+    mean = (values * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1.0)
+    return functional.normalize(mean, dim=-1).cpu()
+
+
+def _of_texts(wanted: Tensor, found: Tensor) -> Iterator[tuple[str, float]]:
+    cosines = (wanted * found).sum(-1)
+    yield "text_cosine", float(cosines.mean())
+    yield "worst_text_cosine", float(cosines.min())
+    if len(wanted) > 2:  # of two texts, each is the nearest of the other
+        yield "same_nearest_text", float((_nearest(wanted) == _nearest(found)).float().mean())
+
+
+def _nearest(embeddings: Tensor) -> Tensor:
+    return (embeddings @ embeddings.T).fill_diagonal_(-2.0).argmax(-1)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.4f}" if "cosine" in name and name != "cosine" else f"{value:.3g}"

@@ -1,0 +1,36 @@
+"""OpenVINO's own form of a file (IR: .xml and .bin), which tools that know nothing else of it load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qdq_surgery.targets.openvino.session import OpenVinoSession
+
+__all__ = ["run_own_form", "write_own_form"]
+
+
+def write_own_form(file: Path, form: Path) -> None:
+    """Write the ONNX ``file`` as ``form``, in full precision where it is not INT8.
+
+    Raises:
+        ModelError: OpenVINO is not installed.
+    """
+    openvino = OpenVinoSession.package("writing OpenVINO's own form")
+    openvino.save_model(openvino.convert_model(file), form, compress_to_fp16=False)
+
+
+def run_own_form(form: Path, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Its outputs by name, computed in float32 where it is not INT8.
+
+    Args:
+        form: What :func:`write_own_form` wrote a moment ago: nobody else's file is opened here.
+    """
+    core = OpenVinoSession.package("running OpenVINO's own form").Core()
+    compiled = core.compile_model(form, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled({port.any_name: inputs[port.any_name] for port in compiled.inputs})
+    return {port.any_name: np.array(found[port]) for port in compiled.outputs}

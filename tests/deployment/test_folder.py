@@ -1,0 +1,68 @@
+"""Deployed folders: whole or not there, and a runtime's own form that computes what the file does."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from exported import exported, inputs_for
+
+from qdq_surgery.deployment.folder import FILE, deployed_folder, model_files, write_own_form
+from qdq_surgery.errors import ModelError, ParityError
+from qdq_surgery.targets.openvino.own_form import write_own_form as written_by_openvino
+from qdq_surgery.targets.registry import TARGETS
+
+OPENVINO = TARGETS["openvino"]
+
+
+def test_openvinos_own_form_is_compared_with_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    assert OPENVINO.own_form is not None
+    qmodel, made = exported("bert", "BertModel", "openvino")
+    inputs = {name: value.numpy() for name, value in inputs_for(qmodel, (2, 9)).items()}
+    (tmp_path / "onnx").mkdir()
+    shutil.copy(made.path, tmp_path / FILE)
+    write_own_form(tmp_path, OPENVINO, inputs)
+    form = tmp_path / OPENVINO.own_form.path
+    size = form.stat().st_size + form.with_suffix(".bin").stat().st_size
+    files = [(FILE.as_posix(), (tmp_path / FILE).stat().st_size), (OPENVINO.own_form.path, size)]
+    assert model_files(tmp_path) == files
+
+    def with_a_mistake(file: Path, form: Path) -> None:
+        other = ir.load(file)
+        name = next(name for name in other.graph.initializers if name.endswith("weight_quantizer/turned/scale"))
+        value = other.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * 3, name=name)
+        ir.save(other, tmp_path / "other.onnx")
+        written_by_openvino(tmp_path / "other.onnx", form)
+
+    shutil.rmtree(form.parent)
+    wrong = replace(OPENVINO, own_form=OPENVINO.own_form._replace(write=with_a_mistake))
+    with pytest.raises(ParityError, match=f"{form.name}, which OpenVINO made of {FILE.name}, differs from it by"):
+        write_own_form(tmp_path, wrong, inputs)
+
+
+def test_a_runtime_without_a_form_of_its_own_gets_none(tmp_path: Path) -> None:
+    write_own_form(tmp_path, TARGETS["onnxruntime"], {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    source = tmp_path / "float"
+    (source / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "modules.json", "model.safetensors", "1_Pooling/config.json"):
+        (source / name).write_text(name)
+    with pytest.raises(RuntimeError, match="stop"), deployed_folder(tmp_path / "out", source, source):
+        raise RuntimeError("stop")
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+    with deployed_folder(tmp_path / "out", source, source) as draft:
+        assert not (tmp_path / "out").exists()
+        assert not (draft / "model.safetensors").exists()
+    names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert names == {"config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"}
+    with pytest.raises(ModelError, match="exists and is not empty"), deployed_folder(tmp_path / "out", source, source):
+        pass
