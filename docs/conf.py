@@ -40,7 +40,7 @@ napoleon_use_ivar = True
 add_module_names = False
 
 
-def _with_what_a_site_needs(app: Any, name: str, source: list[str]) -> None:
+def _with_what_a_site_needs(_: Any, name: str, source: list[str]) -> None:
     """The page ``name`` as Sphinx is to read it."""
     if name == "index":
         pages = re.findall(r"\]\(([\w-]+)\.md\)", source[0])

@@ -22,7 +22,12 @@ from qdq_surgery.cli.commands import main
 
 __all__ = ["PAGES", "SENTENCES", "Block", "Reader", "anchors", "blocks", "furnish", "prose"]
 
-PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *sorted(f"docs/{each.name}" for each in ROOT.glob("docs/*.md"))]
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{each.name}" for each in ROOT.glob("docs/*.md")),
+]
 
 #: Where the README's model lies on the Hub, and here a tiny one.
 SENTENCES = "sentence-transformers/all-MiniLM-L6-v2"
@@ -62,17 +67,17 @@ def anchors(page: str) -> list[str]:
     return found
 
 
-def furnish(folder: Path) -> None:
+def furnish(folder: Path, layers: int = 1) -> None:
     """What the pages say that a reader has: models in folders, their tokenizer, texts."""
-    texts = [f"the {noun} of the {other} came late" for noun in _NOUNS for other in _NOUNS[:4] if noun != other]
+    texts = [f"the {noun} of the {other} came late" for noun in _NOUNS for other in _NOUNS[:3] if noun != other]
     (folder / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     (folder / "other-texts.txt").write_text("\n".join(reversed(texts[:8])) + "\n", encoding="utf-8")
     tokenizer = tiny_tokenizer(texts)
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "num_hidden_layers": layers}
     build("bert", "BertForSequenceClassification", num_labels=2, **sizes).save_pretrained(folder / "my-bert")
     tokenizer.save_pretrained(folder / "my-bert")
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(**sizes, **small)).save_pretrained(folder / SENTENCES)
     tokenizer.save_pretrained(folder / SENTENCES)
 
