@@ -6,6 +6,7 @@ of pages from the links of the first one, and the full docstrings of the names i
 
 from __future__ import annotations
 
+import pydoc
 import re
 import sys
 import warnings
@@ -50,18 +51,27 @@ def _with_what_a_site_needs(_: Any, name: str, source: list[str]) -> None:
 
 
 def _with_docstrings(table: re.Match[str]) -> str:
-    names = re.findall(r"(?m)^\| `(\w+)` \|", table[0])
+    names = re.findall(r"(?m)^\| `([\w.]+)` \|", table[0])
     return "\n".join([table[0], "```{eval-rst}", *map(_directive, names), "```", ""])
 
 
 def _directive(name: str) -> str:
-    thing = getattr(qdq_surgery, name)
+    thing = pydoc.locate(f"qdq_surgery.{name}")
     if not isinstance(thing, type):
         return f".. autofunction:: qdq_surgery.{name}\n"
     own = "" if name.startswith("QDQBert") or issubclass(thing, Exception) else "   :members:\n"
     return f".. autoclass:: qdq_surgery.{name}\n{own}"
 
 
+def _names_without_spaces(_: Any, __: str, ___: str, ____: Any, _____: Any, lines: list[str]) -> None:
+    """``batches, rows: How much.`` is about both; with a space Sphinx takes the first for the type of the second."""
+    for number, line in enumerate(lines):
+        names = re.match(r" *[a-z]\w*(, [a-z]\w*)+: ", line)
+        if names is not None:
+            lines[number] = names[0].rstrip().replace(", ", ",") + line[names.end() - 1 :]
+
+
 def setup(app: Any) -> None:
     """Sphinx calls this."""
+    app.connect("autodoc-process-docstring", _names_without_spaces, priority=400)  # before napoleon's
     app.connect("source-read", _with_what_a_site_needs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import pydoc
 import re
 
 import pytest
@@ -109,10 +110,10 @@ def test_every_command_has_its_heading_and_its_example() -> None:
 
 def test_every_public_name_stands_in_the_reference() -> None:
     """With the first sentence of its docstring, or of what it says of itself."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", API, re.MULTILINE))
-    assert set(rows) == set(qs.__all__) - {"__version__"}
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+) \|$", API, re.MULTILINE))
+    assert set(rows) == {*qs.__all__, "trainer.QATTrainer"} - {"__version__"}
     for name, words in rows.items():
-        first = (inspect.getdoc(getattr(qs, name)) or "").split("\n")[0]
+        first = (inspect.getdoc(pydoc.locate(f"qdq_surgery.{name}")) or "").split("\n")[0]
         plain = re.sub(r":\w+:`~?([\w.]+)`", lambda role: f"`{role[1].rpartition('.')[2]}`", first).replace("``", "`")
         assert words == plain, f"{name}: {plain}"
 
