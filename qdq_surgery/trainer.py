@@ -92,7 +92,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
     learned, without weight decay, where :func:`~qdq_surgery.learn_ranges` or a rule's ``learn: true`` says so.
 
     Args:
-        *args, **kwargs: As for ``transformers.Trainer``.
+        args, kwargs: As for ``transformers.Trainer``.
         teacher: A float model with the same head; the loss is then mixed with :func:`distillation_loss`, and of a batch
             without labels, as of plain texts, it is that alone; dropout is then off, as is gradient checkpointing.
         temperature: Of the distillation.

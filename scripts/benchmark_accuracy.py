@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=256, help="texts of each sample (default 256)")
     parser.add_argument("--samples", type=int, default=3, help="samples of calibration texts (default 3)")
     parser.add_argument("--only", default="", help="contenders whose names match this regular expression")
-    parser.add_argument("--markdown", action="store_true", help="print a table for a README")
+    parser.add_argument("--markdown", action="store_true", help="print a table for docs/accuracy.md")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     folder = checkpoint()

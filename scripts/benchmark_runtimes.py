@@ -3,11 +3,11 @@
     python scripts/benchmark_runtimes.py [--models base,minilm] [--shapes 8x128,1x128,1x384] [--runs 11] [--markdown]
 
 BERT-base and the shape of all-MiniLM-L6, for question answering, with random weights. All contenders are in one process
-and take turns; figures are medians over the rounds. ``--markdown`` prints the README's table. Those whose packages are
-not installed are skipped with a word (``pip install onnx onnxscript onnxruntime openvino nncf torchao`` has them all);
-the reference's export needs ``--reference PYTHON``, the Python of an environment with transformers 4.40.2,
-pytorch-quantization 2.1.3 and onnx. Let nothing else run meanwhile: rounds that other processes disturb are run again,
-and if they do not end, a line says so.
+and take turns; figures are medians over the rounds. ``--markdown`` prints the table of docs/benchmarks.md. Those whose
+packages are not installed are skipped with a word (``pip install onnx onnxscript onnxruntime openvino nncf torchao``
+has them all); the reference's export needs ``--reference PYTHON``, the Python of an environment with transformers
+4.40.2, pytorch-quantization 2.1.3 and onnx. Let nothing else run meanwhile: rounds that other processes disturb are run
+again, and if they do not end, a line says so.
 """
 
 from __future__ import annotations
@@ -186,7 +186,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip", type=words, default=[])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--reference", type=Path, metavar="PYTHON", help="of an environment with the real QDQBERT")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table in place of the terminal's")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of docs/benchmarks.md in place of the terminal's"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the models' files here")
     arguments = parser.parse_args(given)

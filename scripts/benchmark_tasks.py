@@ -5,8 +5,8 @@
 For each task and seed: fine-tunes the float model on generated data, collects activations once, sets the ranges by each
 method and evaluates on held-out data; then trains with the full recipe for a tenth of the float model's steps, learning
 from the float model. The embedding task has no training: sentence embeddings of real text against the float model's.
-Prints the README's table and writes every figure to ``--output`` as it comes; figures that are there already stay.
-MODEL_DIR is all-MiniLM-L6-v2 if left out.
+Prints the table of docs/accuracy.md and writes every figure to ``--output`` as it comes; figures that are there already
+stay. MODEL_DIR is all-MiniLM-L6-v2 if left out.
 """
 
 from __future__ import annotations

@@ -344,7 +344,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """Take the range from the calibrator.
 
         Args:
-            *args, **kwargs: For the calibrator's ``compute_amax``. Left out, the rule's own method is used.
+            args, kwargs: For the calibrator's ``compute_amax``. Left out, the rule's own method is used.
             strict: Whether to raise, rather than set NaN, when the calibrator has seen nothing.
 
         Raises:

@@ -84,7 +84,7 @@ class Figures:
         return made
 
     def markdown(self) -> str:
-        """For the README: without the cosines."""
+        """For docs/benchmarks.md: without the cosines."""
         shapes = [shape.replace("x", " x ") for shape in self.shapes]
         lines = [f"| {self.words} | " + " | ".join([*shapes, "file"]) + " |", "|---|" + "--:|" * (len(shapes) + 1)]
         for name, measured in self.contenders.items():

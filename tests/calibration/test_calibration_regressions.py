@@ -232,7 +232,7 @@ def test_a_list_of_axes_is_an_axis() -> None:
 
 @pytest.mark.slow
 def test_16_bits_take_no_gigabytes() -> None:
-    """The README's own file asks for it: 16 bits, the best method. The tables are made in blocks."""
+    """The file in docs/rules.md asks for it: 16 bits, the best method. The tables are made in blocks."""
     model = converted()
     seen = next(iter(qs.collect(model, [batch_for(model, (2, 8))]).seen.values()))
     assert seen.histogram is not None

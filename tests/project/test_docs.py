@@ -1,82 +1,90 @@
-"""The README is true: its code runs, its table is what the tests find, its commands exist, its diff is the diff.
+"""The pages for people are true: links and files are there, tables are what the tests find, the picture is the diff.
 
-And of all pages: the files that they name and link to are there, code runs, no line is too long.
+That their code runs is tested in test_pages.py.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import pydoc
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from architectures import BY_TYPE, EXPECTED, build
+from pages import PAGES, anchors, blocks, prose
 from repository import ROOT
 
 import qdq_surgery as qs
-from qdq_surgery.cli.commands import main
+from qdq_surgery.cli.commands import _parser
 from tasks.options import parse
 
-README = (ROOT / "README.md").read_text()
-
-PAGES = [
-    "README.md",
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RULES = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 
 #: Where a page's `rules/spec.py` may lie.
 PLACES = (ROOT, ROOT / "qdq_surgery")
 
-
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_the_steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnx")
-    monkeypatch.chdir(tmp_path)
-    build("bert", "BertForSequenceClassification", num_labels=2).save_pretrained("my-bert")
-    rules, scaled = blocks("yaml")
-    Path("mine.yaml").write_text(rules)
-    Path("scaled.yaml").write_text(scaled)
-    torch.manual_seed(0)
-    batches = [
-        {"input_ids": torch.randint(3, 60, (2, length)), "attention_mask": torch.ones(2, length, dtype=torch.long)}
-        for length in (5, 8)
-    ]
-    scope: dict[str, Any] = {"batches": batches, "other_batches": batches[:1]}
-    code = blocks("python")
-    assert len(code) == 10
-    for block in code[:-2]:
-        exec(block, scope)
-    assert Path("model.onnx").stat().st_size > 0
-    # What was saved is the calibrated, fine-tuned model, and it comes back whole.
-    trained, again = scope["qmodel"], scope["again"]
-    ranges = {name: quantizer.amax for name, quantizer in qs.quantizers(again).items()}
-    assert all(torch.equal(quantizer.amax, ranges[name]) for name, quantizer in qs.quantizers(trained).items())
-    with torch.no_grad():
-        assert torch.equal(again(**batches[0]).logits, trained(**batches[0]).logits)
-        assert not torch.equal(qs.convert(scope["model"])(**batches[0]).logits, trained(**batches[0]).logits)
-    assert type(scope["bert"]) is qs.QDQBertForSequenceClassification
-    assert len(scope["outputs"].attentions) == 2
-    exec(code[-2], scope)
-    assert "+ add_local_input_quantizer" in capsys.readouterr().out
-    # This block converted with the rules of the README.
-    bits = {name: q.num_bits for name, q in qs.quantizers(scope["qmodel"]).items()}
-    assert bits["bert.encoder.layer.1.output.dense._input_quantizer"] == 16
-    assert not any(".layer.0." in name and ".add_" in name for name in bits)
-    exec(code[-1], scope)
-    assert "quantizers with a scale per channel" in capsys.readouterr().out
+#: What may stand in a link to another site: no test looks whether it answers.
+OUTSIDE = "https://"
 
 
-def test_the_table_of_models_is_what_the_tests_find() -> None:
-    found = re.findall(r"^\| ([a-z0-9-]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| 0 \| (\d+) \|$", README, re.MULTILINE)
+def links(page: str) -> list[str]:
+    """Where the links of a page lead. (Of those with a name, which stand at its end, none leads to a page.)"""
+    return re.findall(r"\]\(([^)\s]+)\)", prose(page))
+
+
+def broken(page: str, link: str) -> bool:
+    """Whether what a page links to is not there: no such file, or no such heading in it."""
+    if link.startswith(OUTSIDE):
+        return False
+    name, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / name if name else ROOT / page
+    if not target.exists():
+        return True
+    return bool(anchor) and anchor not in anchors(target.resolve().relative_to(ROOT).as_posix())
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 9_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_linked_to_is_there(page: str) -> None:
+    assert not [link for link in links(page) if broken(page, link)]
+
+
+def test_a_link_that_leads_nowhere_is_seen() -> None:
+    assert broken("README.md", "docs/none.md")
+    assert broken("docs/guide.md", "rules.md#no-such-heading")
+    assert not broken("docs/guide.md", "rules.md#patterns")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_are_there(page: str) -> None:
+    text = prose(page)
+    named = re.findall(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|sh|yaml|md))?)`", text)
+    missing = [path for path in named if "NAME" not in path and not any((place / path).exists() for place in PLACES)]
+    assert not missing
+    assert not [each for each in re.findall(r"\bscripts/\w+\.(?:sh|py)", text) if not (ROOT / each).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_line_of_prose_is_too_long(page: str) -> None:
+    most = 125 if page in ("README.md", "CHANGELOG.md") else 120
+    for number, line in enumerate((ROOT / page).read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= most or re.match(r"[| ]|\[.+\]: https://", line), f"{page}:{number}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and page != "docs/index.md"])
+def test_every_page_is_found_from_the_first_two(page: str) -> None:
+    assert page in links("README.md")
+    assert page.removeprefix("docs/") in links("docs/index.md")
+
+
+def test_the_table_of_counts_is_what_the_tests_find() -> None:
+    found = re.findall(r"^\| ([a-z0-9-]+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| 0 \| (\d+) \|$", RULES, re.MULTILINE)
     wanted = [
         (model_type, str(len(architecture.heads())), *map(str, EXPECTED[model_type]))
         for model_type, architecture in BY_TYPE.items()
@@ -84,21 +92,35 @@ def test_the_table_of_models_is_what_the_tests_find() -> None:
     assert found == wanted
 
 
-def test_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = re.findall(r"^qdq-surgery (\w+)", "\n".join(blocks("bash")), re.MULTILINE)
-    assert commands == ["plan", "diff", "convert", "calibrate", "export", "rules"]
+def test_the_rules_are_described() -> None:
+    for name in qs.shipped_rules():
+        assert f"`{name}`" in README
+        assert f"| `{name}` |" in RULES
+    for place in qs.load_rules("qdqbert").rules:
+        assert place.why
+
+
+def test_every_command_has_its_heading_and_its_example() -> None:
+    [commands] = [action.choices for action in _parser()._actions if action.choices]
+    text = "\n".join(block.text for block in blocks("docs/command-line.md") if block.language == "bash")
     for command in commands:
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0
-    capsys.readouterr()
-    for script in re.findall(r"scripts/\w+\.(?:sh|py)", README):
-        assert (ROOT / script).is_file()
+        assert command in anchors("docs/command-line.md")
+        assert re.search(rf"^qdq-surgery {command}\b|^bash scripts/{command}\.sh", text, re.MULTILINE), command
+
+
+def test_every_public_name_stands_in_the_reference() -> None:
+    """With the first sentence of its docstring, or of what it says of itself."""
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.+) \|$", API, re.MULTILINE))
+    assert set(rows) == {*qs.__all__, "trainer.QATTrainer"} - {"__version__"}
+    for name, words in rows.items():
+        first = (inspect.getdoc(pydoc.locate(f"qdq_surgery.{name}")) or "").split("\n")[0]
+        plain = re.sub(r":\w+:`~?([\w.]+)`", lambda role: f"`{role[1].rpartition('.')[2]}`", first).replace("``", "`")
+        assert words == plain, f"{name}: {plain}"
 
 
 def test_the_example_s_commands_parse() -> None:
-    """They are run by test_run_scripts, on a model of a few parameters; here it is the README's own words."""
-    [walk] = [block for block in blocks("bash") if "run_qa.py" in block]
+    """They are run by test_run_scripts, on a model of a few parameters; here it is the page's own words."""
+    [walk] = [block.text for block in blocks("docs/qdqbert.md") if "run_qa.py" in block.text]
     lines = [line for line in walk.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
     data = next(line.partition("=")[2].strip('"') for line in lines if line.startswith("data="))
     runs = [line.replace("$data", data).split() for line in lines if "run_qa.py" in line]
@@ -122,50 +144,35 @@ def test_the_picture_is_the_diff() -> None:
     model = build("bert", "BertModel", num_hidden_layers=6)
     made = qs.diff(model, qs.convert(model))
     [block] = [block for block in made.blocks if block.block == "BertOutput"]
-    picture = README.split("```")[1]
+    picture = blocks("README.md")[0].text
     assert f"BertOutput  {block.where()}" in picture
     for row in block.rows:
         for line in (row.before, row.after):
             assert line is None or line.text in picture
-    assert picture.count("\n") == len(block.rows) + 3
+    assert picture.count("\n") == len(block.rows) + 2
 
 
-def test_the_rules_are_described() -> None:
-    for name in qs.shipped_rules():
-        assert name in README
-    for place in qs.load_rules("qdqbert").rules:
-        assert place.why
+def test_the_readme_s_figures_stand_on_the_page_of_figures() -> None:
+    """Those of the one small table; the page says which script makes them."""
+    rows = re.findall(r"^\| (\S.*) \| (\S+) \| (0\.\d{3}) \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    for name, cosine, nearest in rows:
+        assert re.search(rf"^\| {re.escape(name)} \| {re.escape(cosine)} \| \S+ \| {nearest} \|", page, re.MULTILINE), (
+            name
+        )
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_no_line_of_prose_is_too_long(name: str) -> None:
-    most = 125 if name in ("README.md", "CHANGELOG.md") else 120
-    for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
-        assert len(line) <= most or line.startswith(("|", " ")), f"{name}:{number}"
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_links_and_files_that_are_named_are_there(name: str) -> None:
-    page = ROOT / name
-    text = page.read_text()
-    for link in re.findall(r"\]\(([^)#\s]+)\)", text):
-        assert link.startswith("https://") or (page.parent / link).exists(), link
-    named = re.findall(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|sh|yaml|md))?)`", text)
-    missing = [path for path in named if "NAME" not in path and not any((place / path).exists() for place in PLACES)]
-    assert not missing
-
-
-@pytest.mark.parametrize("name", [name for name in PAGES if name != "README.md"])
-def test_code_of_the_other_pages_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {}
-    for block in blocks("python", (ROOT / name).read_text()):
-        exec(block, scope)
+def test_every_table_of_figures_names_its_script() -> None:
+    for page in ("docs/accuracy.md", "docs/benchmarks.md"):
+        for section in re.split(r"^## ", prose(page), flags=re.MULTILINE)[1:]:
+            if re.search(r"^\|.*\d \|$", section, re.MULTILINE):
+                assert re.search(r"scripts/\w+\.(py|sh)", section), section.partition("\n")[0]
 
 
 def test_the_five_commands_are_there() -> None:
-    [block] = blocks("bash", (ROOT / "CONTRIBUTING.md").read_text())
-    words = re.findall(r"^([^#\n]+?)\s+#", block, re.MULTILINE)
+    [block] = [block for block in blocks("CONTRIBUTING.md") if block.language == "bash"]
+    words = re.findall(r"^([^#\n]+?)\s+#", block.text, re.MULTILINE)
     assert len(words) == 5
     for path in re.findall(r"(?:scripts|tests|\.ci)/[\w/.]+", " ".join(words)):
         assert (ROOT / path).exists(), path

@@ -69,7 +69,7 @@ def test_the_readme_names_the_lowest_and_the_highest() -> None:
         "torch": ends([row.torch for row in rows]),
         "Python": ends([row.python for row in rows]),
     }.items():
-        assert re.search(rf"^\| {name} \| {low} \| {high} \|$", readme, re.MULTILINE), name
+        assert f"{name} {low} to {high}" in readme
 
 
 def test_a_failure_is_a_line_of_its_own() -> None:
