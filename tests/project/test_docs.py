@@ -16,7 +16,7 @@ from pages import PAGES, anchors, blocks, prose
 from repository import ROOT
 
 import qdq_surgery as qs
-from qdq_surgery.cli.commands import _parser
+from qdq_surgery.cli.commands import parser
 from tasks.options import parse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def test_the_rules_are_described() -> None:
 
 
 def test_every_command_has_its_heading_and_its_example() -> None:
-    [commands] = [action.choices for action in _parser()._actions if action.choices]
+    [commands] = [action.choices for action in parser()._actions if action.choices]
     text = "\n".join(block.text for block in blocks("docs/command-line.md") if block.language == "bash")
     for command in commands:
         assert command in anchors("docs/command-line.md")

@@ -25,7 +25,11 @@ LAYERS = {"docs/rules.md": 2}
 
 def needs(page: str) -> list[str]:
     code = "\n".join(block.text for block in blocks(page))
-    words = {"onnx": "export_onnx|qdq-surgery (export|quantize)", "openvino": 'runtime="openvino"', "accelerate": "QATTrainer"}
+    words = {
+        "onnx": "export_onnx|qdq-surgery (export|quantize)",
+        "openvino": 'runtime="openvino"',
+        "accelerate": "QATTrainer",
+    }
     return [name for name in OPTIONAL if re.search(words.get(name, name), code)]
 
 
