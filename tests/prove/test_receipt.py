@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures import batch_for, build
+from architectures import WIDTHS, batch_for, build
 from kept import kept
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,17 +32,6 @@ pytest.importorskip("openvino")
 
 #: Batch and tokens of all receipts here.
 SHAPE = (2, 24)
-
-#: Wide enough for the runtimes' integer kernels.
-WIDE = {"hidden_size": 64, "intermediate_size": 128}
-WIDTHS = {
-    "bert": WIDE,
-    "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 1},
-    "albert": WIDE,  # whose second layer is the first once more
-    "deberta-v2": {**WIDE, "num_hidden_layers": 1},
-    "mobilebert": {**WIDE, "true_hidden_size": 64, "intra_bottleneck_size": 64, "num_hidden_layers": 1},
-    "modernbert": {**WIDE, "num_hidden_layers": 2},  # the second looks at its neighborhood only
-}
 
 HEADS = {
     "bert": "BertForQuestionAnswering",
