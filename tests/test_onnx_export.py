@@ -180,9 +180,7 @@ HEADS: list[tuple[str, str, dict[str, Any]]] = [
     ("bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
     ("bert", "BertForMaskedLM", {"chunk_size_feed_forward": 3}),
     ("distilbert", "DistilBertForMultipleChoice", {"n_layers": 1, "num_hidden_layers": None}),
-    ("mobilebert", "MobileBertForNextSentencePrediction", {}),
     ("modernbert", "ModernBertForMaskedLM", {}),
-    ("deberta-v2", "DebertaV2ForTokenClassification", {}),
 ]
 
 
@@ -199,17 +197,6 @@ def test_every_head(model_type: str, head: str, options: dict[str, Any]) -> None
     with torch.no_grad():
         returned = type(qmodel(**inputs))
     assert metadata["outputs"] == f"{returned.__module__}.{returned.__qualname__}"
-
-
-def test_names_of_inputs_and_outputs() -> None:
-    _, file = exported("bert", "BertModel", num_hidden_layers=1, output_hidden_states=True)
-    graph = graph_of(file.path)
-    assert [value.name for value in graph.outputs] == [
-        "last_hidden_state", "pooler_output", "hidden_states.0", "hidden_states.1"
-    ]  # fmt: skip
-    assert [value.name for value in graph.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
-    assert {value.dtype for value in graph.inputs} == {ir.DataType.INT64}
-    assert {str(value.shape) for value in graph.inputs} == {"[batch,sequence]"}
 
 
 @pytest.mark.slow
@@ -460,7 +447,7 @@ def test_a_tied_embedding_is_looked_up_in_float(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_shared_ranges(tmp_path: Path) -> None:
     qmodel = calibrated(rules="fuse-qkv", num_hidden_layers=1)
-    file = export_onnx(qmodel, tmp_path / "model.onnx", target="tensorrt")
+    file = export_onnx(qmodel, tmp_path / "model.onnx", target="tensorrt", opset=20)  # in which ``tiny`` is traced
     assert_same(qmodel, file, inputs_for(qmodel, SHAPES[0]))
     weights = {name: value for name, value in open_exported(file.path).weights.items() if "self" in name}
     assert len(weights) == 3
@@ -868,12 +855,19 @@ def test_without_the_certificate_nothing_is_checked(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
-def test_attentions_are_outputs_of_a_dynamic_file(model_type: str, tmp_path: Path) -> None:
-    model = calibrated(model_type, **{"n_layers" if model_type == "distilbert" else "num_hidden_layers": 1})
+def test_names_of_inputs_and_outputs(tmp_path: Path) -> None:
+    """Of what the config asks for, and of what the example does."""
+    model = calibrated(num_hidden_layers=1, output_hidden_states=True)
     inputs = {**inputs_for(model, (2, 9)), "output_attentions": True}
     file = export_onnx(model, tmp_path / "model.onnx", inputs)
     assert file.parity is not None
+    graph = graph_of(file.path)
+    assert [value.name for value in graph.outputs] == [
+        "last_hidden_state", "pooler_output", "hidden_states.0", "hidden_states.1", "attentions.0"
+    ]  # fmt: skip
+    assert [value.name for value in graph.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert {value.dtype for value in graph.inputs} == {ir.DataType.INT64}
+    assert {str(value.shape) for value in graph.inputs} == {"[batch,sequence]"}
     others = inputs_for(model, (3, 12), mask=False)
     with torch.no_grad():
         wanted = model(**others, output_attentions=True)
