@@ -217,3 +217,15 @@ DECODERS = [
     ("roberta-prelayernorm", "RobertaPreLayerNormForCausalLM"),
     ("electra", "ElectraForCausalLM"),
 ]
+
+_WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+#: Wide enough for the runtimes' integer kernels. Files of one size for several tests: they are traced once for all.
+WIDTHS: dict[str, dict[str, Any]] = {
+    "bert": _WIDE,
+    "distilbert": {"dim": 64, "hidden_dim": 128, "n_layers": 1},
+    "albert": _WIDE,  # whose second layer is the first once more
+    "deberta-v2": {**_WIDE, "num_hidden_layers": 1},
+    "mobilebert": {**_WIDE, "true_hidden_size": 64, "intra_bottleneck_size": 64, "num_hidden_layers": 1},
+    "modernbert": {**_WIDE, "num_hidden_layers": 2},  # the second looks at its neighborhood only
+}

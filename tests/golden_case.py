@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,11 @@ class Golden:
         return qs.convert(self.model(), inplace=True)
 
     def calibrated(self) -> PreTrainedModel:
+        """A copy of its own: conversion takes longer."""
+        return copy.deepcopy(self._calibrated)
+
+    @functools.cached_property
+    def _calibrated(self) -> PreTrainedModel:
         qmodel = self.converted()
         for name, quantizer in qs.quantizers(qmodel).items():
             quantizer.amax = self.group("amax")[name]

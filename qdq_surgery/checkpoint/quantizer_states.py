@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -35,8 +36,12 @@ Folded = Mapping[str, "str | None"]
 
 def versions() -> dict[str, str]:
     """Of this package and of those that decide where an operator stands."""
-    others = {name: version(name) for name in ("transformers", "torch", "pytorch-quantization")}
+    others = {name: _installed(name) for name in ("transformers", "torch", "pytorch-quantization")}
     return {"qdq-surgery": __version__, **others}
+
+
+#: A version is read from a package's files, a twentieth of a conversion of a small model.
+_installed = functools.cache(version)
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,8 @@ def _alike(graph: Graph, other: Graph) -> bool:
             return len(one) == len(two) and all(map(same, one, two))
         if isinstance(one, dict):
             return one.keys() == two.keys() and all(same(value, two[name]) for name, value in one.items())
+        if isinstance(one, slice):
+            return same((one.start, one.stop, one.step), (two.start, two.stop, two.step))
         return bool(one == two)
 
     if len(graph.nodes) != len(other.nodes):

@@ -6,9 +6,10 @@ A rule file is data: nothing is evaluated or imported. How its text becomes a tr
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -99,9 +100,57 @@ def _find(rules: str | Path, beside: Path | None, what: str) -> Path:
 
 def _load(path: Path, chain: tuple[Path, ...], budget: Budget) -> RuleSet:
     path = path.resolve()
+    if path not in shipped_rules().values():
+        return _read(path, chain, budget)
+    known = _KNOWN.get(path)
+    if known is None or not known.holds():
+        own = Budget()
+        rules = _read(path, chain, own)
+        texts = [rules.text, *(_KNOWN[base].rules.text for base in rules.files[1:])]
+        known = _KNOWN[path] = _Known(rules, dict(zip(rules.files, texts, strict=True)), own)
+    # Where it is one too many, reading it says so, and where.
+    return known.spend(budget) if known.fits(chain, budget) else _read(path, chain, budget)
+
+
+def _read(path: Path, chain: tuple[Path, ...], budget: Budget) -> RuleSet:
     text = read_text(path, budget)
     root = compose(path, text, budget)
     return _File(path, text, (*chain, path), budget).rule_set(root)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was read of a shipped file: most calls ask for one of these few, and YAML is read slowly.
+
+    Attributes:
+        texts: Of the file and of those that it extends.
+        left: Of a whole budget, after it.
+    """
+
+    rules: RuleSet
+    texts: dict[Path, str]
+    left: Budget
+
+    def holds(self) -> bool:
+        """Whether the files still say so."""
+        return all(read_text(path, Budget()) == text for path, text in self.texts.items())
+
+    def fits(self, chain: tuple[Path, ...], budget: Budget) -> bool:
+        """Whether it may be read behind ``chain``, with what is left."""
+        return (
+            len(chain) + len(self.rules.files) <= _MAX_CHAIN
+            and Budget().bytes - self.left.bytes <= budget.bytes
+            and Budget().values - self.left.values <= budget.values
+        )
+
+    def spend(self, budget: Budget) -> RuleSet:
+        """A rule set of the caller's own, for what reading it takes of ``budget``."""
+        budget.bytes -= Budget().bytes - self.left.bytes
+        budget.values -= Budget().values - self.left.values
+        return copy.deepcopy(self.rules)
+
+
+_KNOWN: dict[Path, _Known] = {}
 
 
 class _File:

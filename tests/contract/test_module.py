@@ -141,7 +141,7 @@ def test_gradient_checkpointing(model_type: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("model_type", "strict"), [*((kind, False) for kind in KINDS), ("bert", True)])
+@pytest.mark.parametrize(("model_type", "strict"), [("deberta-v2", False), ("modernbert", False), ("bert", True)])
 def test_torch_export_with_dynamic_shapes(model_type: str, strict: bool) -> None:
     qmodel = calibrated(model_type, num_hidden_layers=2 if model_type == "modernbert" else 1)  # the second is local
     example = batch_for(qmodel, (3, 9))
@@ -155,7 +155,7 @@ def test_torch_export_with_dynamic_shapes(model_type: str, strict: bool) -> None
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("model_type", ["bert", "mpnet", "deberta-v2"])
+@pytest.mark.parametrize("model_type", ["mpnet", "deberta-v2"])  # BERT without a break: below
 def test_torch_compile_without_graph_breaks(model_type: str) -> None:
     qmodel = calibrated(model_type, num_hidden_layers=1)
     torch._dynamo.reset()

@@ -12,6 +12,7 @@ from counting import Counting
 
 import qdq_surgery as qs
 from lineage import KIN, OTHERS, OUTSIDE, Kin, build, candidates, examples, heads
+from qdq_surgery.surgery.model_state import plan_of
 
 PRODUCTS = {"linear", "matmul", "baddbmm", "einsum", "sdpa", "conv1d", "autograd_function", "block"}
 
@@ -58,12 +59,12 @@ def test_sixty_types_pass_every_stage() -> None:
 def test_it_converts_and_nothing_is_left_out_in_silence(kin: Kin) -> None:
     head = heads(kin.model_type)[0]
     model = build(kin, head)
-    made = qs.plan(model)
+    qmodel = qs.convert(model)
+    made = plan_of(qmodel)
     passed, *counts = rows()[kin.model_type][:4]
     assert passed.endswith(f" of {len(heads(kin.model_type))}")
     kinds = ("linear", "matmul", "residual add")
     assert [f"{made.coverage[kind].quantized}/{made.coverage[kind].found}" for kind in kinds] == counts
-    qmodel = qs.convert(model)
     batch = examples(model, (3, 12))
     for training in (False, True):
         model.train(training)

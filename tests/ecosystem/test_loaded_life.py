@@ -40,6 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer, for what compilers do to each in turn."""
+    path = tmp_path_factory.mktemp("models") / "small"
+    calibrated(num_hidden_layers=1).save_pretrained(path)
+    return path
+
+
 def load(folder: Path, **options: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     return model
@@ -203,16 +211,16 @@ def test_another_attention_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_at_once_in_parts(folder: Path) -> None:
-    model = load(folder)
+def test_compiled_at_once_in_parts(small: Path) -> None:
+    model = load(small)
     torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(model, backend="eager")(**padded(model)).logits
-    assert torch.equal(found, calibrated()(**padded(model)).logits)
+    assert torch.equal(found, calibrated(num_hidden_layers=1)(**padded(model)).logits)
 
 
-def test_compiled_in_one_graph_after_a_call(folder: Path) -> None:
-    model = load(folder)
+def test_compiled_in_one_graph_after_a_call(small: Path) -> None:
+    model = load(small)
     batch = padded(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -229,8 +237,8 @@ def test_compiled_in_one_graph_after_a_call(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported(strict: bool, folder: Path) -> None:
-    model = load(folder)
+def test_exported(strict: bool, small: Path) -> None:
+    model = load(small)
     batch = padded(model)
     if strict:  # which torch.compile's tracer does, see above
         model(**batch)

@@ -1,8 +1,12 @@
-"""What a model was looked at with is gone when the look is over: at once, not when Python next collects its garbage."""
+"""What a model was looked at with is gone when the look is over: at once, not when Python next collects its garbage.
+
+And how the graphs of two looks are compared.
+"""
 
 from __future__ import annotations
 
 import gc
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import batch_for, build
+from torch.fx import Graph
 
 import qdq_surgery as qs
+from qdq_surgery.match.analyze import _alike, _difference
 
 
 @contextmanager
@@ -59,3 +65,22 @@ def test_no_activation_outlives_a_call() -> None:
         assert left_by(lambda: model(**batch)) == []
         batch.pop("attention_mask", None)
         assert left_by(lambda: model(**batch, output_attentions=True)) == []  # a graph of its own, recorded now
+
+
+def sliced(make: Callable[[Any], slice]) -> Graph:
+    """``x[...]``, by a slice that is made from the size of x."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    size = graph.call_function(operator.getitem, (graph.call_method("size", (x,)), 1))
+    graph.output(graph.call_function(operator.getitem, (x, make(size))))
+    return graph
+
+
+def test_graphs_are_compared_to_the_ends_of_their_slices() -> None:
+    assert _difference(sliced(lambda size: slice(0, size)), sliced(lambda size: slice(0, size))) is None
+    assert _alike(sliced(lambda size: slice(0, size)), sliced(lambda size: slice(0, size)))
+    for other in (lambda size: slice(size, 0), lambda size: slice(0, size, 2), lambda _: slice(0, 7)):
+        assert _difference(sliced(lambda size: slice(0, size)), sliced(other)) is not None
+    difference = _difference(sliced(lambda _: slice(0, 7)), sliced(lambda _: slice(0, 9)))
+    assert difference is not None
+    assert "slice(0, 7" in difference

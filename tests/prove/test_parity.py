@@ -28,7 +28,6 @@ from exported import calibrated, exported, inputs_for, site_checks  # noqa: E402
 #: Model types, and a site in the middle of each, by the ends of its activation's and its weight's names.
 MODELS = {
     "bert": ("layer.0.attention.self.matmul_k_input_quantizer", "layer.0.intermediate.dense"),
-    "distilbert": ("layer.0.attention.matmul_v_input_quantizer", "layer.1.ffn.lin1"),
     "deberta-v2": ("layer.0.attention.self.matmul_position_input_quantizer", "layer.0.output.dense"),
     "modernbert": ("layers.1.attn.matmul_a_input_quantizer", "layers.1.mlp.Wi"),
 }
@@ -36,7 +35,6 @@ MODELS = {
 #: One file with open shapes; the others with fixed ones, traced in half the time.
 OPTIONS: dict[str, dict[str, Any]] = {
     "bert": {"num_hidden_layers": 1},
-    "distilbert": {"dynamic": False},
     "deberta-v2": {"num_hidden_layers": 1, "dynamic": False},
     "modernbert": {"dynamic": False},
 }
@@ -127,8 +125,17 @@ def corrupted(path: Path, site: Site, change: Callable[[Any, Any], None], folder
     return folder / "corrupted.onnx"
 
 
-@pytest.mark.parametrize("change", [*ACTIVATION, *WEIGHT])
-@pytest.mark.parametrize("model_type", MODELS)
+#: Every change to one model's file; to the others', whose sites lie elsewhere, one to each kind of site.
+SPOILT = [
+    *(("bert", change) for change in (*ACTIVATION, *WEIGHT)),
+    ("deberta-v2", quantize_scale),
+    ("deberta-v2", one_integer),
+    ("modernbert", other_zero_point),
+    ("modernbert", one_channel),
+]
+
+
+@pytest.mark.parametrize(("model_type", "change"), SPOILT)
 def test_it_names_the_site(model_type: str, change: Callable[[Any, Any], None], tmp_path: Path) -> None:
     qmodel, path = model_of(model_type)
     activation, weight = MODELS[model_type]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from qdq_surgery.errors import QdqSurgeryError, RuleFileError, printable
+from qdq_surgery.rules import yaml_file
 from qdq_surgery.rules.pattern import parse_pattern
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 from qdq_surgery.rules.schema import SCHEMA
@@ -1655,6 +1656,40 @@ def test_a_shipped_file_loads(name: str) -> None:
     own = [rule for rule in rules.rules if rule not in inherited]
     assert own or base is not None  # what extends another may only exclude
     assert all(rule.why and rule.source.startswith(f"{path.name}:") for rule in own)
+
+
+def test_whoever_loads_a_shipped_file_has_rules_of_his_own() -> None:
+    first, wanted = load_rules("onnxruntime"), load_rules("onnxruntime")
+    assert first.specs is not wanted.specs
+    first.specs.clear()  # type: ignore[attr-defined]
+    assert load_rules("onnxruntime") == wanted
+
+
+def test_a_shipped_file_that_changes_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qdqbert", "qdqbert-scaled", "onnxruntime"):
+        (tmp_path / f"{name}.yaml").write_text(shipped_rules()[name].read_text())
+    monkeypatch.setattr(yaml_file, "shipped_rules", lambda: {path.stem: path for path in tmp_path.glob("*.yaml")})
+    before = load_rules("onnxruntime")
+    base = tmp_path / "qdqbert.yaml"
+    base.write_text(base.read_text().replace("name: encoder-linear\n", "name: linears\n"))
+    load_rules("qdqbert")  # by itself; what extends it is not to be taken for new
+    after = load_rules("onnxruntime")
+    named = [{rule.name for rule in each.rules} & {"encoder-linear", "linears"} for each in (before, after)]
+    assert named == [{"encoder-linear"}, {"linears"}]
+    base.write_text("schema: 1\n")
+    with pytest.raises(RuleFileError, match="is missing"):
+        load_rules("onnxruntime")
+
+
+def test_what_shipped_files_hold_counts_for_those_that_extend_them(tmp_path: Path) -> None:
+    """Read before or not."""
+    globs = ", ".join(['"*"'] * 950)
+    entries = "exclude:\n" + f"  - {{why: w, rules: [{globs}]}}\n" * 3
+    write(tmp_path / "many.yaml", f"{GOOD}{entries}")
+    assert len(load_rules(tmp_path / "many.yaml").exclude) == 3
+    write(tmp_path / "more.yaml", f"{HEAD}extends: onnxruntime\n{entries}")
+    load_rules("onnxruntime")
+    assert "too many values" in refusal(tmp_path / "more.yaml").found
 
 
 def test_what_the_shipped_files_hold() -> None:

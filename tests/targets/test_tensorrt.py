@@ -47,7 +47,7 @@ ARCHITECTURES = ("bert", "distilbert", "albert", "mpnet", "deberta-v2", "modernb
 HEADS = {"distilbert": {"n_heads": 2}}
 
 #: Where a layer reads another one, or the second is not like the first; the others have one layer.
-DEPTH = {"bert": 2, "albert": 2, "modernbert": 2}
+DEPTH = {"albert": 2, "modernbert": 2}
 
 PRECISIONS = {"float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 

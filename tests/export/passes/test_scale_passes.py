@@ -120,6 +120,10 @@ def test_a_number_behind_anything_else_stays() -> None:
 
 
 _LAYERS = "num_hidden_layers"
+
+#: Their graphs are BERT's: they differ from it in how positions are counted.
+COPIES = ("roberta", "xlm-roberta", "camembert")
+
 DEPTH = {"distilbert": "n_layers"}
 
 
@@ -179,7 +183,7 @@ def test_a_file_in_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", BY_TYPE)
+@pytest.mark.parametrize("model_type", [each for each in BY_TYPE if each not in COPIES])
 def test_outliers_of_every_architecture_on_openvino(model_type: str, tmp_path: Path) -> None:
     """Whatever an operand comes from, and whatever else reads that: the certificate compares every site."""
     pytest.importorskip("openvino")
