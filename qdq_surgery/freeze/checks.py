@@ -104,8 +104,8 @@ def _why_not(linear: QuantLinear, name: str) -> str | None:
             return f"its {side} quantizer clips, or gives integers, by a descriptor of its own"
         if quantizer._num_bits != 8:
             raise ModelError(
-                f"{name}: its {side} is on a grid of {quantizer._num_bits} bits ({quantizer.grid}), and integer products "
-                "have 8; change the rule's num_bits, or disable this quantizer"
+                f"{name}: its {side} is on a grid of {quantizer._num_bits} bits ({quantizer.grid}), and integer "
+                "products have 8; change the rule's num_bits, or disable this quantizer"
             )
     assert linear._input_quantizer is not None
     assert linear._weight_quantizer is not None

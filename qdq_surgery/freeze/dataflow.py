@@ -39,7 +39,7 @@ def _readers(value: Value) -> Iterator[Value | None]:
 
 
 def _outside(value: Value) -> Iterator[Value | None]:
-    """Who reads what a block returns: a value alone. (Of several, nothing is known.)"""
+    """Who reads what a block returns: one value, for of several nothing is known."""
     graph = value.graph
     if graph.caller is None or graph.call is None or graph.output is not value.node:
         yield None

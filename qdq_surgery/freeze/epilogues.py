@@ -9,7 +9,7 @@ becomes one that lets everything pass; so whatever calls it, recorded graph or o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from qdq_surgery.match.subgraph import Value
 __all__ = ["Done", "Epilogue", "find_epilogues", "fuse"]
 
 #: What oneDNN computes in an epilogue: its words, and the function.
-_POST_OPS = {
+_POST_OPS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
     ("gelu", "none"): functional.gelu,
     ("gelu", "tanh"): functools.partial(functional.gelu, approximate="tanh"),
     ("relu", ""): functional.relu,
@@ -123,7 +123,7 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _post_op(module: nn.Module | None) -> tuple[str, str] | None:
-    """oneDNN's words for what a module computes, found by what it computes; ``None`` if it has none for it."""
+    """OneDNN's words for what a module computes, found by what it computes; ``None`` if it has none for it."""
     if module is None or not is_leaf(module) or any(True for _ in module.parameters()) or isinstance(module, nn.Linear):
         return None
     values = torch.linspace(-12.0, 12.0, 4801)
@@ -134,7 +134,9 @@ def _post_op(module: nn.Module | None) -> tuple[str, str] | None:
             return None
         if not isinstance(found, Tensor) or found.shape != values.shape or found.dtype != values.dtype:
             return None
-        near = (words for words, function in _POST_OPS.items() if float((found - function(values)).abs().max()) < _ALIKE)
+        near = (
+            words for words, function in _POST_OPS.items() if float((found - function(values)).abs().max()) < _ALIKE
+        )
         return next(near, None)
 
 

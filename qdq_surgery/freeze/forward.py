@@ -37,7 +37,9 @@ class FrozenForward(QuantizedForward):
         """
         if self.edits:
             return super().__call__(module, args, kwargs)
-        if not self.holds(module, args, kwargs) and (torch.compiler.is_compiling() or not self._record(module, args, kwargs)):
+        if not self.holds(module, args, kwargs) and (
+            torch.compiler.is_compiling() or not self._record(module, args, kwargs)
+        ):
             return self.original(module, *args, **kwargs)
         return super().__call__(module, args, kwargs)
 

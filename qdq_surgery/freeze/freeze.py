@@ -61,7 +61,7 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
     choice = choose(qmodel)
     target = qmodel if inplace else _copied(qmodel, choice)
     with all_or_nothing(target), kept_random([]), torch.no_grad():
-        rules = plan_of(target).rules.name
+        plan = plan_of(target)
         target.eval()
         for name in choice.integer:
             linear = target.get_submodule(name)
@@ -72,7 +72,7 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
         units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
         fused = tuple(fuse(target, find_epilogues(target, units)))
         shared = _share(target, [graph for each in surveys for graph in each.graphs()])
-        declare(target, FrozenState(rules, choice.kept, fused, shared))
+        declare(target, FrozenState(plan, choice.kept, fused, shared))
         # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
         for inputs, _ in calls:
             _run(target, inputs)

@@ -14,6 +14,7 @@ from qdq_surgery.checkpoint.save import SAVE_ATTRIBUTE
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.epilogues import Epilogue
 from qdq_surgery.freeze.linear import FROZEN
+from qdq_surgery.match.plan import Plan
 from qdq_surgery.surgery.model_state import FROZEN_ATTRIBUTE, set_state
 
 __all__ = ["FrozenState", "declare", "frozen_state"]
@@ -24,13 +25,13 @@ class FrozenState:
     """What a frozen model knows of itself.
 
     Attributes:
-        rules: Name of the rule set that it was converted by.
+        plan: What it was converted by.
         kept: Of each quantized linear that stays in float, why.
         epilogues: The functions that products compute in their epilogues, and whose roundings with them.
         shared: For each block in which linears share what they read, their paths, group by group.
     """
 
-    rules: str
+    plan: Plan
     kept: dict[str, str]
     epilogues: tuple[Epilogue, ...]
     shared: dict[str, tuple[tuple[str, ...], ...]]

@@ -71,20 +71,17 @@ class InputGrid(nn.Module):
         if inputs.dtype == torch.uint8:
             return inputs
         work = inputs.float()
+        low, high = self.lowest - self.zero_point, self.highest - self.zero_point
         if torch.compiler.is_compiling():
             # What inductor merges into whatever made the values.
-            integers = (work * self.factor).round() + self.zero_point
-            return integers.clamp(self.lowest, self.highest).to(torch.uint8)
+            return ((work * self.factor).round().clamp(low, high) + self.zero_point).to(torch.uint8)
         if self.never_negative and bool((work < 0).any()):
             raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
-        # One pass over memory, where the arithmetic takes five.
-        if self.factor.ndim == 0 and float(self.factor) > 0:
-            stored = torch.quantize_per_tensor(work, float(self.step), self.zero_point, torch.quint8)
-        else:
-            stored = torch.quantize_per_tensor(work * self.factor, 1.0, self.zero_point, torch.quint8)
-        made = stored.int_repr()
-        whole = (self.lowest, self.highest) == (0, 255)
-        return made if whole else made.clamp_(self.lowest, self.highest)
+        # In place: what costs is memory that is touched for the first time.
+        integers = (work * self.factor).round_().clamp_(low, high)
+        if self.zero_point != _SIGNED:
+            return integers.add_(self.zero_point).to(torch.uint8)
+        return integers.to(torch.int8).view(torch.uint8).bitwise_xor_(_SIGNED)
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """What stored integers stand for, float32: values over the channels' scales, of which the weight has them."""
@@ -98,6 +95,6 @@ class InputGrid(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputGrid:
         # A factor in bfloat16 would have 8 bits; and there is one device.
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(kept)
         return self

@@ -59,8 +59,8 @@ class PackedWeight:
         return PackedWeight, (self.integers(),)
 
 
-_LIBRARY = torch.library.Library("qdq_surgery", "DEF")
-_LIBRARY.define(
+_LIBRARY = torch.library.Library("qdq_surgery", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "integer_linear(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor step, int zero_point, "
     "Tensor? out_step, int out_zero_point, ScalarType dtype, str post_op, str algorithm) -> Tensor"
 )
@@ -98,10 +98,10 @@ def _on_cpu(
     return result
 
 
-_LIBRARY.impl("integer_linear", _on_cpu, "CPU")
+_LIBRARY.impl("integer_linear", _on_cpu, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("qdq_surgery::integer_linear", lib=_LIBRARY)
+@torch.library.register_fake("qdq_surgery::integer_linear", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _shape_only(
     input: Tensor,  # noqa: A002
     weight: Tensor,  # noqa: ARG001
@@ -120,8 +120,8 @@ def _shape_only(
 
 #: (input, weight, scale, bias, step, zero_point, out_step, out_zero_point, dtype, post_op, algorithm) -> Tensor:
 #: ``post_op((input - zero_point) * step @ (integers * scale).T + bias)``, rounded to steps of ``out_step`` where
-#: ``dtype`` is uint8. ``input`` is uint8, (..., in_features); ``weight`` is the number of a :class:`PackedWeight`, int64,
-#: (); ``scale`` float32, (out_features,); ``step`` and ``out_step`` float32, ().
+#: ``dtype`` is uint8. ``input`` is uint8, (..., in_features); ``weight`` is the number of a :class:`PackedWeight`,
+#: int64, (); ``scale`` float32, (out_features,); ``step`` and ``out_step`` float32, ().
 integer_linear = torch.ops.qdq_surgery.integer_linear.default
 
 

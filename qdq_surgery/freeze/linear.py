@@ -53,7 +53,9 @@ class IntegerLinear(nn.Linear):
         if self.training or (input.requires_grad and torch.is_grad_enabled()):
             _refuse_training(self.training)
         if torch.compiler.is_exporting():
-            raise ModelError(f"{FROZEN}, and its packed weights are in no file; export the quantized model it is made of")
+            raise ModelError(
+                f"{FROZEN}, and its packed weights are in no file; export the quantized model it is made of"
+            )
         return integer_linear(  # type: ignore[no-any-return]
             self.input_grid(input),
             self.number,
@@ -94,15 +96,14 @@ class IntegerLinear(nn.Linear):
         if probe.dtype not in DTYPES:
             raise ModelError(f"{FROZEN} in float32 or bfloat16, and is to be {probe.dtype}; freeze it as it is to be")
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(kept)
         self.dtype = probe.dtype
         return self
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         raise ModelError(
-            f"{FROZEN}, and its integers have no form in files; save the quantized model that it is made of, and freeze "
-            "it again after loading"
+            f"{FROZEN}, and its integers have no form in files; save the quantized model, then freeze after loading"
         )
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
@@ -152,7 +153,7 @@ def make_integer(linear: QuantLinear) -> IntegerLinear:
     linear._parameters["weight"] = None
     linear._modules["input_grid"] = grid
     own = {"packed": packed, "dtype": dtype, "post_op": "none", "algorithm": "", "out_zero_point": 0}
-    vars(linear).update(own)
+    linear.__dict__.update(own)
     buffers = {"scale": scale, "number": torch.tensor(packed.number), "out_step": None}
     linear._buffers.update(buffers)
     linear._non_persistent_buffers_set = {*linear._non_persistent_buffers_set, *buffers}

@@ -1,6 +1,6 @@
 """Linears that read one tensor with one grid quantize it once: queries, keys and values start from one.
 
-    query(x), key(x), value(x)    becomes    q = query.input_grid(x); query(q), key(q), value(q)
+query(x), key(x), value(x)    becomes    q = query.input_grid(x); query(q), key(q), value(q)
 """
 
 from __future__ import annotations
