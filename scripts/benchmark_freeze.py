@@ -1,7 +1,7 @@
 """Time a frozen model against float, bfloat16 and fake quantization, all in PyTorch on the CPU; prints one table.
 
     python scripts/benchmark_freeze.py [--rules linear-only qdqbert] [--runs 7] [--shapes 8x128 1x128]
-        [--no-compile] [--layers 12] [--no-embeddings] [--profile]
+        [--no-compile] [--layers 12] [--no-embeddings] [--profile] [--threads 2]
 
 BERT-base with random weights. Everything is measured in one process, in turns, and given as medians; what counts are the
 ratios to float32. Weights are counted as bytes that the model holds: of the whole model, and of its quantized linears.
@@ -168,7 +168,9 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--embeddings", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     console = Console(width=160)
     compare(options, console)
     if options.embeddings:
