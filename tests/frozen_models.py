@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 
-__all__ = ["apart", "calibrated", "frozen", "outputs", "ties"]
+__all__ = ["apart", "calibrated", "frozen", "outputs"]
 
 
 @functools.lru_cache(maxsize=4)
@@ -32,9 +32,16 @@ def calibrated(
     return copy.deepcopy(made)
 
 
-def frozen(*args: Any, **options: Any) -> PreTrainedModel:
-    """The same, frozen."""
-    return qs.freeze(calibrated(*args, **options), inplace=True)
+@functools.lru_cache(maxsize=4)
+def _frozen(model_type: str, rules: str, head: str | None, options: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+    return qs.freeze(calibrated(model_type, rules, head, **dict(options)), inplace=True)
+
+
+def frozen(
+    model_type: str = "bert", rules: str = "linear-only", head: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """The same, frozen: a copy of one that was."""
+    return copy.deepcopy(_frozen(model_type, rules, head, tuple(sorted(options.items()))))
 
 
 def outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,12 +53,4 @@ def outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tenso
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of two outputs, over the largest value of its tensor."""
     assert one.keys() == other.keys()
-    return max(
-        float((one[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-30)) for name in one
-    )
-
-
-def ties(values: Tensor, factor: Tensor) -> Tensor:
-    """Where values lie between two integers, as near as a float tells: either may come out."""
-    steps = values.double() * factor.double()
-    return ((steps - steps.floor() - 0.5).abs() < 1e-4) | (steps.abs() > 1e6)
+    return max(float((one[name] - other[name]).abs().max() / other[name].abs().max().clamp(min=1e-30)) for name in one)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -67,14 +67,15 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
             linear = target.get_submodule(name)
             assert isinstance(linear, QuantLinear)
             make_integer(linear)
-        calls = list(_calls(target, example_inputs))
-        surveys = [_survey(target, *call) for call in calls]
+        calls = _calls(target, example_inputs)
+        surveys = [survey(target, inputs) for inputs in calls]
+        _mark_baked_sizes(target, surveys[0], calls[0], example_inputs is None)
         units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
         fused = tuple(fuse(target, find_epilogues(target, units)))
-        shared = _share(target, [graph for each in surveys for graph in each.graphs()])
+        shared = _share(target, list(surveys[0].graphs()))
         declare(target, FrozenState(plan, choice.kept, fused, shared))
         # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
-        for inputs, _ in calls:
+        for inputs in calls:
             _run(target, inputs)
     target.requires_grad_(False)
     return target
@@ -91,26 +92,21 @@ def _copied(qmodel: _Model, choice: Choice) -> _Model:
         ) from error
 
 
-_Call = tuple[dict[str, Any], dict[str, Any]]
+def _calls(model: PreTrainedModel, given: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The calls that are looked at: with a mask, and without one."""
+    first = make_examples(model, SHAPES[0]) if given is None else checked_examples(model, given)
+    return [first, without_mask(first)] if "attention_mask" in first else [first]
 
 
-def _calls(model: PreTrainedModel, given: Mapping[str, Any] | None) -> Iterator[_Call]:
-    """The calls that are looked at, each in two shapes: with a mask, and without one."""
-    if given is None:
-        first, second = (make_examples(model, shape) for shape in SHAPES)
-    else:
-        first = checked_examples(model, given)
-        second = next(iter(resized(first)), first)
-    yield first, second
-    if "attention_mask" in first:
-        yield without_mask(first), without_mask(second)
-
-
-def _survey(model: PreTrainedModel, inputs: dict[str, Any], others: dict[str, Any]) -> Survey:
-    first = survey(model, inputs)
-    mark_baked_sizes(first, survey(model, others))
-    first.drop_examples()
-    return first
+def _mark_baked_sizes(model: PreTrainedModel, seen: Survey, inputs: dict[str, Any], made: bool) -> None:
+    """Mark graphs that hold for one shape only, by another shape that the model takes; they are not rewritten."""
+    for other in [make_examples(model, SHAPES[1])] if made else resized(inputs):
+        try:
+            mark_baked_sizes(seen, survey(model, other))
+            return
+        except ModelError:  # of inputs of one's own not every other shape is one
+            if made:
+                raise
 
 
 def _share(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> dict[str, tuple[tuple[str, ...], ...]]:
@@ -121,7 +117,7 @@ def _share(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> di
         block = model.get_submodule(path) if path else model
         if path in shared or graph.kind != "forward" or graph.failure or graph.baked_size:
             continue
-        if not _same_children(block, graph) or "forward" in vars(block):
+        if not _is_of(block, graph) or "forward" in vars(block):
             continue
         found = groups(graph.graph, block)
         if found:
@@ -131,7 +127,7 @@ def _share(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> di
     return shared
 
 
-def _same_children(block: nn.Module, graph: BlockGraph) -> bool:
+def _is_of(block: nn.Module, graph: BlockGraph) -> bool:
     """Whether the graph is of the block itself, not of what was recorded around a leaf that stands alone."""
     return type(graph.owner).__name__ == type(block).__name__
 

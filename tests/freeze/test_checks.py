@@ -114,7 +114,7 @@ def test_a_model_of_which_nothing_can_be_frozen() -> None:
     qmodel = calibrated()
     for quantizer in qs.quantizers(qmodel).values():
         quantizer.disable()
-    with pytest.raises(qs.ModelError, match="nothing of this BertModel can be frozen: .*is disabled"):
+    with pytest.raises(qs.ModelError, match=r"nothing of this BertModel can be frozen: .*is disabled"):
         qs.freeze(qmodel)
 
 

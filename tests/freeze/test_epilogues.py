@@ -27,7 +27,12 @@ def frozen_and_wanted(qmodel: Any) -> tuple[Any, float]:
 
 @pytest.mark.parametrize(
     ("act", "words"),
-    [("gelu", ("gelu", "none")), ("gelu_new", ("gelu", "tanh")), ("gelu_fast", ("gelu", "tanh")), ("relu", ("relu", ""))],
+    [
+        ("gelu", ("gelu", "none")),
+        ("gelu_new", ("gelu", "tanh")),
+        ("gelu_fast", ("gelu", "tanh")),
+        ("relu", ("relu", "")),
+    ],
 )
 def test_functions_are_known_by_what_they_compute(act: str, words: tuple[str, str]) -> None:
     model, off = frozen_and_wanted(calibrated(num_hidden_layers=1, hidden_act=act))

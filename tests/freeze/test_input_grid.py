@@ -61,7 +61,9 @@ def test_integers_are_those_of_the_native_formula(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("amax", "fields"), GRIDS)
-def test_what_a_compiler_sees_gives_the_same(amax: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_compiler_sees_gives_the_same(
+    amax: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = InputGrid(quantizer_of(amax, **fields))
     values = torch.linspace(-20.0, 20.0, 4004).reshape(-1, 4)
     wanted = grid(values)

@@ -132,7 +132,7 @@ def test_other_places_and_types_are_refused() -> None:
     linear = an_integer_linear()
     with pytest.raises(qs.ModelError, match="on a CPU, and is to go to meta"):
         linear.to("meta")
-    with pytest.raises(qs.ModelError, match="is to be torch.float16"):
+    with pytest.raises(qs.ModelError, match=r"is to be torch\.float16"):
         linear.to(torch.float16)
     assert linear.to(torch.bfloat16)(torch.randn(2, 32)).dtype == torch.bfloat16
     assert linear.scale.dtype == torch.float32
