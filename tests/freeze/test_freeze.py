@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -172,7 +174,30 @@ def test_no_float_copy_of_the_weights_stays() -> None:
     assert not [tensor for tensor in inside if tuple(tensor.shape) in wide]
 
 
-def test_half_of_a_layer_s_words_in_bfloat16() -> None:
+def test_float_weights_are_let_go() -> None:
+    qmodel = calibrated()
+    held = [weakref.ref(module.weight) for module in qmodel.modules() if isinstance(module, QuantLinear)]
+    assert all(each() is not None for each in held)
+    model = qs.freeze(qmodel, inplace=True)
+    gc.collect()
+    assert len(held) == 12
+    assert all(each() is None for each in held)
+    assert model is qmodel
+
+
+@torch.no_grad()
+def test_under_autocast() -> None:
+    """What autocast casts to bfloat16 goes in and out; the integers are as they were."""
+    qmodel = calibrated("bert", "qdqbert")
+    model = qs.freeze(qmodel)
+    batch = batch_for(qmodel, (2, 6))
+    wanted = outputs(qmodel, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {name: value.float() for name, value in outputs(model, batch).items()}
+    assert apart(found, wanted) < 0.05
+
+
+def test_the_rest_in_bfloat16() -> None:
     """In bfloat16 all but the integer products is rounded to 8 bits: the two agree as far as that goes."""
     qmodel = calibrated().to(torch.bfloat16)
     model = qs.freeze(qmodel)
