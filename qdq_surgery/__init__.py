@@ -35,6 +35,8 @@ from qdq_surgery.errors import (
     RuleFileError,
     TraceError,
 )
+from qdq_surgery.freeze.freeze import freeze
+from qdq_surgery.freeze.receipt import frozen_receipt
 from qdq_surgery.match.plan import Plan, Refusal, Site
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_graph.findings import Finding, Findings
@@ -120,6 +122,8 @@ __all__ = [
     "explain",
     "export_onnx",
     "fix_ranges",
+    "freeze",
+    "frozen_receipt",
     "learn_ranges",
     "lint",
     "load_onnx",

@@ -24,7 +24,7 @@ from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.units import Survey, find_units, survey
 
-__all__ = ["Look", "analyze", "recordings_of"]
+__all__ = ["Look", "analyze", "mark_baked_sizes", "recordings_of"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def analyze(model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str,
         candidates = resized(inputs)
     first = survey(model, inputs)
     others, second = _second(model, candidates)
-    _compare(first, second)
+    mark_baked_sizes(first, second)
     try:
         made = match(model, first, rules)
     except MatchError as error:
@@ -131,7 +131,7 @@ def _method(hf_quantizer: Any) -> str:
     return str(getattr(method, "value", method))
 
 
-def _compare(first: Survey, other: Survey) -> None:
+def mark_baked_sizes(first: Survey, other: Survey) -> None:
     """Mark the graphs of ``first`` that are others for another batch and length: a size is baked in."""
     seen: set[int] = set()
     for unit, again in zip(first.units, other.units, strict=True):
@@ -252,12 +252,12 @@ def _surveys(model: PreTrainedModel, look: Look) -> Iterator[tuple[str, Survey]]
     if "attention_mask" in look.inputs:
         bare, other = without_mask(look.inputs), without_mask(look.others)
         masks.append((" without a mask", Look(bare, other, survey(model, bare), survey(model, other))))
-        _compare(masks[1][1].first, masks[1][1].second)
+        mark_baked_sizes(masks[1][1].first, masks[1][1].second)
     for mask, seen in masks:
         yield f"eval mode{mask}", seen.first
     for mask, seen in masks:
         first = survey(model, seen.inputs, training=True, like=seen.first)
-        _compare(first, survey(model, seen.others, training=True, like=seen.second))
+        mark_baked_sizes(first, survey(model, seen.others, training=True, like=seen.second))
         yield f"training mode{mask}", first
 
 

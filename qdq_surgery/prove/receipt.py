@@ -66,8 +66,8 @@ class Receipt(Result):
     """What of a file runs in INT8 on one runtime.
 
     Attributes:
-        path: The file.
-        runtime: ``"onnxruntime"``, ``"openvino"`` or ``"tensorrt"``.
+        path: The file; of a frozen model the name of its class.
+        runtime: ``"onnxruntime"``, ``"openvino"`` or ``"tensorrt"``; ``"pytorch"`` of a frozen model.
         version: Of the runtime; empty for TensorRT, whose layers do not tell.
         shape: Batch and tokens that the multiply-adds are for.
         gemms: All products of the file, in its order.

@@ -24,6 +24,9 @@ from torch._subclasses import FakeTensor
 # The way to a function of torch in Python, for generated code.
 from torch.fx.node import _get_qualified_name as qualified_name
 
+# What a run computes, operator by operator, is seen through it: a receipt counts.
+from torch.utils._python_dispatch import TorchDispatchMode
+
 try:
     # The exporter's second try goes through dynamo, where torch.onnx.is_in_onnx_export() is a constant False.
     from torch.onnx._internal.exporter import _flags as onnx_flags
@@ -34,6 +37,7 @@ __all__ = [
     "ONNX_EXPORTER_LOG",
     "DisableTorchFunction",
     "FakeTensor",
+    "TorchDispatchMode",
     "function_transforms",
     "functional_calls",
     "onnx_flags",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -110,8 +111,8 @@ def evaluate(
     same random numbers; models are left as they were.
 
     Args:
-        candidate: A converted model, alone or wrapped; or what :func:`~qdq_surgery.load_onnx` opened; or anything else
-            that takes the same keyword arguments and returns outputs of the same names.
+        candidate: A converted model, alone or wrapped, or a frozen one; or what :func:`~qdq_surgery.load_onnx` opened;
+            or anything else that takes the same keyword arguments and returns outputs of the same names.
         batches: Keyword arguments of the model's forward, such as a tokenizer gives.
         reference: The float model. Left out, the converted model itself with its quantizers off, which is that to the
             bit.
@@ -129,8 +130,8 @@ def evaluate(
     chosen = DEFAULT if metric is None else metric
     if chosen not in METRICS:
         raise OptionError(f"the metric {metric!r} is none; give {', '.join(map(repr, METRICS))}")
-    converted = unwrapped(candidate) if isinstance(candidate, nn.Module) else None
-    plain = converted if reference is None else reference
+    module = candidate if isinstance(candidate, nn.Module) else None
+    plain = unwrapped(module) if reference is None and module is not None else reference
     if not isinstance(plain, PreTrainedModel):
         raise ModelError(
             f"there is no float model to compare a {type(candidate).__name__} with; pass reference=, the Hugging Face "
@@ -138,13 +139,13 @@ def evaluate(
         )
     found = _Sums(plain)
     total = len(batches) if isinstance(batches, Sized) else None
-    with _resting(plain, converted), torch.no_grad():
+    with _resting(plain, module), torch.no_grad():
         for index, batch in enumerate(track(batches, "comparing", total)):
             inputs = prepared(plain, batch, index)
             with quantization_disabled(plain) if quantizers(plain) else nullcontext():
                 wanted = run_seeded(plain, inputs, gpus_of(plain))
             try:
-                found.add(inputs, wanted, _outputs(candidate, converted, inputs))
+                found.add(inputs, wanted, _outputs(candidate, module, inputs))
             except CalibrationError as error:
                 raise CalibrationError(f"batch {index}: {error}") from error
     figures = found.figures()
@@ -157,7 +158,7 @@ def evaluate(
 
 
 @contextmanager
-def _resting(*models: PreTrainedModel | None) -> Iterator[None]:
+def _resting(*models: nn.Module | None) -> Iterator[None]:
     """The models in eval mode; afterwards each module is in the mode that it had."""
     modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
 
@@ -172,12 +173,11 @@ def _resting(*models: PreTrainedModel | None) -> Iterator[None]:
         yield
 
 
-def _outputs(candidate: Any, converted: PreTrainedModel | None, inputs: Mapping[str, Any]) -> Any:
-    if converted is not None:
-        on = {
-            name: value.to(converted.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
-        }
-        return run_seeded(converted, on, gpus_of(converted))
+def _outputs(candidate: Any, module: nn.Module | None, inputs: Mapping[str, Any]) -> Any:
+    if module is not None:
+        device = next((each.device for each in itertools.chain(module.parameters(), module.buffers())), None)
+        on = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return run_seeded(module, on, gpus_of(module))
     return candidate(**{name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()})
 
 

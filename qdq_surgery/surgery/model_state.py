@@ -18,6 +18,7 @@ from qdq_surgery.surgery.quantized_forward import QuantizedForward
 from qdq_surgery.trace.attention import QUANTIZED_FORWARDS
 
 __all__ = [
+    "FROZEN_ATTRIBUTE",
     "CalibrationRecord",
     "ModelState",
     "is_converted",
@@ -33,6 +34,9 @@ _HOLDERS = itertools.count()
 
 #: The attribute of a converted model that holds its :class:`ModelState`.
 _STATE = "_qdq_state"
+
+#: The attribute of a model that :func:`qdq_surgery.freeze` made, in which it says what it is; no other model has it.
+FROZEN_ATTRIBUTE = "_qdq_frozen"
 
 
 class CalibrationRecord(Protocol):
@@ -80,6 +84,11 @@ def state_of(qmodel: nn.Module) -> ModelState:
         ModelError: The model was not made by :func:`convert`.
     """
     state = vars(qmodel).get(_STATE)
+    if FROZEN_ATTRIBUTE in vars(qmodel):
+        raise ModelError(
+            f"this {type(qmodel).__name__} is frozen: its quantized linears are integers, without quantizers; use the "
+            "quantized model that it was made of"
+        )
     if not isinstance(state, ModelState):
         inside = hasattr(qmodel, "get_base_model")  # PEFT's
         remedy = "pass model.get_base_model()" if inside else "call qdq_surgery.convert(model) first"

@@ -165,11 +165,26 @@ class QuantizedForward:
         self.variants.add(variant)
         return variant
 
+    def holds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether there is a variant for such a call."""
+        values, paths = flatten_call(args, kwargs)
+        signature = tuple(describe_leaf(value) for value in values)
+        return any(variant.guards_hold(module, signature, tuple(paths)) for variant in self.variants.found)
+
     def compile_recorded(self, routine: BlockGraph) -> CompiledGraph:
-        """The variant for a freshly recorded routine of this block.
+        """The variant for a freshly recorded routine of this block, which is edited.
 
         Raises:
             TraceError: It has a matmul or linear that the plan knows nothing of.
+        """
+        self.edit(routine)
+        return compile_graph(routine)
+
+    def edit(self, routine: BlockGraph) -> None:
+        """Make the edits in the graph of ``routine``.
+
+        Raises:
+            TraceError: As :meth:`compile_recorded`.
         """
         for node in routine.graph.nodes:
             if node.op != "call_module" and node.meta.get("op") in PRODUCTS and node.meta["origin"] not in self.known:
@@ -185,10 +200,9 @@ class QuantizedForward:
                 f"{', '.join(sorted(map(str, missing)))}, which would stay unused; convert with "
                 "example_inputs= like those of this call"
             )
-        return compile_graph(routine)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedForward:
-        return QuantizedForward(self.kind, self.original, self.edits, self.known, copy.deepcopy(self.variants, memo))
+        return type(self)(self.kind, self.original, self.edits, self.known, copy.deepcopy(self.variants, memo))
 
 
 def _copies(value: Any) -> Any:

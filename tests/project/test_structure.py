@@ -40,6 +40,7 @@ ORDER = [
     "serve",
     "export",
     "prove",
+    "freeze",
     "onnx_export",
     "deployment",
     "cli",

@@ -118,6 +118,15 @@ def test_a_file_is_judged_against_the_float_model(runtime: str) -> None:
     assert file.loss == pytest.approx(model.loss, rel=0.3)
 
 
+def test_a_frozen_model_is_judged_too() -> None:
+    qmodel = calibrated("bert", "BertModel", "linear-only")
+    data = batches(qmodel)
+    found, wanted = qs.evaluate(qs.freeze(qmodel), data, qmodel), qs.evaluate(qmodel, data)
+    assert found.loss == pytest.approx(wanted.loss, rel=0.3)  # what ties make of the same figure
+    with pytest.raises(ModelError, match="is frozen"):
+        qs.evaluate(qs.freeze(qmodel), data)
+
+
 def test_models_are_left_as_they_were() -> None:
     qmodel = calibrated("bert", "BertModel")
     model = build("bert", "BertModel").train()

@@ -133,7 +133,9 @@ class _Lowering:
         assert value.name is not None
         _as_matmul(self.graph, node)
         readers = [use.node for use in node.outputs[0].uses()]
-        turned = bool(readers) and all(_is_transpose(reader) for reader in readers)
+        # Scales along the last axis, which nothing behind it takes back: a product stands there.
+        multiplied = qparams.role != "weight" and qparams.channels is not None and not qparams.taken_back
+        turned = bool(readers) and all(_is_transpose(reader) for reader in readers) and not multiplied
         name = self._unique(qparams.name)
         parameters = self._stored(value, qparams, turned)
         assert value.shape is not None
@@ -146,9 +148,13 @@ class _Lowering:
             ir.convenience.replace_all_uses_with(old.outputs[0], dequantize.outputs[0])
             self.graph.remove(old, safe=True)
         if not turned:
-            ir.convenience.replace_all_uses_with(node.outputs[0], dequantize.outputs[0])
+            found = dequantize.outputs[0]
+            if multiplied and qparams.channels is not None:
+                found = self._times(f"{name}/multiplied", found, qparams.channels, node)
+            ir.convenience.replace_all_uses_with(node.outputs[0], found)
         self.graph.remove(node, safe=True)
-        site = Site([qparams.name], "weight", None, *_named(dequantize), transposed=turned)
+        scaled = qparams.role != "weight" and qparams.channels is not None
+        site = Site([qparams.name], "weight", None, *_named(dequantize), transposed=turned, scaled=scaled)
         self.pairs.append(Pair(site, dequantize))
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
@@ -175,7 +181,8 @@ class _Lowering:
             if values is None:
                 values = value.const_value.numpy().astype(np.float32)
             if qparams.channels is not None:
-                values = values * qparams.channels
+                # A weight takes back what an activation is divided by, a table of positions that is read as one, too.
+                values = values * qparams.channels if qparams.role == "weight" else values / qparams.channels
             # A constant where others have an activation: the kernels want it as they want those.
             stored, middle = (qparams.grid, 0) if qparams.role == "weight" else self._stored_grid(qparams.grid)
             integers = qparams.integers(values)

@@ -1,0 +1,1 @@
+"""A calibrated model for inference in PyTorch itself: its quantized linears multiply integers."""

@@ -1,0 +1,127 @@
+"""What can be frozen: refusals of whole models, and the linears that stay as they are, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.freeze.kernel import unsupported
+from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.surgery.model_state import plan_of, quantizers
+
+__all__ = ["Choice", "choose"]
+
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which linears become integer linears.
+
+    Attributes:
+        integer: Their paths.
+        kept: Of each quantized linear that stays in float, why.
+    """
+
+    integer: tuple[str, ...]
+    kept: dict[str, str]
+
+
+def choose(qmodel: PreTrainedModel) -> Choice:
+    """Look a calibrated model over; it stays as it is.
+
+    Raises:
+        ModelError: It is not converted, not on a CPU, has no linear that can be frozen, or integer products do not run
+            here.
+        CalibrationError: A quantizer has no range, or is collecting.
+    """
+    plan_of(qmodel)
+    _check_place(qmodel)
+    _check_ranges(qmodel)
+    linears = {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
+    found = {name: _why_not(linear, name) for name, linear in linears.items()}
+    integer = tuple(name for name, reason in found.items() if reason is None)
+    kept = {name: reason for name, reason in found.items() if reason is not None}
+    if not integer:
+        first = next(iter(kept.items()), None)
+        told = "it has no quantized linear" if first is None else f"{first[0]}: {first[1]}"
+        raise ModelError(f"nothing of this {type(qmodel).__name__} can be frozen: {told}")
+    dtypes = {linears[name].weight.dtype for name in integer}
+    for dtype in sorted(dtypes, key=str):
+        problem = unsupported(dtype)
+        if problem is not None:
+            raise ModelError(
+                f"this {type(qmodel).__name__} cannot be frozen: {problem}; use it with fake quantization, or "
+                "qdq_surgery.export_onnx"
+            )
+    return Choice(integer, kept)
+
+
+def _check_place(qmodel: PreTrainedModel) -> None:
+    devices = {tensor.device.type for tensor in (*qmodel.parameters(), *qmodel.buffers())} - {"cpu"}
+    if devices:
+        raise ModelError(
+            f"this {type(qmodel).__name__} is on {', '.join(sorted(devices))}, and a model is frozen on the CPU only, "
+            "not yet elsewhere; call .to('cpu') first, or use qdq_surgery.export_onnx or fake quantization there"
+        )
+
+
+def _check_ranges(qmodel: PreTrainedModel) -> None:
+    active = {name: each for name, each in quantizers(qmodel).items() if not each._disabled}
+    without = [name for name, each in active.items() if each.amax is None]
+    if without:
+        named = ", ".join(without[:_MOST_NAMED])
+        more = f" and {len(without) - _MOST_NAMED} more" if len(without) > _MOST_NAMED else ""
+        raise CalibrationError(
+            f"{named}{more} ha{'s' if len(without) == 1 else 've'} no range; call qdq_surgery.calibrate first, or "
+            "disable what is not to be quantized"
+        )
+    bad = [name for name, each in active.items() if each.amax is not None and not bool(each.amax.isfinite().all())]
+    if bad:
+        raise CalibrationError(f"the range of {bad[0]} is not a finite number; calibrate the model again")
+    collecting = [name for name, each in active.items() if each._if_calib]
+    if collecting:
+        raise CalibrationError(f"{collecting[0]} is collecting statistics; wait for it, or call disable_calib()")
+
+
+def _why_not(linear: QuantLinear, name: str) -> str | None:
+    """Why a quantized linear stays as it is; ``None`` if it does not.
+
+    Raises:
+        ModelError: A grid does not have 8 bits.
+    """
+    sides = {"input": linear._input_quantizer, "weight": linear._weight_quantizer}
+    for side, quantizer in sides.items():
+        if quantizer is None:
+            return f"no rule quantizes its {side}"
+        if not quantizer.quantizes:
+            return f"its {side} quantizer is disabled"
+        if quantizer._modules or not quantizer._fake_quant:
+            return f"its {side} quantizer clips, or gives integers, by a descriptor of its own"
+        if quantizer._num_bits != 8:
+            raise ModelError(
+                f"{name}: its {side} is on a grid of {quantizer._num_bits} bits ({quantizer.grid}), and integer "
+                "products have 8; change the rule's num_bits, or disable this quantizer"
+            )
+    assert linear._input_quantizer is not None
+    assert linear._weight_quantizer is not None
+    return _misfit(linear, linear._input_quantizer, linear._weight_quantizer)
+
+
+def _misfit(linear: QuantLinear, inputs: TensorQuantizer, weight: TensorQuantizer) -> str | None:
+    amax, rows = weight.amax, linear.weight.shape[0]
+    if "forward" in vars(linear):
+        return "it has a forward of its own, set on the instance"
+    if not inputs.scaled and inputs.amax is not None and inputs.amax.numel() != 1:
+        return "its input has ranges along an axis, other than a scale for each channel (axis: -1)"
+    if weight.grid.unsigned:
+        return "its weight is on an unsigned grid, and oneDNN's weights are int8"
+    if amax is not None and amax.numel() != 1 and tuple(amax.shape) != (rows, 1):
+        return "its weight has ranges along another axis than that of the outputs"
+    if linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return f"its weight is {linear.weight.dtype}"
+    return None

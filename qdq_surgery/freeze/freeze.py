@@ -1,0 +1,156 @@
+"""From a calibrated model to one that runs its quantized linears on integers, in PyTorch: the steps in order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdq_surgery.errors import ModelError, QdqSurgeryError
+from qdq_surgery.freeze.checks import Choice, choose
+from qdq_surgery.freeze.epilogues import find_epilogues, fuse
+from qdq_surgery.freeze.forward import FrozenForward
+from qdq_surgery.freeze.frozen_state import FrozenState, declare
+from qdq_surgery.freeze.linear import make_integer
+from qdq_surgery.freeze.shared_inputs import groups, makes
+from qdq_surgery.graph.block_graph import BlockGraph, join_path
+from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples, resized, without_mask
+from qdq_surgery.match.analyze import mark_baked_sizes
+from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.transaction import all_or_nothing
+from qdq_surgery.surgery.apply import base_class, quantized_class
+from qdq_surgery.surgery.model_state import plan_of, quantized_forwards
+from qdq_surgery.surgery.quantized_forward import CompiledGraphs
+from qdq_surgery.trace.attention import QUANTIZED_FORWARDS
+from qdq_surgery.trace.units import Survey, structure, survey
+
+__all__ = ["freeze"]
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+
+def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, inplace: bool = False) -> _Model:
+    """Make the quantized linears of a calibrated model run on integers, for inference on a CPU.
+
+    Their weights are stored once, as int8 in oneDNN's packed layout; scales per channel are folded; linears that read
+    one tensor quantize it once; GELU or ReLU, and the rounding for the next linear, are computed in the epilogue of
+    the product before. What no integer kernel of PyTorch takes stays as it is, fake quantization included:
+    :func:`~qdq_surgery.frozen_receipt` lists it.
+
+    Args:
+        qmodel: A converted, calibrated model on a CPU, in float32 or bfloat16, in which what is not an integer product
+            is computed.
+        example_inputs: Keyword arguments of the model's forward, if none can be made from its config.
+        inplace: Change ``qmodel`` itself, or nothing of it if anything goes wrong. Otherwise it stays as it is, and
+            shares nothing with what is returned.
+
+    Returns:
+        A model of the same Hugging Face class with the same config, in eval mode, whose outputs are those of ``qmodel``
+        but for ties: where a value lies between two integers to the last bit of a float, it may become the other one.
+
+    Raises:
+        ModelError: The model is not converted, is not on a CPU, holds no linear that can be frozen, one with a grid of
+            other than 8 bits, or integer products do not run on this machine or in this dtype.
+        CalibrationError: A quantizer has no range.
+    """
+    choice = choose(qmodel)
+    target = qmodel if inplace else _copied(qmodel, choice)
+    with all_or_nothing(target), kept_random([]), torch.no_grad():
+        plan = plan_of(target)
+        target.eval()
+        for name in choice.integer:
+            linear = target.get_submodule(name)
+            assert isinstance(linear, QuantLinear)
+            make_integer(linear)
+        calls = _calls(target, example_inputs)
+        surveys = [survey(target, inputs) for inputs in calls]
+        _mark_baked_sizes(target, surveys[0], calls[0], example_inputs is None)
+        units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
+        fused = tuple(fuse(target, find_epilogues(target, units)))
+        shared = _share(target, list(surveys[0].graphs()))
+        declare(target, FrozenState(plan, choice.kept, fused, shared))
+        # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
+        for inputs in calls:
+            _run(target, inputs)
+    target.requires_grad_(False)
+    return target
+
+
+def _copied(qmodel: _Model, choice: Choice) -> _Model:
+    """A copy that shares with ``qmodel`` only the weights that it is about to lose."""
+    weights = [qmodel.get_submodule(name).weight for name in choice.integer]
+    try:
+        return copy.deepcopy(qmodel, {id(weight): weight for weight in weights})
+    except Exception as error:  # it holds a lock, an open file, a tensor of a graph
+        raise ModelError(
+            f"this {type(qmodel).__name__} cannot be copied ({type(error).__name__}: {error}); pass inplace=True"
+        ) from error
+
+
+def _calls(model: PreTrainedModel, given: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The calls that are looked at: with a mask, and without one."""
+    first = make_examples(model, SHAPES[0]) if given is None else checked_examples(model, given)
+    return [first, without_mask(first)] if "attention_mask" in first else [first]
+
+
+def _mark_baked_sizes(model: PreTrainedModel, seen: Survey, inputs: dict[str, Any], made: bool) -> None:
+    """Mark graphs that hold for one shape only, by another shape that the model takes; they are not rewritten."""
+    for other in [make_examples(model, SHAPES[1])] if made else resized(inputs):
+        try:
+            mark_baked_sizes(seen, survey(model, other))
+            return
+        except ModelError:  # of inputs of one's own not every other shape is one
+            if made:
+                raise
+
+
+def _share(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Rewrite the blocks in which linears share what they read; returns these linears by block."""
+    made: dict[tuple[Any, ...], CompiledGraphs] = {}
+    shared: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for path, graph in recorded:
+        block = model.get_submodule(path) if path else model
+        if path in shared or graph.kind != "forward" or graph.failure or graph.baked_size:
+            continue
+        if not _is_of(block, graph) or "forward" in vars(block):
+            continue
+        found = groups(graph.graph, block)
+        if found:
+            names = tuple(tuple(join_path(path, str(node.target)) for node in calls) for calls in found)
+            shared[path] = names
+            _rewrite(block, made)
+    return shared
+
+
+def _is_of(block: nn.Module, graph: BlockGraph) -> bool:
+    """Whether the graph is of the block itself, not of what was recorded around a leaf that stands alone."""
+    return type(graph.owner).__name__ == type(block).__name__
+
+
+def _rewrite(block: nn.Module, made: dict[tuple[Any, ...], CompiledGraphs]) -> None:
+    base = base_class(type(block))
+    before = quantized_forwards(block).get("forward")
+    original = base.forward if before is None else before.original
+    edits, known = ((), frozenset()) if before is None else (before.edits, before.known)
+    # Blocks that are alike share their graphs, if their linears also share the same.
+    make = (base, edits, known, structure(block), makes(block))
+    forward = FrozenForward("forward", original, edits, known, made.setdefault(make, CompiledGraphs()))
+    object.__setattr__(block, "__class__", quantized_class(base))
+    vars(block)[QUANTIZED_FORWARDS["forward"]] = forward
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    try:
+        model(**inputs)
+    except QdqSurgeryError:
+        raise
+    except Exception as error:  # whatever a model's code makes of them
+        raise ModelError(
+            f"the frozen {type(model).__name__} does not run on the example inputs ({', '.join(inputs)}): "
+            f"{type(error).__name__}: {error}; pass example_inputs= that it takes"
+        ) from error

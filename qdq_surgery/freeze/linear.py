@@ -1,0 +1,160 @@
+"""The linear on integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from qdq_surgery.errors import ModelError
+from qdq_surgery.freeze.input_grid import InputGrid
+from qdq_surgery.freeze.kernel import DTYPES, PackedWeight, integer_linear
+from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
+from qdq_surgery.quantize.linear import QuantLinear
+
+__all__ = ["FROZEN", "IntegerLinear", "make_integer", "to_integers"]
+
+#: What to do in place of what a frozen model cannot.
+FROZEN = "this model is frozen, for inference only"
+
+
+class IntegerLinear(nn.Linear):
+    """What a quantized linear becomes, in place: same object, same hooks. Its weight is integers, and nothing else.
+
+    Attributes:
+        weight: ``None``; :meth:`quantized_weight` makes the float weight anew.
+        input_grid: What rounds the input. Whoever has called it already hands on the uint8 tensor that it gives.
+        packed: The integers of the weight.
+        scale: What an integer of each row is worth, float32, (out_features,).
+        post_op, algorithm: What is done to the sums in the product's epilogue, in oneDNN's words.
+        output_grid: The grid that results are rounded to in the epilogue, the reader's; ``None``: they are float.
+        dtype: Of results that are float.
+    """
+
+    weight: None  # type: ignore[assignment]
+    input_grid: InputGrid
+    packed: PackedWeight
+    scale: Tensor
+    number: Tensor
+    out_step: Tensor | None
+    out_zero_point: int
+    post_op: str
+    algorithm: str
+    dtype: torch.dtype
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
+        """(..., in_features), float or uint8, to (..., out_features).
+
+        Raises:
+            ModelError: It is asked for gradients, by training mode or by an input that wants them, or exported.
+        """
+        if self.training or (input.requires_grad and torch.is_grad_enabled()):
+            _refuse_training(self.training)
+        if torch.compiler.is_exporting():
+            raise ModelError(
+                f"{FROZEN}, and its packed weights are in no file; export the quantized model it is made of"
+            )
+        return integer_linear(  # type: ignore[no-any-return]
+            self.input_grid(input),
+            self.number,
+            self.scale,
+            self.bias,
+            self.input_grid.step,
+            self.input_grid.zero_point,
+            self.out_step,
+            self.out_zero_point,
+            self.dtype if self.out_step is None else torch.uint8,
+            self.post_op,
+            self.algorithm,
+        )
+
+    def round_to(self, grid: InputGrid) -> None:
+        """From now on results are uint8, on the ``grid`` of whatever reads them."""
+        self._buffers["out_step"], self.out_zero_point = grid.step.clone(), grid.zero_point
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as it is multiplied with, (out_features, in_features), float32; a new tensor for each call.
+
+        Its columns belong to inputs over their scales: ``x / m`` where fake quantization has ``W / m``.
+        """
+        return self.packed.integers().float() * self.scale.unsqueeze(1)
+
+    def extra_repr(self) -> str:
+        """Sizes, and what the epilogue does."""
+        epilogue = "" if self.post_op == "none" else f", {self.post_op}"
+        rounded = "" if self.out_step is None else ", to uint8"
+        return f"{super().extra_repr()}, int8{epilogue}{rounded}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.device.type != "cpu":
+            raise ModelError(
+                f"{FROZEN} on a CPU, and is to go to {probe.device}; use the quantized model there, or export it"
+            )
+        if probe.dtype not in DTYPES:
+            raise ModelError(f"{FROZEN} in float32 or bfloat16, and is to be {probe.dtype}; freeze it as it is to be")
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(kept)
+        self.dtype = probe.dtype
+        return self
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        raise ModelError(
+            f"{FROZEN}, and its integers have no form in files; save the quantized model, then freeze after loading"
+        )
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        raise ModelError(f"{FROZEN}: its weights are fixed; load into the quantized model, and freeze it again")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._buffers["number"] = torch.tensor(self.packed.number)  # of this process
+
+
+def _refuse_training(training: bool) -> NoReturn:
+    found = "it is in training mode" if training else "its input wants gradients"
+    raise ModelError(f"{FROZEN}, and {found}; call model.eval() and torch.no_grad(), or train the quantized model")
+
+
+def to_integers(linear: QuantLinear) -> tuple[Tensor, Tensor]:
+    """The weight of a calibrated linear as fake quantization rounds it.
+
+    Returns:
+        int8, (out_features, in_features), and what an integer of each row is worth, float32, (out_features,).
+    """
+    quantizer = linear._weight_quantizer
+    assert quantizer is not None
+    amax = quantizer.amax
+    assert amax is not None
+    scale = linear.channel_scale
+    weight = linear.weight.detach().float()
+    if scale is not None:
+        weight = weight * scale
+    amax = amax.detach().float()
+    native = quantizer.use_fb_fake_quant
+    integers = (native_quantize if native else quantize)(weight, amax, quantizer.grid)
+    steps = torch.where(amax <= SMALLEST_AMAX, torch.ones_like(amax), quantizer.grid.step(amax))
+    return integers.to(torch.int8), steps.reshape(-1).expand(weight.shape[0]).contiguous()
+
+
+def make_integer(linear: QuantLinear) -> IntegerLinear:
+    """Make ``linear`` an integer linear, in place."""
+    assert linear._input_quantizer is not None
+    integers, scale = to_integers(linear)
+    grid, packed = InputGrid(linear._input_quantizer), PackedWeight(integers)
+    dtype = linear.weight.dtype
+    object.__setattr__(linear, "__class__", IntegerLinear)
+    assert isinstance(linear, IntegerLinear)
+    for name in ("_input_quantizer", "_weight_quantizer"):
+        linear._modules.pop(name, None)
+    linear._parameters["weight"] = None
+    linear._modules["input_grid"] = grid
+    own = {"packed": packed, "dtype": dtype, "post_op": "none", "algorithm": "", "out_zero_point": 0}
+    linear.__dict__.update(own)
+    buffers = {"scale": scale, "number": torch.tensor(packed.number), "out_step": None}
+    linear._buffers.update(buffers)
+    linear._non_persistent_buffers_set = {*linear._non_persistent_buffers_set, *buffers}
+    return linear

@@ -1,0 +1,105 @@
+"""What moves into a product's epilogue, and what does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import batch_for
+from frozen_models import apart, calibrated, outputs
+from torch import nn
+
+import qdq_surgery as qs
+from qdq_surgery.freeze.epilogues import Done, _post_op
+from qdq_surgery.freeze.frozen_state import frozen_state
+from qdq_surgery.freeze.linear import IntegerLinear
+
+INTERMEDIATE = "encoder.layer.0.intermediate"
+OUTPUT = "encoder.layer.0.output.dense"
+
+
+def frozen_and_wanted(qmodel: Any) -> tuple[Any, float]:
+    model = qs.freeze(qmodel)
+    batch = batch_for(qmodel, (3, 8))
+    return model, apart(outputs(model, batch), outputs(qmodel, batch))
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        ("gelu", ("gelu", "none")),
+        ("gelu_new", ("gelu", "tanh")),
+        ("gelu_fast", ("gelu", "tanh")),
+        ("relu", ("relu", "")),
+    ],
+)
+def test_functions_are_known_by_what_they_compute(act: str, words: tuple[str, str]) -> None:
+    model, off = frozen_and_wanted(calibrated(num_hidden_layers=1, hidden_act=act))
+    dense = model.get_submodule(f"{INTERMEDIATE}.dense")
+    assert (dense.post_op, dense.algorithm) == words
+    assert isinstance(model.get_submodule(f"{INTERMEDIATE}.intermediate_act_fn"), Done)
+    [epilogue] = frozen_state(model).epilogues
+    assert epilogue.readers == (OUTPUT,)
+    assert dense(torch.randn(2, 32)).dtype == torch.uint8
+    assert off < 0.05
+
+
+@pytest.mark.parametrize("act", ["silu", "quick_gelu", "mish"])
+def test_other_functions_stay(act: str) -> None:
+    model, off = frozen_and_wanted(calibrated(num_hidden_layers=1, hidden_act=act))
+    assert frozen_state(model).epilogues == ()
+    assert off < 1e-4
+
+
+@pytest.mark.parametrize("module", [nn.Linear(4, 4), nn.PReLU(), nn.Softmax(-1), nn.Bilinear(2, 2, 2), nn.Sequential()])
+def test_what_is_no_such_function(module: nn.Module) -> None:
+    assert _post_op(module) is None
+
+
+def test_a_scale_per_channel_keeps_the_rounding_out_of_the_epilogue() -> None:
+    qmodel = calibrated("bert", "openvino", num_hidden_layers=1)
+    quantizer = qmodel.get_submodule(f"{OUTPUT}._input_quantizer")
+    assert isinstance(quantizer, qs.TensorQuantizer)
+    assert quantizer.amax is not None
+    assert quantizer.amax.unique().numel() > 1
+    model, off = frozen_and_wanted(qmodel)
+    [epilogue] = frozen_state(model).epilogues
+    assert epilogue.readers == ()
+    dense = model.get_submodule(f"{INTERMEDIATE}.dense")
+    assert dense(torch.randn(2, 32)).dtype == torch.float32
+    assert dense.post_op == "gelu"
+    assert off < 0.05
+
+
+def test_the_rounding_stays_where_the_reader_is_float() -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    qmodel.get_submodule(f"{OUTPUT}._input_quantizer").disable()  # type: ignore[operator]
+    model, off = frozen_and_wanted(qmodel)
+    [epilogue] = frozen_state(model).epilogues
+    assert epilogue.readers == ()
+    assert off < 1e-4
+
+
+def test_a_function_that_hangs_in_two_places_stays() -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    qmodel.pooler.activation = qmodel.get_submodule(f"{INTERMEDIATE}.intermediate_act_fn")
+    model, off = frozen_and_wanted(qmodel)
+    assert frozen_state(model).epilogues == ()
+    assert off < 1e-4
+
+
+def test_chunks_stay() -> None:
+    """Chunks are joined again by a cat, of which each linear's reader is one of many."""
+    qmodel = calibrated(num_hidden_layers=1, chunk_size_feed_forward=3)
+    model = qs.freeze(qmodel)
+    batch = batch_for(qmodel, (2, 9))
+    assert apart(outputs(model, batch), outputs(qmodel, batch)) < 0.05
+
+
+def test_layers_that_are_shared_are_fused_once() -> None:
+    model, off = frozen_and_wanted(calibrated("albert", "linear-only"))
+    [epilogue] = frozen_state(model).epilogues
+    assert isinstance(model.get_submodule(epilogue.linear), IntegerLinear)
+    assert off < 0.05
+    assert "done in the product before" in repr(model.get_submodule(epilogue.function))

@@ -1,0 +1,106 @@
+"""The integers in front of a product are those of fake quantization."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from pytorch_quantization.tensor_quant import QuantDescriptor
+
+from qdq_surgery.freeze.input_grid import InputGrid
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
+
+
+def quantizer_of(amax: Any, **fields: Any) -> TensorQuantizer:
+    """A calibrated quantizer; ``zero_point`` and a vector of ranges are a spec's."""
+    ranges = torch.as_tensor(amax, dtype=torch.float32)
+    axis = {"axis": -1, "calibrator": CalibratorSpec("outliers")} if ranges.ndim else {}
+    spec = QuantSpec(**axis, **fields) if axis or "zero_point" in fields else None
+    words = {name: value for name, value in fields.items() if name != "zero_point"}
+    made = TensorQuantizer(QuantDescriptor(**words), spec=spec)
+    made.set_range(ranges)
+    return made
+
+
+GRIDS: list[Any] = [
+    pytest.param(2.0, {}, id="signed"),
+    pytest.param(2.0, {"narrow_range": True}, id="narrow"),
+    pytest.param(2.0, {"unsigned": True, "zero_point": 32}, id="unsigned with a zero point"),
+    pytest.param([2.0, 4.0, 2.0, 16.0], {}, id="scaled"),
+    pytest.param([2.0, 4.0, 2.0, 16.0], {"unsigned": True, "zero_point": 32}, id="scaled, unsigned"),
+    pytest.param(0.0, {}, id="no range"),
+]
+
+
+@pytest.mark.parametrize(("amax", "fields"), GRIDS)
+def test_integers_are_those_of_fake_quantization(amax: Any, fields: dict[str, Any]) -> None:
+    quantizer = quantizer_of(amax, **fields)
+    grid = InputGrid(quantizer)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 50, 4, generator=generator) * 3.0
+    stored = grid(values)
+    assert stored.dtype == torch.uint8
+    scale = quantizer.channel_scale
+    wanted = quantizer(values) if scale is None else quantizer(values) / scale
+    # The integers are exact; a step is rounded once more, or twice.
+    torch.testing.assert_close(grid.dequantize(stored), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_integers_are_those_of_the_native_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorQuantizer, "use_fb_fake_quant", True)
+    quantizer = quantizer_of(2.0, narrow_range=True)
+    grid = InputGrid(quantizer)
+    values = torch.linspace(-3.0, 3.0, 1001)
+    assert grid(values).min() == 0  # the full grid, whatever the descriptor says
+    off = (grid.dequantize(grid(values)) - quantizer(values)).abs()
+    # 1 / step is not qmax / amax to the last bit: a value between two integers may become the other one.
+    assert (off < 1e-6).sum() >= 999
+
+
+@pytest.mark.parametrize(("amax", "fields"), GRIDS)
+def test_what_a_compiler_sees_gives_the_same(
+    amax: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = InputGrid(quantizer_of(amax, **fields))
+    values = torch.linspace(-20.0, 20.0, 4004).reshape(-1, 4)
+    wanted = grid(values)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(grid(values), wanted)
+
+
+def test_what_is_stored_passes() -> None:
+    stored = torch.tensor([1, 2], dtype=torch.uint8)
+    assert InputGrid(quantizer_of(2.0))(stored) is stored
+
+
+def test_negative_values_on_a_grid_without_them() -> None:
+    grid = InputGrid(quantizer_of(2.0, unsigned=True))
+    assert grid(torch.tensor([0.0, 2.0])).tolist() == [0, 255]
+    with pytest.raises(TypeError, match="negative values"):
+        grid(torch.tensor([-0.1]))
+
+
+def test_equal_grids_have_equal_keys() -> None:
+    one, other = InputGrid(quantizer_of(2.0)), InputGrid(quantizer_of(3.0))
+    assert one.key == InputGrid(quantizer_of(2.0)).key != other.key
+    assert InputGrid(quantizer_of([2.0, 2.0])).key == one.key
+    assert InputGrid(quantizer_of([2.0, 4.0])).key != one.key
+
+
+def test_a_product_before_can_round_to_a_single_whole_grid() -> None:
+    assert InputGrid(quantizer_of(2.0)).single
+    assert InputGrid(quantizer_of([2.0, 2.0])).single
+    assert not InputGrid(quantizer_of([2.0, 4.0])).single
+    assert not InputGrid(quantizer_of(2.0, narrow_range=True)).single
+    assert not InputGrid(quantizer_of(0.0)).single
+
+
+def test_casting_a_model_leaves_steps_in_float32() -> None:
+    grid = InputGrid(quantizer_of([2.0, 3.0]))
+    cast = copy.deepcopy(grid).to(torch.bfloat16)
+    assert cast.factor.dtype == cast.step.dtype == torch.float32
+    assert cast.key == grid.key
+    assert "a scale for each of 2 channels" in repr(grid)
