@@ -1627,6 +1627,7 @@ SHIPPED = {
     "linear-only": None,
     "onnxruntime": "qdqbert-scaled",
     "openvino": "qdqbert-scaled",
+    "pytorch": "linear-only",
     "qdqbert": None,
     "qdqbert-scaled": "qdqbert",
     "tensorrt": "qdqbert-scaled",

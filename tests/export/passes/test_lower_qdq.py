@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -361,6 +362,30 @@ def test_activations_with_a_range_for_each_channel() -> None:
     assert pairs[0].dequantize.inputs[2].const_value.shape == (4,)
     (found,) = compute(model, x=X)
     np.testing.assert_allclose(found, rounded(X, grid) @ rounded(W, weight()).T, **CLOSE)
+
+
+@pytest.mark.parametrize("taken_back", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_table_that_is_read_as_an_activation_is_divided_as_one(taken_back: bool, transposed: bool) -> None:
+    """DeBERTa's positions: a constant in the place of an activation, with a scale for each channel."""
+    turn = "t = Transpose<perm = [1, 0]>(a)" if transposed else "t = Identity(a)"
+    model = graph(
+        f"""table (float[b,{3 if transposed else 4}] x) => (float[b,{4 if transposed else 3}] y) {{
+          a = qdq_surgery.FakeQuant<quantizer = "l._input_quantizer">(w)
+          {turn}
+          y = MatMul(x, {"a" if transposed else "u"})
+          {"z = Neg(t)" if transposed else "u = Transpose<perm = [1, 0]>(t)"}
+        }}""",
+        w=W,
+    )
+    channels = np.array([1.0, 2.0, 4.0, 8.0], np.float32)
+    grid = replace(activation("l._input_quantizer"), channels=channels, taken_back=taken_back)
+    [pair] = lowered(model, grid)
+    assert pair.site.scaled
+    wanted = rounded(W / channels, activation("l._input_quantizer")) * (1.0 if taken_back else channels)
+    x = X[:, :3] if transposed else X
+    (found,) = compute(model, x=x)
+    np.testing.assert_allclose(found, x @ (wanted if transposed else wanted.T), **CLOSE)
 
 
 def test_channels_that_are_all_zero() -> None:

@@ -17,7 +17,8 @@ ir = pytest.importorskip("onnx_ir")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from architectures import BASE, BY_TYPE, build  # noqa: E402
+from architectures import BASE, BY_TYPE, WIDTHS, build  # noqa: E402
+from exported import calibrated as calibrated_once  # noqa: E402
 from exported import compute, graph, inputs_for, operators  # noqa: E402
 
 import qdq_surgery as qs  # noqa: E402
@@ -71,6 +72,18 @@ def test_a_norm_that_something_else_reads_stays() -> None:
     model = divided(READ_TWICE)
     assert fold_channel_scales(model.graph) == 0
     assert operators(model.graph) == ["LayerNormalization", "Mul", "Relu", "Add"]
+
+
+@pytest.mark.slow
+def test_a_table_of_positions_has_scales_too(tmp_path: Path) -> None:
+    """The linear that projects DeBERTa's table of positions has a constant in front of it, with outlier channels."""
+    qmodel = calibrated_once("deberta-v2", rules="onnxruntime", **WIDTHS["deberta-v2"])
+    inputs = qs.quantizers(qmodel)["encoder.layer.0.attention.self.pos_key_proj._input_quantizer"]
+    assert inputs.channel_scale is not None
+    assert bool((inputs.channel_scale > 1).any())
+    certificate = qs.export_onnx(qmodel, tmp_path / "model.onnx", dynamic=False).parity
+    assert certificate is not None
+    assert certificate.agrees
 
 
 def test_another_product_stays() -> None:
