@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -32,10 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if odd is not None:
         commands.error(f"the argument {printable(odd)} holds a NUL character")
     arguments = commands.parse_args(words)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        arguments.run(arguments)
+        with _quiet():
+            arguments.run(arguments)
     except QdqSurgeryError as error:
         say("error", in_words_of_the_command(str(error)))
         return 1
@@ -47,6 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What transformers would say, this command says itself; whoever calls it from Python has it back afterwards."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def parser() -> argparse.ArgumentParser:

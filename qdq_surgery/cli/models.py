@@ -55,7 +55,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         bar.next("loading")
         model = load(arguments)
         bar.next("converting")
-        qmodel = convert(model, arguments.rules or RULES, inplace=True)
+        qmodel = convert(model, arguments.rules, inplace=True)
         bar.next("writing")
         save_model(qmodel, arguments.output, source=arguments.model)
     print(plan_of(qmodel))

@@ -47,6 +47,11 @@ RULES = "qdqbert"
 FOLDER_HELP = "a folder that model.save_pretrained(...) wrote, with any head"
 _WIDEST = 10_000
 
+
+class _Implied(str):
+    """What an option is that nobody gave."""
+
+
 #: Where a command is added to.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -102,7 +107,8 @@ def model_options(command: argparse.ArgumentParser, converted: bool = True) -> N
     """MODEL_DIR, and by which rules it is converted, if it may be ``converted`` already."""
     command.add_argument("model", metavar="MODEL_DIR", help=f"{FOLDER_HELP}{', converted or not' if converted else ''}")
     known = "for a model that is not converted yet, " if converted else ""
-    command.add_argument("--rules", help=f"{known}a shipped name or a file (default: {RULES})")
+    help_text = f"{known}a shipped name or a file (default: %(default)s)"
+    command.add_argument("--rules", default=_Implied(RULES), help=help_text)
     class_option(command)
 
 
@@ -144,7 +150,7 @@ def check_rules(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
     Raises:
         ModelError: The model has its own.
     """
-    if quantizers(model) and arguments.rules is not None:
+    if quantizers(model) and not (arguments.rules is None or isinstance(arguments.rules, _Implied)):
         raise ModelError(f"{arguments.model} is converted already, by its own rules; leave --rules out")
 
 

@@ -102,12 +102,15 @@ def _epilogue(model: nn.Module, unit: str, value: Value, path: str) -> Epilogue 
     if after is None or len(after) != 1 or after[0].node.op != "call_module":
         return None
     function = _path(unit, after[0])
-    if _post_op(_module(model, function)) is None:
+    if _post_op(_module(model, function)) is None or _hooked(model, path) or _hooked(model, function):
         return None
     behind = readers(after[0])
     paths = tuple(_path(unit, each) for each in behind or () if each.node.op == "call_module")
     whole = behind is not None and len(paths) == len(behind)
     rounds = whole and all(isinstance(_module(model, each), IntegerLinear) for each in paths)
+    # Who looks at what a block around them gives or is given wants numbers, not integers.
+    around = {each.rpartition(".")[0] for each in (path, function, *paths)}
+    rounds = rounds and not any(_hooked(model, each) for each in (*around, *paths))
     return Epilogue(path, function, paths if rounds else ())
 
 
@@ -120,6 +123,12 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:  # a leaf that stands alone was recorded in a block around it
         return None
+
+
+def _hooked(model: nn.Module, path: str) -> bool:
+    """Whether somebody looks at what a module is given or gives: that has to stay what it was."""
+    module = _module(model, path)
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _post_op(module: nn.Module | None) -> tuple[str, str] | None:

@@ -114,7 +114,7 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (
             ["plan", "{folder}", "--rules", "qdqbrt"],
             "'qdqbrt' is neither a shipped rule set nor a file; shipped: fuse-qkv, linear-only, onnxruntime, "
-            "openvino, qdqbert-scaled, qdqbert, tensorrt-both, tensorrt-none, tensorrt",
+            "openvino, pytorch, qdqbert-scaled, qdqbert, tensorrt-both, tensorrt-none, tensorrt",
         ),
         (
             ["plan", "{folder}", "--rules", "{tmp}/typo.yaml"],

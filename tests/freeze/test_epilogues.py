@@ -103,3 +103,34 @@ def test_layers_that_are_shared_are_fused_once() -> None:
     assert isinstance(model.get_submodule(epilogue.linear), IntegerLinear)
     assert off < 0.05
     assert "done in the product before" in repr(model.get_submodule(epilogue.function))
+
+
+@pytest.mark.parametrize("watched", [f"{INTERMEDIATE}.dense", f"{INTERMEDIATE}.intermediate_act_fn"])
+def test_what_is_watched_gives_what_it_gave(watched: str) -> None:
+    """A user's hook sees the linear's own result, and is called where the function is."""
+    qmodel = calibrated(num_hidden_layers=1)
+    seen: dict[int, list[torch.Tensor]] = {}
+    qmodel.get_submodule(watched).register_forward_hook(
+        lambda module, _, output: seen.setdefault(id(module), []).append(output)
+    )
+    model = qs.freeze(qmodel)
+    assert frozen_state(model).epilogues == ()
+    seen.clear()
+    batch = batch_for(qmodel, (3, 8))
+    outputs(model, batch), outputs(qmodel, batch)
+    [ours], [theirs] = (seen[id(each.get_submodule(watched))] for each in (model, qmodel))
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4  # the sums of the products are rounded otherwise
+
+
+@pytest.mark.parametrize("watched", [INTERMEDIATE, OUTPUT])
+def test_who_looks_between_two_linears_sees_numbers(watched: str) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    seen: list[torch.dtype] = []
+    module = qmodel.get_submodule(watched)
+    module.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
+    model = qs.freeze(qmodel)
+    [epilogue] = frozen_state(model).epilogues
+    assert epilogue.readers == ()
+    outputs(model, batch_for(qmodel, (3, 8)))
+    assert set(seen) == {torch.float32}

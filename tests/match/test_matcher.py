@@ -354,7 +354,7 @@ def test_an_exclusion_may_be_of_what_not_every_model_has(write: Write) -> None:
     assert len(bert_plan(write(text)).sites) == 40
 
 
-@pytest.mark.parametrize("rules", sorted({*qs.shipped_rules()} - {"fuse-qkv", "linear-only"}))
+@pytest.mark.parametrize("rules", sorted({*qs.shipped_rules()} - {"fuse-qkv", "linear-only", "pytorch"}))
 def test_rules_for_targets_take_models_without_softmax_or_linears(rules: str) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 60}
     assert qs.plan(transformers.FNetModel(transformers.FNetConfig(**sizes)).eval(), rules).sites
