@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.calibration.training import recalibrate_weights
 from qdq_surgery.errors import CalibrationError, ModelError, OptionError
+from qdq_surgery.safety.transaction import kept_modes
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 
 __all__ = ["QATTrainer", "distillation_loss"]
@@ -186,13 +187,9 @@ class QATTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with kept_modes(model):
+        model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _counted(inputs: Mapping[str, Any]) -> Tensor | None:

@@ -28,7 +28,7 @@ from qdq_surgery.quantize.calibrators import HistogramCalibrator, MaxCalibrator,
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random
-from qdq_surgery.safety.transaction import put_back_after
+from qdq_surgery.safety.transaction import kept_modes, put_back_after
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
@@ -229,7 +229,6 @@ def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], 
     """The model with fresh calibrators in ``watched``, in float, in eval mode; afterwards it is as it was."""
     every = list(quantizers(model).values())
     before = [(each, each._calibrator, each._if_calib, each._if_quant) for each in every]
-    training = [(module, module.training) for module in model.modules()]
     dropout = plan_of(model).rules.calibration.dropout
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
     watch = Watch(Padding(model, watched))
@@ -237,10 +236,8 @@ def _collecting(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer], 
     def put_back() -> None:
         for each, calibrator, calibrating, quantizing in before:
             each._calibrator, each._if_calib, each._if_quant = calibrator, calibrating, quantizing
-        for module, mode in training:
-            module.training = mode
 
-    with only_borrower(model, every), put_back_after(put_back):
+    with only_borrower(model, every), kept_modes(model), put_back_after(put_back):
         for each in every:
             each._if_calib = each._if_quant = False
         for name, quantizer in watched.items():

@@ -34,6 +34,7 @@ from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.onnx_file.writer import writable
 from qdq_surgery.prove.receipt import receipt
 from qdq_surgery.report.diff import diff
+from qdq_surgery.sensitivity.evaluate import nearest_texts
 from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantizers
 from qdq_surgery.targets.registry import DEFAULT, REFERENCE
@@ -202,11 +203,8 @@ def embed(model: PreTrainedModel | OnnxModel, tokenizer: Any, texts: Sequence[st
 
 def agreement(wanted: Tensor, found: Tensor) -> tuple[float, float]:
     """Mean cosine of each embedding to its float one, and the share of texts whose nearest other text is the same."""
-
-    def nearest(embeddings: Tensor) -> Tensor:
-        return (embeddings @ embeddings.T).fill_diagonal_(-2.0).argmax(-1)
-
-    return float((wanted * found).sum(-1).mean()), float((nearest(wanted) == nearest(found)).float().mean())
+    same = nearest_texts(wanted) == nearest_texts(found)
+    return float((wanted * found).sum(-1).mean()), float(same.float().mean())
 
 
 def _deploy(

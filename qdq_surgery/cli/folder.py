@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from qdq_surgery.errors import AlreadyConvertedError, ModelError, QdqSurgeryErro
 from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
 from qdq_surgery.safety.whole_folder import check_new, whole_folder
 from qdq_surgery.surgery.model_state import plan_of
-from qdq_surgery.texts.tokenizers import TOKENIZER_FILES
+from qdq_surgery.texts.tokenizers import copy_tokenizer
 
 #: The longest config that is looked at, in bytes.
 _MOST_CONFIG = 1 << 22
@@ -108,7 +107,5 @@ def save_model(qmodel: PreTrainedModel, folder: str | Path, source: str | Path |
     plan_of(qmodel)
     with whole_folder(folder) as draft:
         qmodel.save_pretrained(draft)
-        for pattern in TOKENIZER_FILES if source is not None else ():
-            for file in Path(str(source)).glob(pattern):
-                if file.is_file() and not (draft / file.name).exists():
-                    shutil.copy(file, draft / file.name)
+        if source is not None:
+            copy_tokenizer(source, draft)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qdq_surgery.errors import ParityError
 from qdq_surgery.safety.whole_folder import whole_folder
 from qdq_surgery.targets.target import Target
-from qdq_surgery.texts.tokenizers import TOKENIZER_FILES
+from qdq_surgery.texts.tokenizers import copy_tokenizer
 
 __all__ = ["CARD", "FILE", "REPORT", "deployed_folder", "model_files", "write_own_form", "write_report"]
 
@@ -59,19 +59,13 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
     with whole_folder(folder) as draft:
         (draft / FILE).parent.mkdir(parents=True)
         for name in _CONFIGS:
-            _copy(Path(source) / name, draft)
-        for pattern in TOKENIZER_FILES:
-            for file in sorted(Path(tokenizer).glob(pattern)):
-                _copy(file, draft)
+            if (Path(source) / name).is_file():
+                shutil.copy(Path(source) / name, draft / name)
+        copy_tokenizer(tokenizer, draft)
         for module in sorted(Path(source).glob("[0-9]*_*")):  # 1_Pooling and the like
             if module.is_dir() and not module.is_symlink():
                 shutil.copytree(module, draft / module.name)
         yield draft
-
-
-def _copy(file: Path, draft: Path) -> None:
-    if file.is_file() and not (draft / file.name).exists():
-        shutil.copy(file, draft / file.name)
 
 
 def write_own_form(draft: Path, target: Target, inputs: Mapping[str, NDArray[Any]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_or_nothing", "put_back_after"]
+__all__ = ["all_or_nothing", "kept_modes", "put_back_after"]
 
 #: Tables of a module that are changed in place.
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -36,6 +36,19 @@ def put_back_after(put_back: Callable[[], None]) -> Iterator[None]:
             put_back()
     finally:
         put_back()
+
+
+@contextmanager
+def kept_modes(*models: nn.Module) -> Iterator[None]:
+    """When the block ends, each module is in training mode if it was before, whatever mode the block put it in."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+
+    def put_back() -> None:
+        for module, mode in before:
+            module.training = mode
+
+    with put_back_after(put_back):
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from qdq_surgery.errors import CalibrationError
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random
-from qdq_surgery.safety.transaction import put_back_after
+from qdq_surgery.safety.transaction import kept_modes, put_back_after
 from qdq_surgery.sensitivity.layer_outputs import LayerOutputs, kept_outputs, same_tensors, without_running
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops
 from qdq_surgery.sensitivity.parts import layer_paths
@@ -129,16 +129,13 @@ def borrowed(
     made = Borrowed(model, measured, tops)
     every = list(quantizers(model).values())
     before = [(each, each._calibrator, each._if_calib) for each in every]
-    training = [(module, module.training) for module in model.modules()]
 
     def put_back() -> None:
         made.let_go()
         for each, calibrator, calibrating in before:
             each._calibrator, each._if_calib = calibrator, calibrating
-        for module, mode in training:
-            module.training = mode
 
-    with only_borrower(model, every), put_back_after(put_back), _weights_rounded_once(model):
+    with only_borrower(model, every), kept_modes(model), put_back_after(put_back), _weights_rounded_once(model):
         for each in every:
             each._if_calib = False
         model.eval()

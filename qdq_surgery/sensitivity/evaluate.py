@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
 from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.errors import CalibrationError, LossError, ModelError, OptionError
-from qdq_surgery.safety.transaction import put_back_after
+from qdq_surgery.safety.transaction import kept_modes
 from qdq_surgery.sensitivity.borrowed import gpus_of, run_seeded
 from qdq_surgery.sensitivity.output_error import (
     DEFAULT,
@@ -32,7 +32,7 @@ from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "nearest_texts"]
 
 _HIDDEN = "last_hidden_state"
 
@@ -139,7 +139,10 @@ def evaluate(
         )
     found = _Sums(plain)
     total = len(batches) if isinstance(batches, Sized) else None
-    with _resting(plain, module), torch.no_grad():
+    models = [plain] if module is None else [plain, module]
+    with kept_modes(*models), torch.no_grad():
+        for model in models:
+            model.eval()
         for index, batch in enumerate(track(batches, "comparing", total)):
             inputs = prepared(plain, batch, index)
             with quantization_disabled(plain) if quantizers(plain) else nullcontext():
@@ -155,22 +158,6 @@ def evaluate(
             f"{', '.join(repr(name) for name in METRICS if name in figures)}"
         )
     return Evaluation(type(plain).__name__, chosen, figures, *found.counts)
-
-
-@contextmanager
-def _resting(*models: nn.Module | None) -> Iterator[None]:
-    """The models in eval mode; afterwards each module is in the mode that it had."""
-    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
-
-    def put_back() -> None:
-        for module, mode in modes:
-            module.training = mode
-
-    with put_back_after(put_back):
-        for model in models:
-            if model is not None:
-                model.eval()
-        yield
 
 
 def _outputs(candidate: Any, module: nn.Module | None, inputs: Mapping[str, Any]) -> Any:
@@ -193,7 +180,7 @@ class _Sums:
 
     def add(self, inputs: Mapping[str, Any], wanted: Any, found: Any) -> None:
         """Take note of a batch: its inputs, what the float model gives for it, and what the other one does."""
-        pairs = list(zip(main_outputs(wanted), main_outputs(found), strict=True))
+        pairs = itertools.zip_longest(main_outputs(wanted), main_outputs(found), fillvalue=("nothing", torch.empty(0)))
         for (name, one), (other_name, other) in pairs:
             if name != other_name or one.shape != other.shape:
                 raise CalibrationError(
@@ -209,18 +196,18 @@ class _Sums:
             if metric == "kl" and not is_score(name):
                 continue
             rows = [compared_rows(self.model, inputs, name, each, metric) for each in (wanted, found)]
-            if metric == "cosine" and rows[0].shape[1] < 2:
+            if metric != "mse" and rows[0].shape[1] < 2:  # a single number has no direction, and a probability of 1
                 continue
             if not bool(rows[1].isfinite().all()):
                 raise CalibrationError(f"{name} has a NaN or an infinite value")
             self._count(metric, summed(metric, rows[1], rows[0]))
             if metric == "cosine":
                 self.lowest = min(self.lowest, float(functional.cosine_similarity(rows[0], rows[1], dim=1).min()))
-            if metric == "kl" and rows[0].shape[1] > 1:
+            if metric == "kl":
                 same = rows[0].argmax(1) == rows[1].argmax(1)
                 self._count("same_answer", (float(same.sum()), float(len(same))))
         if name == _HIDDEN:
-            self.texts.append(tuple(_pooled(self.model, inputs, each) for each in (wanted, found)))  # type: ignore[arg-type]
+            self.texts.append((_pooled(self.model, inputs, wanted), _pooled(self.model, inputs, found)))
 
     def _count(self, name: str, more: tuple[float, float]) -> None:
         total, weight = self.sums.get(name, (0.0, 0.0))
@@ -257,10 +244,15 @@ def _of_texts(wanted: Tensor, found: Tensor) -> Iterator[tuple[str, float]]:
     yield "text_cosine", float(cosines.mean())
     yield "worst_text_cosine", float(cosines.min())
     if len(wanted) > 2:  # of two texts, each is the nearest of the other
-        yield "same_nearest_text", float((_nearest(wanted) == _nearest(found)).float().mean())
+        yield "same_nearest_text", float((nearest_texts(wanted) == nearest_texts(found)).float().mean())
 
 
-def _nearest(embeddings: Tensor) -> Tensor:
+def nearest_texts(embeddings: Tensor) -> Tensor:
+    """(texts,): for each text the number of the one, of all others, whose embedding is nearest.
+
+    Args:
+        embeddings: (texts, channels), each of length 1.
+    """
     return (embeddings @ embeddings.T).fill_diagonal_(-2.0).argmax(-1)
 
 

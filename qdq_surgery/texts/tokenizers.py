@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from qdq_surgery.errors import ModelError
 
-__all__ = ["REMEDY", "TOKENIZER_FILES", "load_tokenizer", "special_tokens", "unknown_token"]
+__all__ = ["REMEDY", "copy_tokenizer", "load_tokenizer", "special_tokens", "unknown_token"]
 
 #: What to do where a folder's tokenizer is none, or not the model's.
 REMEDY = (
@@ -19,7 +20,7 @@ REMEDY = (
 )
 
 #: Files of a tokenizer, which a converted model needs as the float one does.
-TOKENIZER_FILES = (
+_FILES = (
     "tokenizer*",
     "vocab*",
     "*vocab.json",
@@ -37,6 +38,14 @@ _NEEDED = ("vocab_file", "merges_file")
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask")
 #: As a share of the model's vocabulary: embeddings are often a little larger, to be a multiple of something.
 _SPARE = 0.1
+
+
+def copy_tokenizer(source: str | Path, folder: Path) -> None:
+    """Copy the files of a tokenizer from one folder into another, which keeps what it has."""
+    for pattern in _FILES:
+        for file in sorted(Path(source).glob(pattern)):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copy(file, folder / file.name)
 
 
 def load_tokenizer(folder: str | Path, config: Any) -> Any:

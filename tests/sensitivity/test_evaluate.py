@@ -65,6 +65,16 @@ def test_scores_are_judged_by_their_classes_too() -> None:
     assert "text_cosine" not in found.figures
 
 
+def test_a_single_score_has_no_classes() -> None:
+    """Of one number softmax makes 1, whatever it is: a divergence of 0 would say nothing."""
+    qmodel = qs.convert(build("bert", "BertForSequenceClassification", num_labels=1))
+    data = batches(qmodel)
+    found = qs.evaluate(qmodel, data)
+    assert [*found.figures] == ["mse"]
+    with pytest.raises(OptionError, match=r"metric='kl' is not for the outputs of .*; take one of 'mse'"):
+        qs.evaluate(qmodel, data, metric="kl")
+
+
 def test_a_wrong_answer_is_seen() -> None:
     model = build("bert", "BertForSequenceClassification")
     data = batches(model)
@@ -166,6 +176,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         qs.evaluate(qmodel, [])
     with pytest.raises(CalibrationError, match=r"batch 0: .*last_hidden_state .*logits .*the same head"):
         qs.evaluate(qs.convert(build("bert", "BertForTokenClassification")), data, model)
+    questions = build("bert", "BertForQuestionAnswering")
+    with pytest.raises(CalibrationError, match=r"batch 0: .*start_logits .*the same head"):
+        qs.evaluate(model, data, questions)
     with pytest.raises(ModelError, match="no float model to compare a function with; pass reference="):
         qs.evaluate(lambda **inputs: model(**inputs), data)
     with pytest.raises(ModelError, match="is not converted"):
