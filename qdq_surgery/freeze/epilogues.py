@@ -1,15 +1,16 @@
-"""What follows a product moves into its epilogue: the activation function, and the rounding for the next product.
+"""The activation function behind a product moves into its epilogue.
 
-    linear -> GELU -> quantize -> linear    becomes    linear with GELU, uint8 out -> linear
+    linear -> GELU    becomes    linear with GELU
 
-The linears may lie in different blocks, as in BERT, where the parent hands the uint8 tensor on. The function's module
-becomes one that lets everything pass; so whatever calls it, recorded graph or original code, finds it done.
+The function's module becomes one that lets everything pass; so whatever calls it, recorded graph or original code,
+finds it done. (The rounding for the next product could move, too, but nothing would tell a call that was not recorded,
+or a hook, that what it reads are integers.)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdq_surgery.freeze.dataflow import readers
-from qdq_surgery.freeze.input_grid import InputGrid
-from qdq_surgery.freeze.linear import IntegerLinear
+from qdq_surgery.freeze.linear import IntegerLinear, hooked
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.match.subgraph import Value
@@ -32,22 +32,23 @@ _POST_OPS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
     ("relu", ""): functional.relu,
 }
 
-#: Largest difference of two functions that count as one, on values from -12 to 12.
+#: Where functions are compared: closely around 0, and far away, where some are cut off.
+_PROBE = torch.cat([torch.linspace(-12.0, 12.0, 4801), *(sign * torch.logspace(-4, 5, 400) for sign in (-1.0, 1.0))])
+
+#: Largest difference of two functions that count as one, beside the last bits of large values.
 _ALIKE = 2e-6
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """A linear, what follows it, and who reads that.
+    """A linear, and the function that alone reads what it gives.
 
     Attributes:
         linear, function: Paths in the model.
-        readers: Paths of the integer linears that are all that reads the function's result; empty if others do.
     """
 
     linear: str
     function: str
-    readers: tuple[str, ...]
 
 
 class Done(nn.Module):
@@ -102,16 +103,9 @@ def _epilogue(model: nn.Module, unit: str, value: Value, path: str) -> Epilogue 
     if after is None or len(after) != 1 or after[0].node.op != "call_module":
         return None
     function = _path(unit, after[0])
-    if _post_op(_module(model, function)) is None or _hooked(model, path) or _hooked(model, function):
+    if _post_op(_module(model, function)) is None or any(map(hooked, (_module(model, path), _module(model, function)))):
         return None
-    behind = readers(after[0])
-    paths = tuple(_path(unit, each) for each in behind or () if each.node.op == "call_module")
-    whole = behind is not None and len(paths) == len(behind)
-    rounds = whole and all(isinstance(_module(model, each), IntegerLinear) for each in paths)
-    # Who looks at what a block around them gives or is given wants numbers, not integers.
-    around = {each.rpartition(".")[0] for each in (path, function, *paths)}
-    rounds = rounds and not any(_hooked(model, each) for each in (*around, *paths))
-    return Epilogue(path, function, paths if rounds else ())
+    return Epilogue(path, function)
 
 
 def _path(unit: str, value: Value) -> str:
@@ -125,32 +119,27 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _hooked(model: nn.Module, path: str) -> bool:
-    """Whether somebody looks at what a module is given or gives: that has to stay what it was."""
-    module = _module(model, path)
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _post_op(module: nn.Module | None) -> tuple[str, str] | None:
     """OneDNN's words for what a module computes, found by what it computes; ``None`` if it has none for it."""
     if module is None or not is_leaf(module) or any(True for _ in module.parameters()) or isinstance(module, nn.Linear):
         return None
-    values = torch.linspace(-12.0, 12.0, 4801)
     with torch.no_grad():
         try:
-            found = module(values)
+            found = module(_PROBE.clone())  # which it may change in place
         except Exception:  # it takes something else than one tensor
             return None
-        if not isinstance(found, Tensor) or found.shape != values.shape or found.dtype != values.dtype:
-            return None
-        near = (
-            words for words, function in _POST_OPS.items() if float((found - function(values)).abs().max()) < _ALIKE
-        )
-        return next(near, None)
+    if not isinstance(found, Tensor) or found.shape != _PROBE.shape or found.dtype != _PROBE.dtype:
+        return None
+    near = (
+        words
+        for words, function in _POST_OPS.items()
+        if torch.allclose(found, function(_PROBE), rtol=1e-6, atol=_ALIKE)
+    )
+    return next(near, None)
 
 
-def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> Iterator[Epilogue]:
-    """Move functions into products, in place; yields what was done, without readers where the roundings stay."""
+def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> None:
+    """Move functions into products, in place."""
     for each in epilogues:
         linear = model.get_submodule(each.linear)
         assert isinstance(linear, IntegerLinear)
@@ -160,13 +149,3 @@ def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> Iterator[Epilogue]:
         linear.post_op, linear.algorithm = words
         parent, _, name = each.function.rpartition(".")
         model.get_submodule(parent)._modules[name] = Done(function)
-        grids = [_grid_of(model.get_submodule(path)) for path in each.readers]
-        one = len({grid.key for grid in grids}) == 1 and grids[0].single
-        if one:
-            linear.round_to(grids[0])
-        yield each if one else Epilogue(each.linear, each.function, ())
-
-
-def _grid_of(module: nn.Module) -> InputGrid:
-    assert isinstance(module, IntegerLinear)
-    return module.input_grid

@@ -38,9 +38,8 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
     """Make the quantized linears of a calibrated model run on integers, for inference on a CPU.
 
     Their weights are stored once, as int8 in oneDNN's packed layout; scales per channel are folded; linears that read
-    one tensor quantize it once; GELU or ReLU, and the rounding for the next linear, are computed in the epilogue of
-    the product before. What no integer kernel of PyTorch takes stays as it is, fake quantization included:
-    :func:`~qdq_surgery.frozen_receipt` lists it.
+    one tensor quantize it once; a GELU or ReLU is computed in the epilogue of the product before it. What no integer
+    kernel of PyTorch takes stays as it is, fake quantization included: :func:`~qdq_surgery.frozen_receipt` lists it.
 
     Args:
         qmodel: A converted, calibrated model on a CPU, in float32 or bfloat16, in which what is not an integer product
@@ -71,7 +70,8 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
         surveys = [survey(target, inputs) for inputs in calls]
         _mark_baked_sizes(target, surveys[0], calls[0], example_inputs is None)
         units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
-        fused = tuple(fuse(target, find_epilogues(target, units)))
+        fused = tuple(find_epilogues(target, units))
+        fuse(target, fused)
         shared = _share(target, list(surveys[0].graphs()))
         declare(target, FrozenState(plan, choice.kept, fused, shared))
         # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
@@ -83,7 +83,12 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
 
 def _copied(qmodel: _Model, choice: Choice) -> _Model:
     """A copy that shares with ``qmodel`` only the weights that it is about to lose."""
-    weights = [qmodel.get_submodule(name).weight for name in choice.integer]
+    lost = {f"{name}.weight" for name in choice.integer}
+    holders: dict[int, list[str]] = {}
+    for name, parameter in qmodel.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    # (One that is tied to what stays in float is copied like all else.)
+    weights = [each for each in qmodel.parameters() if lost.issuperset(holders[id(each)])]
     try:
         return copy.deepcopy(qmodel, {id(weight): weight for weight in weights})
     except Exception as error:  # it holds a lock, an open file, a tensor of a graph

@@ -27,7 +27,7 @@ class FrozenState:
     Attributes:
         plan: What it was converted by.
         kept: Of each quantized linear that stays in float, why.
-        epilogues: The functions that products compute in their epilogues, and whose roundings with them.
+        epilogues: The functions that products compute in their epilogues.
         shared: For each block in which linears share what they read, their paths, group by group.
     """
 

@@ -57,11 +57,6 @@ class InputGrid(nn.Module):
         """Equal for grids that make the same integers of the same values."""
         return (self.zero_point, self.lowest, self.highest, *self.factor.reshape(-1).tolist(), float(self.step))
 
-    @property
-    def single(self) -> bool:
-        """Whether all channels have one step, so that the product before can round to it."""
-        return self.factor.ndim == 0 and (self.lowest, self.highest) == (0, 255) and float(self.factor) > 0
-
     def forward(self, inputs: Tensor) -> Tensor:
         """Any shape (..., channels), floating point, to uint8; what is uint8 has been through here, and passes.
 

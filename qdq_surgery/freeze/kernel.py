@@ -62,7 +62,7 @@ class PackedWeight:
 _LIBRARY = torch.library.Library("qdq_surgery", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "integer_linear(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor step, int zero_point, "
-    "Tensor? out_step, int out_zero_point, ScalarType dtype, str post_op, str algorithm) -> Tensor"
+    "ScalarType dtype, str post_op, str algorithm) -> Tensor"
 )
 
 
@@ -73,8 +73,6 @@ def _on_cpu(
     bias: Tensor | None,
     step: Tensor,
     zero_point: int,
-    out_step: Tensor | None,
-    out_zero_point: int,
     dtype: torch.dtype,
     post_op: str,
     algorithm: str,
@@ -88,8 +86,8 @@ def _on_cpu(
         scale,
         packed.zeros,
         bias,
-        1.0 if out_step is None else float(out_step),
-        out_zero_point,
+        1.0,  # what results are rounded to, were they integers, and where 0 is among these
+        0,
         dtype,
         post_op,
         [],
@@ -109,8 +107,6 @@ def _shape_only(
     bias: Tensor | None,  # noqa: ARG001
     step: Tensor,  # noqa: ARG001
     zero_point: int,  # noqa: ARG001
-    out_step: Tensor | None,  # noqa: ARG001
-    out_zero_point: int,  # noqa: ARG001
     dtype: torch.dtype,
     post_op: str,  # noqa: ARG001
     algorithm: str,  # noqa: ARG001
@@ -118,10 +114,10 @@ def _shape_only(
     return input.new_empty((*input.shape[:-1], scale.shape[0]), dtype=dtype)
 
 
-#: (input, weight, scale, bias, step, zero_point, out_step, out_zero_point, dtype, post_op, algorithm) -> Tensor:
-#: ``post_op((input - zero_point) * step @ (integers * scale).T + bias)``, rounded to steps of ``out_step`` where
-#: ``dtype`` is uint8. ``input`` is uint8, (..., in_features); ``weight`` is the number of a :class:`PackedWeight`,
-#: int64, (); ``scale`` float32, (out_features,); ``step`` and ``out_step`` float32, ().
+#: (input, weight, scale, bias, step, zero_point, dtype, post_op, algorithm) -> Tensor in ``dtype``:
+#: ``post_op((input - zero_point) * step @ (integers * scale).T + bias)``. ``input`` is uint8, (..., in_features);
+#: ``weight`` is the number of a :class:`PackedWeight`, int64, (); ``scale`` float32, (out_features,); ``step`` float32,
+#: ().
 integer_linear = torch.ops.qdq_surgery.integer_linear.default
 
 
@@ -142,9 +138,8 @@ def unsupported(dtype: torch.dtype) -> str | None:
         ones = torch.ones(3)
         number = torch.tensor(packed.number)
         one = torch.tensor(1.0)
-        found = integer_linear(rows, number, ones, None, one, 128, None, 0, torch.float32, "none", "")
-        integer_linear(rows, number, ones, None, one, 128, None, 0, dtype, "none", "")
-        integer_linear(rows, number, ones, None, one, 128, one, 128, torch.uint8, "gelu", "none")
+        found = integer_linear(rows, number, ones, None, one, 128, torch.float32, "none", "")
+        integer_linear(rows, number, ones, None, one, 128, dtype, "gelu", "none")
     except (RuntimeError, NotImplementedError, AttributeError) as error:  # no oneDNN in this torch, or no such kernel
         words = " ".join(str(error).split())
         return f"torch {torch.__version__} has no int8 linear of oneDNN that runs on this machine ({words[:200]})"

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.input_grid import InputGrid
-from qdq_surgery.freeze.kernel import DTYPES, PackedWeight, integer_linear
+from qdq_surgery.freeze.kernel import DTYPES, PackedWeight, integer_linear, unsupported
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
 from qdq_surgery.quantize.linear import QuantLinear
 
-__all__ = ["FROZEN", "IntegerLinear", "make_integer", "to_integers"]
+__all__ = ["FROZEN", "IntegerLinear", "hooked", "make_integer", "to_integers"]
 
 #: What to do in place of what a frozen model cannot.
 FROZEN = "this model is frozen, for inference only"
@@ -29,8 +29,7 @@ class IntegerLinear(nn.Linear):
         packed: The integers of the weight.
         scale: What an integer of each row is worth, float32, (out_features,).
         post_op, algorithm: What is done to the sums in the product's epilogue, in oneDNN's words.
-        output_grid: The grid that results are rounded to in the epilogue, the reader's; ``None``: they are float.
-        dtype: Of results that are float.
+        dtype: Of the results.
     """
 
     weight: None  # type: ignore[assignment]
@@ -38,8 +37,6 @@ class IntegerLinear(nn.Linear):
     packed: PackedWeight
     scale: Tensor
     number: Tensor
-    out_step: Tensor | None
-    out_zero_point: int
     post_op: str
     algorithm: str
     dtype: torch.dtype
@@ -63,16 +60,10 @@ class IntegerLinear(nn.Linear):
             self.bias,
             self.input_grid.step,
             self.input_grid.zero_point,
-            self.out_step,
-            self.out_zero_point,
-            self.dtype if self.out_step is None else torch.uint8,
+            self.dtype,
             self.post_op,
             self.algorithm,
         )
-
-    def round_to(self, grid: InputGrid) -> None:
-        """From now on results are uint8, on the ``grid`` of whatever reads them."""
-        self._buffers["out_step"], self.out_zero_point = grid.step.clone(), grid.zero_point
 
     def quantized_weight(self) -> Tensor:
         """The weight as it is multiplied with, (out_features, in_features), float32; a new tensor for each call.
@@ -84,8 +75,7 @@ class IntegerLinear(nn.Linear):
     def extra_repr(self) -> str:
         """Sizes, and what the epilogue does."""
         epilogue = "" if self.post_op == "none" else f", {self.post_op}"
-        rounded = "" if self.out_step is None else ", to uint8"
-        return f"{super().extra_repr()}, int8{epilogue}{rounded}"
+        return f"{super().extra_repr()}, int8{epilogue}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
         probe = fn(torch.empty(0, dtype=self.dtype))
@@ -111,12 +101,20 @@ class IntegerLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        problem = unsupported(self.dtype)  # a pickle may have come from another machine
+        if problem is not None:
+            raise ModelError(f"this frozen model does not run here: {problem}; load the quantized model that it is of")
         self._buffers["number"] = torch.tensor(self.packed.number)  # of this process
 
 
 def _refuse_training(training: bool) -> NoReturn:
     found = "it is in training mode" if training else "its input wants gradients"
     raise ModelError(f"{FROZEN}, and {found}; call model.eval() and torch.no_grad(), or train the quantized model")
+
+
+def hooked(module: nn.Module | None) -> bool:
+    """Whether somebody looks at what a module is given or gives, which then has to stay what it was."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def to_integers(linear: QuantLinear) -> tuple[Tensor, Tensor]:
@@ -152,9 +150,9 @@ def make_integer(linear: QuantLinear) -> IntegerLinear:
         linear._modules.pop(name, None)
     linear._parameters["weight"] = None
     linear._modules["input_grid"] = grid
-    own = {"packed": packed, "dtype": dtype, "post_op": "none", "algorithm": "", "out_zero_point": 0}
+    own = {"packed": packed, "dtype": dtype, "post_op": "none", "algorithm": ""}
     linear.__dict__.update(own)
-    buffers = {"scale": scale, "number": torch.tensor(packed.number), "out_step": None}
+    buffers = {"scale": scale, "number": torch.tensor(packed.number)}
     linear._buffers.update(buffers)
     linear._non_persistent_buffers_set = {*linear._non_persistent_buffers_set, *buffers}
     return linear

@@ -8,6 +8,7 @@ import gc
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from architectures import ARCHITECTURES, BASE, batch_for, build
 from frozen_models import apart, calibrated, frozen, outputs
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.freeze.input_grid import InputGrid
@@ -29,8 +31,12 @@ NEAR = 1e-5
 WITH_TIES = 0.05
 
 
-def flips(qmodel: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """How many values were rounded to another integer in the frozen model than in the quantized one."""
+#: Values at ties, and those that a tie before them moves over one, of all that are rounded.
+FEW = 0.005
+
+
+def flips(qmodel: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
+    """How many values became another integer in the frozen model than in the quantized one, and of how many."""
     found: list[list[tuple[Tensor, float]]] = [[], []]
     names = [name for name, module in model.named_modules() if isinstance(module, IntegerLinear)]
     with torch.no_grad():
@@ -47,8 +53,15 @@ def flips(qmodel: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> int:
             for hook in hooks:
                 hook.remove()
     assert len(found[0]) == len(found[1]) > 0
-    pairs = zip(*found, strict=True)
-    return sum(int(((one.float() - other.float()).abs() > step / 2).sum()) for (one, step), (other, _) in pairs)
+    pairs = list(zip(*found, strict=True))
+    count = sum(int(((one.float() - other.float()).abs() > step / 2).sum()) for (one, step), (other, _) in pairs)
+    return count, sum(one.numel() for (one, _), _ in pairs)
+
+
+def computes_the_same(qmodel: PreTrainedModel, model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
+    """But for ties, which are few."""
+    off, (count, total) = apart(outputs(model, batch), outputs(qmodel, batch)), flips(qmodel, model, batch)
+    return off < (WITH_TIES if count else NEAR) and count <= FEW * total
 
 
 def _note_input(notes: list[tuple[Tensor, float]], grid: InputGrid, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -78,16 +91,37 @@ def test_it_computes_what_fake_quantization_does(rules: str, model_type: str) ->
     linears = [name for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)]
     assert linears
     assert all(isinstance(model.get_submodule(name), IntegerLinear) for name in linears)
-    off = apart(outputs(model, batch), outputs(qmodel, batch))
-    assert off < (WITH_TIES if flips(qmodel, model, batch) else NEAR)
+    assert computes_the_same(qmodel, model, batch)
 
 
-def test_the_comparison_can_fail() -> None:
-    qmodel = calibrated()
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("attention.self.query", lambda linear: linear.scale.mul_(1.1)),
+        ("attention.self.value", lambda linear: linear.scale.mul_(1.02)),
+        ("attention.output.dense", lambda linear: linear.input_grid.step.mul_(1.02)),
+        ("intermediate.dense", lambda linear: setattr(linear, "post_op", "relu")),
+        ("intermediate.dense", lambda linear: linear.input_grid.factor.mul_(1.02)),
+    ],
+)
+def test_the_comparison_can_fail(name: str, change: Callable[[Any], object]) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
     model = qs.freeze(qmodel)
     batch = batch_for(qmodel, (3, 8))
-    next(module for module in model.modules() if isinstance(module, IntegerLinear)).scale.mul_(1.1)
-    assert apart(outputs(model, batch), outputs(qmodel, batch)) > 1e-3
+    assert computes_the_same(qmodel, model, batch)
+    change(model.get_submodule(f"encoder.layer.0.{name}"))
+    assert not computes_the_same(qmodel, model, batch)
+
+
+def test_what_is_tied_to_a_linear_that_stays_is_not_shared() -> None:
+    """The copy that loses its float weights has those that it keeps for itself."""
+    qmodel = calibrated(num_hidden_layers=1)
+    attention = qmodel.encoder.layer[0].attention.self
+    attention.key.weight = attention.query.weight
+    attention.key._input_quantizer.disable()
+    model = qs.freeze(qmodel)
+    assert attention.query.weight.requires_grad
+    assert model.encoder.layer[0].attention.self.key.weight is not attention.key.weight
 
 
 @pytest.mark.parametrize("head", ["BertForMaskedLM", "BertForQuestionAnswering"])

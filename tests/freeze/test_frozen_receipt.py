@@ -56,11 +56,11 @@ def test_quantizers_that_are_left_are_listed() -> None:
 
 
 def test_roundings_that_are_a_pass_of_their_own() -> None:
-    """One for queries, keys and values, one for the attention's output, one for the feed-forward network."""
+    """One for queries, keys and values, one for the attention's output, two for the feed-forward network."""
     steps = qs.frozen_receipt(frozen()).steps
-    assert len(steps) == 2 * 3
+    assert len(steps) == 2 * 4
     assert "encoder.layer.0.attention.self.query._input_quantizer" in steps
-    assert "encoder.layer.0.output.dense._input_quantizer" not in steps
+    assert "encoder.layer.0.attention.self.key._input_quantizer" not in steps
 
 
 @pytest.mark.parametrize("model_type", ["albert", "deberta-v2"])

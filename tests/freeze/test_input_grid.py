@@ -90,14 +90,6 @@ def test_equal_grids_have_equal_keys() -> None:
     assert InputGrid(quantizer_of([2.0, 4.0])).key != one.key
 
 
-def test_a_product_before_can_round_to_a_single_whole_grid() -> None:
-    assert InputGrid(quantizer_of(2.0)).single
-    assert InputGrid(quantizer_of([2.0, 2.0])).single
-    assert not InputGrid(quantizer_of([2.0, 4.0])).single
-    assert not InputGrid(quantizer_of(2.0, narrow_range=True)).single
-    assert not InputGrid(quantizer_of(0.0)).single
-
-
 def test_casting_a_model_leaves_steps_in_float32() -> None:
     grid = InputGrid(quantizer_of([2.0, 3.0]))
     cast = copy.deepcopy(grid).to(torch.bfloat16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from architectures import batch_for
 from frozen_models import apart, calibrated, frozen, outputs
@@ -68,6 +69,29 @@ def test_different_tensors_are_not_shared() -> None:
 def test_what_is_written_to_between_is_not_shared() -> None:
     graph = graph_of("q = q(x)", "y = add_(x)", "k = k(x)")
     assert groups(graph, Block()) == []
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(inplace=True), nn.Sequential(nn.ReLU(inplace=True))])
+def test_a_module_between_may_write(between: nn.Module) -> None:
+    block = Block()
+    block.act = between
+    assert groups(graph_of("q = q(x)", "y = act(x)", "k = k(x)"), block) == []
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_linear_that_is_watched_reads_what_it_read(register: str) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    seen: list[torch.dtype] = []
+    for name in ("query", "key"):
+        linear = qmodel.get_submodule(f"{ATTENTION}.{name}")
+        getattr(linear, register)(lambda _, args, *__: seen.append(args[0].dtype))
+    key = qmodel.get_submodule(f"{ATTENTION}.key")
+    key.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    model = qs.freeze(qmodel)
+    seen.clear()
+    batch = batch_for(qmodel, (3, 8))
+    assert apart(outputs(model, batch), outputs(qmodel, batch)) < 1e-3
+    assert set(seen) == {torch.float32}
 
 
 def test_what_decides_is_the_same_for_blocks_that_are_alike() -> None:
