@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -90,7 +91,18 @@ def text_options(command: argparse.ArgumentParser) -> None:
 def loss_options(command: argparse.ArgumentParser) -> None:
     """Which figure is the loss, and how much of it may be."""
     command.add_argument("--metric", choices=METRICS, default=DEFAULT_METRIC, help="the loss (default: %(default)s)")
-    command.add_argument("--max-loss", type=float, metavar="LOSS", help="fail, with exit code 1, if it is more")
+    command.add_argument("--max-loss", type=_loss, metavar="LOSS", help="fail, with exit code 1, if it is more")
+
+
+def _loss(text: str) -> float:
+    """A loss that can be asked for."""
+    try:
+        loss = float(text)
+    except ValueError:
+        loss = math.nan
+    if not 0 <= loss < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no loss; give a number from 0 on")
+    return loss
 
 
 def check_loss(found: Evaluation, arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -94,6 +95,13 @@ def _quantize(arguments: argparse.Namespace) -> None:
         model = load(arguments)
         if quantizers(model):
             raise AlreadyConvertedError(f"{arguments.model} is converted already; give the float model, or export it")
+        kept_in = {each.dtype for each in model.parameters() if each.is_floating_point()} - {torch.float32}
+        if kept_in:
+            say(
+                "note", f"its weights are in {', '.join(map(str, kept_in))}, and are calibrated and exported in float32"
+            )
+            model.float()
+        size = sum(each.numel() * each.element_size() for each in model.parameters())
         data, held_out = batches(arguments, samples, model), batches(arguments, others, model, notes=False)
     with deployed_folder(arguments.output, arguments.model, arguments.tokenizer or arguments.model) as draft:
         qmodel = convert(model, rules, inplace=True)
@@ -104,7 +112,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             arguments.target,
             rules.name,
             model_files(draft),
-            sum(file.stat().st_size for file in Path(arguments.model).glob("*.safetensors")),
+            size,
             made.loss,
             made.judged,
             None if made.receipt is None else made.receipt.share("linear"),
@@ -141,13 +149,12 @@ def _write(
     calibration = calibrate(qmodel, data, arguments.method)
     with steps(3) as bar:
         bar.next("exporting and comparing")
-        # (Two of the longest texts: a file is traced with what the tokenizer gives.)
-        example = {name: value[:2] for name, value in data[-1].items()} if len(data[-1]["input_ids"]) > 1 else None
+        example = {name: value[:2] for name, value in data[-1].items()}  # of the longest texts
         export = export_onnx(qmodel, draft / FILE, example, target=target.name)
         bar.next("asking the runtime")
         found = None if target.session is None else receipt(draft / FILE, target.name)
         bar.next("writing the runtime's own form")
-        write_own_form(draft, target, {name: value.numpy() for name, value in data[-1].items()})
+        write_own_form(draft, target, {name: value.numpy() for name, value in example.items()})
     served = qmodel if target.session is None else load_onnx(draft / FILE, target.name)
     judged = f"fake quantization in PyTorch; {target.title} builds an engine" if served is qmodel else target.title
     # (It says the file's size, so while the file is there.)

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdq_surgery.sensitivity.evaluate import Evaluation
+from qdq_surgery.targets.registry import DEFAULT, TARGETS
 from qdq_surgery.version import __version__
 
 __all__ = ["Deployed", "base_name", "card"]
+
+#: Runtimes that open no files here.
+_BUILT = tuple(name for name, target in TARGETS.items() if target.session is None)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Deployed:
 
 def card(made: Deployed) -> str:
     """Markdown under YAML that hubs read."""
+    runtime = "" if made.target in (DEFAULT, *_BUILT) else f', "{made.target}"'
     figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in made.loss.figures.items())
     files = "\n".join(f"| `{name}` | {size / 1e6:.1f} MB |" for name, size in made.files)
     share = (
@@ -66,7 +71,7 @@ ranges from {made.calibrated} texts.
 {files}
 | the float model's weights | {made.float_bytes / 1e6:.1f} MB |
 
-What it loses against the float model, on {made.loss.rows} other texts ({made.judged}):
+What it loses against the float model, on {made.loss.rows} held-out texts ({made.judged}):
 
 | figure | value |
 |---|--:|
@@ -75,11 +80,13 @@ What it loses against the float model, on {made.loss.rows} other texts ({made.ju
 ```python
 import qdq_surgery as qs
 
-model = qs.load_onnx("{made.files[0][0]}")  # takes what the tokenizer gives, returns Hugging Face's outputs
+model = qs.load_onnx("{made.files[0][0]}"{runtime})  # takes what the tokenizer gives, returns Hugging Face's outputs
 ```
 """
 
 
 def base_name(folder: str | Path) -> str:
-    """What the float model is called: the name of its folder."""
-    return Path(os.path.realpath(folder)).name or "model"
+    """What the float model is called: the name on the Hub of a folder in its cache, else that of the folder."""
+    path = Path(os.path.realpath(folder))
+    cached = next((each.name for each in path.parents if each.name.startswith("models--")), None)
+    return path.name or "model" if cached is None else cached.removeprefix("models--").replace("--", "/")

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdq_surgery.errors import ParityError
+from qdq_surgery.errors import ModelError, ParityError
+from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
 from qdq_surgery.safety.whole_folder import whole_folder
 from qdq_surgery.targets.target import Target
 from qdq_surgery.texts.tokenizers import copy_tokenizer
@@ -38,6 +39,9 @@ _CONFIGS = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
+
+#: The longest list of modules that is read, in bytes.
+_MOST = 1 << 16
 
 #: Factors are multiplied in another order, and a value at a tie then goes the other way: 1 % of the outputs' norm.
 _SAME = 1e-2
@@ -62,10 +66,31 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, draft / name)
         copy_tokenizer(tokenizer, draft)
-        for module in sorted(Path(source).glob("[0-9]*_*")):  # 1_Pooling and the like
-            if module.is_dir() and not module.is_symlink():
-                shutil.copytree(module, draft / module.name)
+        for name in _modules(Path(source) / "modules.json"):
+            if not (Path(source) / name).is_dir():
+                raise ModelError(f"{source} has no folder {name}, which its modules.json names; save it whole again")
+            shutil.copytree(Path(source) / name, draft / name)
         yield draft
+
+
+def _modules(file: Path) -> list[str]:
+    """The folders that sentence-transformers' list of modules names, such as 1_Pooling; none without that list.
+
+    Raises:
+        ModelError: It is no such list.
+    """
+    if not file.is_file():
+        return []
+    try:
+        named = [
+            str(each.entries()["path"].text()) for each in parse_json(read_regular_file(file, _MOST), str(file)).items()
+        ]
+    except (DamagedError, KeyError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    odd = next((name for name in named if name and (name in (".", "..") or "/" in name or "\\" in name)), None)
+    if odd is not None:
+        raise ModelError(f"{file} names {odd!r}, which is no folder beside it")
+    return [name for name in named if name]
 
 
 def write_own_form(draft: Path, target: Target, inputs: Mapping[str, NDArray[Any]]) -> None:
@@ -85,6 +110,9 @@ def write_own_form(draft: Path, target: Target, inputs: Mapping[str, NDArray[Any
     target.own_form.write(draft / FILE, form)
     precision = "float32" if target.session.precisions else None
     session = target.session(draft / FILE, None, precision)
+    lost = [port.name for port in session.inputs if port.name not in inputs]
+    if lost:
+        raise ModelError(f"{FILE.name} takes {', '.join(lost)}, which the batches do not have")
     wanted = session.run({port.name: inputs[port.name] for port in session.inputs})
     found = target.own_form.run(form, inputs)
     worst = max(_distance(value, found[name]) for name, value in wanted.items())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
 from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.errors import CalibrationError, LossError, ModelError, OptionError
+from qdq_surgery.padding.token_masks import is_label
 from qdq_surgery.safety.transaction import kept_modes
 from qdq_surgery.sensitivity.borrowed import gpus_of, run_seeded
 from qdq_surgery.sensitivity.output_error import (
@@ -35,6 +37,9 @@ from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, numbe
 __all__ = ["Evaluation", "evaluate", "nearest_texts"]
 
 _HIDDEN = "last_hidden_state"
+
+#: Texts whose nearest ones are looked for at a time.
+_SLICE = 1024
 
 #: What each figure says.
 _WORDS = {
@@ -79,7 +84,10 @@ class Evaluation(Result):
 
         Raises:
             LossError: It is more.
+            OptionError: ``loss`` is no such number.
         """
+        if not 0 <= loss < math.inf:
+            raise OptionError(f"a loss of at most {loss} cannot be asked for; give a number from 0 on")
         if not self.loss <= loss:
             raise LossError(
                 f"{self.model} loses {self.loss:.4g} against float ({self.metric}: {_WORDS[self.metric]}), and at most "
@@ -137,6 +145,8 @@ def evaluate(
             f"there is no float model to compare a {type(candidate).__name__} with; pass reference=, the Hugging Face "
             "model that it was made from"
         )
+    # (Of the labels of an encoder-decoder its decoder's inputs are made.)
+    needed = ("labels",) if getattr(plain.config, "is_encoder_decoder", False) else ()
     found = _Sums(plain)
     total = len(batches) if isinstance(batches, Sized) else None
     models = [plain] if module is None else [plain, module]
@@ -148,7 +158,7 @@ def evaluate(
             with quantization_disabled(plain) if quantizers(plain) else nullcontext():
                 wanted = run_seeded(plain, inputs, gpus_of(plain))
             try:
-                found.add(inputs, wanted, _outputs(candidate, module, inputs))
+                found.add(inputs, wanted, _outputs(candidate, module, inputs, needed))
             except CalibrationError as error:
                 raise CalibrationError(f"batch {index}: {error}") from error
     figures = found.figures()
@@ -160,12 +170,17 @@ def evaluate(
     return Evaluation(type(plain).__name__, chosen, figures, *found.counts)
 
 
-def _outputs(candidate: Any, module: nn.Module | None, inputs: Mapping[str, Any]) -> Any:
+def _outputs(candidate: Any, module: nn.Module | None, inputs: Mapping[str, Any], needed: Container[str]) -> Any:
+    """What the candidate makes of a batch; a file, which has no loss, is not given the labels for it."""
     if module is not None:
         device = next((each.device for each in itertools.chain(module.parameters(), module.buffers())), None)
         on = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         return run_seeded(module, on, gpus_of(module))
-    return candidate(**{name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()})
+    kept = {name: value for name, value in inputs.items() if not is_label(name) or name in needed}
+    try:
+        return candidate(**{name: value.cpu() if isinstance(value, Tensor) else value for name, value in kept.items()})
+    except ModelError as error:  # of a file that does not take it
+        raise CalibrationError(str(error)) from error
 
 
 @dataclass
@@ -198,11 +213,14 @@ class _Sums:
             rows = [compared_rows(self.model, inputs, name, each, metric) for each in (wanted, found)]
             if metric != "mse" and rows[0].shape[1] < 2:  # a single number has no direction, and a probability of 1
                 continue
-            if not bool(rows[1].isfinite().all()):
-                raise CalibrationError(f"{name} has a NaN or an infinite value")
+            for each, whose in zip(rows, ("the float model", "what is compared with it"), strict=True):
+                if not bool(each.isfinite().all()):
+                    raise CalibrationError(f"{name} of {whose} has a NaN or an infinite value")
             self._count(metric, summed(metric, rows[1], rows[0]))
             if metric == "cosine":
-                self.lowest = min(self.lowest, float(functional.cosine_similarity(rows[0], rows[1], dim=1).min()))
+                cosines = functional.cosine_similarity(rows[0], rows[1], dim=1)
+                both_zero = (rows[0] == 0).all(1) & (rows[1] == 0).all(1)
+                self.lowest = min(self.lowest, float(cosines.masked_fill(both_zero, 1.0).min()))
             if metric == "kl":
                 same = rows[0].argmax(1) == rows[1].argmax(1)
                 self._count("same_answer", (float(same.sum()), float(len(same))))
@@ -235,7 +253,8 @@ def _pooled(model: PreTrainedModel, inputs: Mapping[str, Any], values: Tensor) -
     if values.ndim != 3 or real_rows(values, mask) is None:
         return values.new_empty(0, 0)
     weights = values.new_ones(values.shape[:2]) if mask is None else mask.to(values).reshape(values.shape[:2])
-    mean = (values * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1.0)
+    texts = weights.sum(1) > 0
+    mean = (values * weights[..., None])[texts].sum(1) / weights[texts].sum(1, keepdim=True)
     return functional.normalize(mean, dim=-1).cpu()
 
 
@@ -253,7 +272,12 @@ def nearest_texts(embeddings: Tensor) -> Tensor:
     Args:
         embeddings: (texts, channels), each of length 1.
     """
-    return (embeddings @ embeddings.T).fill_diagonal_(-2.0).argmax(-1)
+    found = []
+    for start in range(0, len(embeddings), _SLICE):  # all at once they would take the memory of texts x texts
+        near = embeddings[start : start + _SLICE] @ embeddings.T
+        near.diagonal(start).fill_(-2.0)
+        found.append(near.argmax(-1))
+    return torch.cat(found)
 
 
 def _shown(name: str, value: float) -> str:

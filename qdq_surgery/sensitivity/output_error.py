@@ -112,9 +112,9 @@ class Judge:
         if self.own:
             return self.figure(outputs)
         self._wanted = self._rows(outputs)
-        if self.name == "cosine" and self._wanted.shape[1] < 2:
+        if self.name != "mse" and self._wanted.shape[1] < 2:  # no direction, and a probability that is always 1
             raise OptionError(
-                f"metric='cosine' compares directions, and {type(model).__name__} gives one number a row: take 'mse'"
+                f"metric='{self.name}' compares several numbers, and {type(model).__name__} gives one a row: take 'mse'"
             )
         return 0.0, summed(self.name, self._wanted, self._wanted)[1]
 
@@ -186,6 +186,10 @@ def main_outputs(outputs: Any) -> Iterator[tuple[str, Tensor]]:
     Raises:
         CalibrationError: There is nothing.
     """
+    if not isinstance(outputs, (Mapping, tuple, list)):
+        raise CalibrationError(
+            f"the model returns a {type(outputs).__name__}, wanted an output of transformers, a dict or a tuple"
+        )
     named = outputs if isinstance(outputs, Mapping) else dict(zip(map(str, range(len(outputs))), outputs, strict=True))
     chosen = next((names for names in _MAIN if all(named.get(name) is not None for name in names)), None)
     floats = (n for n, v in named.items() if n != "loss" and isinstance(v, Tensor) and v.is_floating_point() and v.ndim)

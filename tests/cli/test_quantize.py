@@ -28,7 +28,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With what sentence-transformers keeps beside a model."""
     folder = save_tiny_bert(tmp_path_factory.mktemp("models") / "tiny", [*TEXTS, "0 1 2 3 4 5 6 7 8 9"])
-    (folder / "modules.json").write_text("[]")
+    (folder / "modules.json").write_text(
+        '[{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Pooling"}]'
+    )
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
     return folder
@@ -92,7 +94,7 @@ def test_the_card_says_what_is_lost_in_words_that_hubs_read(made: Path) -> None:
     assert yaml.safe_load(front)["base_model"] == "tiny"
     report = json.loads((made / "qdq_report.json").read_text())
     assert f"| cosine | {report['evaluation']['loss']:.4g} |" in body
-    assert "on 4 other texts" in body
+    assert "on 4 held-out texts" in body
     assert "100.0 % of the linears' multiply-adds run in INT8" in body
 
 
@@ -100,7 +102,16 @@ def test_the_card_says_what_is_lost_in_words_that_hubs_read(made: Path) -> None:
 def test_too_much_loss_leaves_no_folder(
     model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["quantize", str(model), str(texts), str(tmp_path / "out"), "--max-loss", "1e-9", "--held-out", str(texts)]
+    words = [
+        "quantize",
+        str(model),
+        str(texts),
+        str(tmp_path / "new" / "out"),
+        "--max-loss",
+        "1e-9",
+        "--held-out",
+        str(texts),
+    ]
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "BertModel loses " in said
@@ -119,6 +130,37 @@ def test_what_is_for_tensorrt_is_judged_in_pytorch(
     assert report["receipt"] is None
     card = (tmp_path / "out" / "README.md").read_text()
     assert "fake quantization in PyTorch; TensorRT builds an engine" in card
+
+
+@pytest.mark.slow
+def test_a_model_in_half_precision_without_safetensors_and_a_tokenizer(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of token ids alone, one of which is left over in its batch: the file takes what they have."""
+    half = load_model(model).bfloat16()
+    (tmp_path / "half").mkdir()
+    half.config.dtype = torch.bfloat16
+    half.config.save_pretrained(tmp_path / "half")
+    torch.save(half.state_dict(), tmp_path / "half" / "pytorch_model.bin")
+    rows = [json.dumps({"input_ids": [2, 5, 6 + number, 7, 3]}) for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = ["quantize", str(tmp_path / "half"), str(tmp_path / "rows.jsonl"), str(tmp_path / "new" / "out")]
+    assert main([*words, "--batch", "15", "--target", "openvino"]) == 0
+    assert "its weights are in torch.bfloat16, and are calibrated and exported in float32" in capsys.readouterr().err
+    report = json.loads((tmp_path / "new" / "out" / "qdq_report.json").read_text())
+    assert report["calibration"]["rows"] == 16
+    size = sum(each.numel() for each in half.parameters()) * 4 / 1e6
+    assert f"| the float model's weights | {size:.1f} MB |" in (tmp_path / "new" / "out" / "README.md").read_text()
+    served = qs.load_onnx(tmp_path / "new" / "out" / "onnx" / "model_quantized.onnx", "openvino")
+    assert served.inputs == ("input_ids", "attention_mask")
+
+
+@pytest.mark.parametrize("loss", ["nan", "-1", "inf", "much"])
+def test_a_loss_is_a_number_from_0_on(loss: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["quantize", "model", "texts", "out", f"--max-loss={loss}"])
+    assert stop.value.code == 2
+    assert f"'{loss}' is no loss; give a number from 0 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,13 @@ def test_the_card_can_be_read(name: str, share: float | None) -> None:
     assert "| `onnx/m.onnx` | 12.3 MB |" in body
     assert "| mse | 0.00123 |" in body
     assert "ranges from 33 texts" in body
+    assert 'qs.load_onnx("onnx/m.onnx", "openvino")' in body
     assert ("87.5 % of the linears" in body) == (share is not None)
 
 
 def test_a_model_is_called_like_its_folder(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--mini-lm" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    assert base_name(snapshot) == "org/mini-lm"
     (tmp_path / "minilm").mkdir()
     assert base_name(tmp_path / "minilm") == base_name(f"{tmp_path}/minilm/") == "minilm"

@@ -56,6 +56,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (source / "1_Pooling").mkdir(parents=True)
     for name in ("config.json", "tokenizer.json", "modules.json", "model.safetensors", "1_Pooling/config.json"):
         (source / name).write_text(name)
+    (source / "3_epochs").mkdir()
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
     with pytest.raises(RuntimeError, match="stop"), deployed_folder(tmp_path / "out", source, source):
         raise RuntimeError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
@@ -66,3 +68,22 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert names == {"config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"}
     with pytest.raises(ModelError, match="exists and is not empty"), deployed_folder(tmp_path / "out", source, source):
         pass
+
+
+@pytest.mark.parametrize(
+    ("modules", "found"),
+    [
+        ('[{"path": "2_Dense"}]', "has no folder 2_Dense, which its modules.json names"),
+        ('[{"path": "../other"}]', r"names '\.\./other', which is no folder beside it"),
+        ('[{"path": ".."}]', "which is no folder beside it"),
+        ('[{"name": "0"}]', "cannot be read: 'path'"),
+        ('{"path": 3}', "cannot be read"),
+        ("no json", "cannot be read"),
+    ],
+)
+def test_a_list_of_modules_is_a_strangers(modules: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "modules.json").write_text(modules)
+    with pytest.raises(ModelError, match=found), deployed_folder(tmp_path / "out", tmp_path / "float", tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]

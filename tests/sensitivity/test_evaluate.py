@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError, ModelError, OptionError
+from qdq_surgery.sensitivity.evaluate import Evaluation, nearest_texts
 
 
 def batches(model: Any) -> list[dict[str, Any]]:
@@ -157,6 +158,42 @@ def test_models_are_left_as_they_were() -> None:
     assert modes == [module.training for module in qmodel.modules()]
 
 
+def test_a_text_of_padding_alone_is_none() -> None:
+    qmodel = calibrated("bert", "BertModel")
+    batch = batch_for(qmodel, (4, 8))
+    batch["attention_mask"][3] = 0
+    found = qs.evaluate(qmodel, [batch])
+    assert found.figures["worst_text_cosine"] > 0.9
+
+
+def test_labels_are_not_for_files() -> None:
+    head = build("bert", "BertForTokenClassification")
+    seen: list[set[str]] = []
+
+    def candidate(**inputs: Any) -> Any:
+        seen.append(set(inputs))
+        return head(**inputs)
+
+    qs.evaluate(candidate, [batch_for(head, (2, 9), labels=True)], head)
+    assert seen == [{"input_ids", "attention_mask"}]
+
+
+def test_nearest_texts_are_those_of_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings = functional.normalize(torch.randn(11, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    wanted = (embeddings @ embeddings.T - 3 * torch.eye(11)).argmax(1)
+    for size in (1024, 4, 1):
+        monkeypatch.setitem(nearest_texts.__globals__, "_SLICE", size)
+        assert torch.equal(nearest_texts(embeddings), wanted)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), -1.0, float("inf")])
+def test_a_loss_that_cannot_be_asked_for(loss: float) -> None:
+    found = Evaluation("BertModel", "mse", {"mse": 0.0}, 1, 1, 1)
+    found.require(0.0)
+    with pytest.raises(OptionError, match="cannot be asked for; give a number from 0 on"):
+        found.require(loss)
+
+
 def test_a_result_can_be_shown_and_kept() -> None:
     qmodel = calibrated("bert", "BertModel")
     found = qs.evaluate(qmodel, batches(qmodel))
@@ -179,6 +216,15 @@ def test_what_cannot_be_compared_is_refused() -> None:
     questions = build("bert", "BertForQuestionAnswering")
     with pytest.raises(CalibrationError, match=r"batch 0: .*start_logits .*the same head"):
         qs.evaluate(model, data, questions)
+    with pytest.raises(CalibrationError, match="batch 0: the model returns a NoneType, wanted an output"):
+        qs.evaluate(lambda **_: None, data, model)
+    broken = build("bert", "BertModel")
+    with torch.no_grad():
+        broken.embeddings.LayerNorm.bias[0] = torch.nan
+    with pytest.raises(CalibrationError, match="last_hidden_state of the float model has a NaN"):
+        qs.evaluate(model, data, broken)
+    with pytest.raises(CalibrationError, match="last_hidden_state of what is compared with it has a NaN"):
+        qs.evaluate(broken, data, model)
     with pytest.raises(ModelError, match="no float model to compare a function with; pass reference="):
         qs.evaluate(lambda **inputs: model(**inputs), data)
     with pytest.raises(ModelError, match="is not converted"):

@@ -455,11 +455,12 @@ def test_models_that_cannot_be_measured() -> None:
         qs.sensitivity(broken, [BATCH])
 
 
-def test_one_number_has_no_direction() -> None:
+@pytest.mark.parametrize("metric", ["cosine", "kl"])
+def test_one_number_has_no_direction_and_no_other_class(metric: str) -> None:
     qmodel = qs.convert(build("bert", "BertForSequenceClassification", num_labels=1))
     qs.calibrate(qmodel, [BATCH])
-    with pytest.raises(OptionError, match="gives one number a row: take 'mse'"):
-        qs.sensitivity(qmodel, [BATCH], "cosine")
+    with pytest.raises(OptionError, match="gives one a row: take 'mse'"):
+        qs.sensitivity(qmodel, [BATCH], metric)
     assert qs.sensitivity(qmodel, [BATCH], sites=False, kinds=False).int8 > 0
 
 
