@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
@@ -13,7 +15,7 @@ from qdq_surgery.checkpoint.config import QUANT_METHOD
 from qdq_surgery.checkpoint.save import SAVE_ATTRIBUTE
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.epilogues import Epilogue
-from qdq_surgery.freeze.linear import FROZEN
+from qdq_surgery.freeze.linear import FROZEN, IntegerLinear
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.surgery.model_state import FROZEN_ATTRIBUTE, set_state
 
@@ -77,6 +79,14 @@ def _refuse_saving(*_: Any, **__: Any) -> NoReturn:
     )
 
 
+def _apply_or_refuse(model: PreTrainedModel, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreTrainedModel:
+    """What ``to(...)`` and the like do, if all of the model can go there: nothing has moved where it cannot."""
+    for module in model.modules():
+        if isinstance(module, IntegerLinear):
+            module.moved(fn)
+    return type(model)._apply(model, fn, recurse)
+
+
 def declare(model: PreTrainedModel, state: FrozenState) -> None:
     """Make a model known as frozen, to this package and to transformers."""
     set_state(model, None)
@@ -85,3 +95,4 @@ def declare(model: PreTrainedModel, state: FrozenState) -> None:
     for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
         vars(part)["hf_quantizer"] = handle
     vars(model).update({SAVE_ATTRIBUTE: _refuse_saving, "quantization_method": QUANT_METHOD, "is_quantized": True})
+    vars(model)["_apply"] = functools.partial(_apply_or_refuse, model)

@@ -77,7 +77,12 @@ class IntegerLinear(nn.Linear):
         epilogue = "" if self.post_op == "none" else f", {self.post_op}"
         return f"{super().extra_repr()}, int8{epilogue}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> torch.dtype:
+        """The type of results after ``fn``, what ``to(...)`` does to each tensor.
+
+        Raises:
+            ModelError: It goes where no integer products are.
+        """
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.device.type != "cpu":
             raise ModelError(
@@ -85,10 +90,13 @@ class IntegerLinear(nn.Linear):
             )
         if probe.dtype not in DTYPES:
             raise ModelError(f"{FROZEN} in float32 or bfloat16, and is to be {probe.dtype}; freeze it as it is to be")
-        kept = dict(self._buffers)
+        return probe.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
+        dtype, kept = self.moved(fn), dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(kept)
-        self.dtype = probe.dtype
+        self.dtype = dtype
         return self
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> NoReturn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import batch_for, build
-from frozen_models import calibrated, frozen
+from frozen_models import apart, calibrated, frozen, outputs
+from torch import nn
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
+from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.frozen_state import frozen_state
 
 
@@ -81,3 +85,22 @@ def test_only_a_frozen_model_has_a_state() -> None:
         assert isinstance(other, PreTrainedModel)
         with pytest.raises(qs.ModelError, match=r"is not frozen; call qdq_surgery.freeze"):
             frozen_state(other)
+
+
+@pytest.mark.parametrize("where", [torch.float16, torch.float64, "meta"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_where_it_cannot_go_nothing_of_it_goes(where: Any, copied: bool) -> None:
+    model = frozen(num_hidden_layers=1)
+    model = copy.deepcopy(model) if copied else model
+    batch = batch_for(model, (2, 5))
+    wanted = outputs(model, batch)
+    for moved in (model, nn.Sequential(model)):
+        with pytest.raises(ModelError, match="is frozen"):
+            moved.to(where)
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+    assert apart(outputs(model, batch), wanted) == 0.0
+    again = pickle.loads(pickle.dumps(model))
+    with pytest.raises(ModelError, match="is frozen"):
+        again.to(torch.float16)
+    assert apart(outputs(again, batch), wanted) == 0.0
+    assert {each.dtype for each in model.to(torch.bfloat16).parameters()} == {torch.bfloat16}
