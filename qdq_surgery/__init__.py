@@ -17,6 +17,7 @@ import qdq_surgery.safety.upstream  # noqa: F401
 from qdq_surgery.calibration.collect import Statistics, collect
 from qdq_surgery.calibration.equalization import Equalization, equalize
 from qdq_surgery.calibration.ranges import Calibration, calibrate
+from qdq_surgery.calibration.rounding import Rounding, round_weights
 from qdq_surgery.calibration.training import fix_ranges, learn_ranges, recalibrate_weights
 from qdq_surgery.checkpoint.config import QDQConfig
 from qdq_surgery.convert import convert, plan
@@ -103,6 +104,7 @@ __all__ = [
     "Receipt",
     "ReceiptError",
     "Refusal",
+    "Rounding",
     "RuleFileError",
     "RuleSet",
     "Sensitivity",
@@ -133,6 +135,7 @@ __all__ = [
     "quantizers",
     "recalibrate_weights",
     "receipt",
+    "round_weights",
     "sensitivity",
     "shipped_rules",
     "tune",

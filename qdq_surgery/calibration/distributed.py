@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics.histogram import Histogram
 
-__all__ = ["agree", "gather_histograms", "gather_maxima", "gather_sums"]
+__all__ = ["agree", "gather_histograms", "gather_maxima", "gather_moments", "gather_sums"]
 
 _LOWEST_EXPONENT = -(1 << 20)
 
@@ -70,6 +70,25 @@ def gather_maxima(found: Mapping[str, Tensor | None], device: torch.device) -> d
         value = torch.zeros(shape, device=device) if amax is None else amax.clone()
         distributed.all_reduce(value, distributed.ReduceOp.MAX)
         made[name] = value
+    return made
+
+
+def gather_moments(
+    found: Mapping[str, Tensor | None], sizes: Mapping[str, int], device: torch.device
+) -> dict[str, Tensor]:
+    """The sums of each name's moments over all processes; a name that none has any for is zero.
+
+    Args:
+        found: The same names in the same order in every process.
+        sizes: How many channels each has.
+    """
+    if _alone():
+        return {name: moments for name, moments in found.items() if moments is not None}
+    made = {}
+    for name, moments in found.items():
+        total = torch.zeros(sizes[name], sizes[name], device=device) if moments is None else moments.clone()
+        distributed.all_reduce(total)
+        made[name] = total
     return made
 
 

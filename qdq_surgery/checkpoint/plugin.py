@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
@@ -23,8 +22,16 @@ from qdq_surgery.checkpoint.attentions import name_as_eager, name_back
 from qdq_surgery.checkpoint.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.checkpoint.plan_cache import lock_of, read_lock
 from qdq_surgery.checkpoint.quantizer_states import record_of
-from qdq_surgery.checkpoint.range_files import RANGE_PATTERN, read_ranges
-from qdq_surgery.checkpoint.reconcile import Names, check_fits, check_known, check_ranges, check_sites, take_state
+from qdq_surgery.checkpoint.range_files import STATE_PATTERN, Stored, read_ranges
+from qdq_surgery.checkpoint.reconcile import (
+    Names,
+    check_fits,
+    check_known,
+    check_ranges,
+    check_sites,
+    read_roundings,
+    take_state,
+)
 from qdq_surgery.checkpoint.report import restore_calibration, write_report
 from qdq_surgery.checkpoint.save import SAVE_ATTRIBUTE, SavePretrained, without_aliases
 from qdq_surgery.checkpoint.weight_conversions import keep_ranges_apart
@@ -66,7 +73,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder: Path | None = None
         self._state_dict: Any = None
         self._attention: str | None = None
-        self._ranges: dict[str, Tensor] = {}
+        self._stored = Stored({}, {}, {})
         self._implants: list[Implant] = []
         self._parts: list[PreTrainedModel] = []
 
@@ -119,10 +126,10 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         modules = dict(model.named_modules())
         self._parts = [each for each in modules.values() if isinstance(each, PreTrainedModel) and each is not model]
-        self._ranges, metadata = read_ranges(self._files)
+        self._stored = read_ranges(self._files)
         lock = None
         if config.record is not None:
-            lock = read_lock(metadata, model, modules, config.rules, config.record.sites)
+            lock = read_lock(self._stored.metadata, model, modules, config.rules, config.record.sites)
         with real_tensors():
             if lock is None:
                 self._match(model)
@@ -132,7 +139,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
             ignored = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, RANGE_PATTERN])
+            model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, STATE_PATTERN])
         return model
 
     def _match(self, model: PreTrainedModel) -> None:
@@ -163,23 +170,24 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         made = {each.site.quantizer: each for each in self._implants if each.site is not None}
         found = {name: each.quantizer for name, each in made.items() if each.quantizer is not None}
         names = Names(model, found)
-        ranges = {names.loaded(name): value for name, value in self._ranges.items()}
+        ranges = {names.loaded(name): value for name, value in self._stored.ranges.items()}
         record = self.quantization_config.record
         check_known(found, ranges, model)
         check_fits(self._implants, ranges)
+        roundings = read_roundings(self._implants, ranges, self._stored.roundings, record, names)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
         if one is not None and one.type == "meta":  # all of it is on a disk
             one = None
         for name, each in made.items():
             device = device_of(each.owner, model) if one is None else one
-            found[name].settle(device, each.owner.training, ranges.get(name))
+            found[name].settle(device, each.owner.training, ranges.get(name), roundings.get(name))
         if record is not None:
             check_ranges(found, ranges, record, names)
             take_state(found, ranges, record, names)
         implant(self._implants)
         restore_calibration(model, self._files)
         adopt(model, self, self._parts)
-        self._files, self._ranges, self._implants, self._parts = [], {}, [], []
+        self._files, self._stored, self._implants, self._parts = [], Stored({}, {}, {}), [], []
         return model
 
     # -- saving ------------------------------------------------------------------------------------------------

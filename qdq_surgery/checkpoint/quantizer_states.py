@@ -56,6 +56,7 @@ class Record:
         quant_disabled: Those that were told not to quantize (``disable_quant``).
         learned: Those whose range is a parameter.
         without_range: Those that find their range anew for each tensor.
+        rounded: Those of weights whose rounding is adapted.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Record:
     quant_disabled: Folded = field(default_factory=dict)
     learned: Folded = field(default_factory=dict)
     without_range: Folded = field(default_factory=dict)
+    rounded: Folded = field(default_factory=dict)
 
     @classmethod
     def from_data(cls, data: Item) -> Record:
@@ -158,6 +160,7 @@ _TESTS: dict[str, Callable[[TensorQuantizer], bool]] = {
     "quant_disabled": lambda quantizer: not quantizer._if_quant,
     "learned": lambda quantizer: quantizer.learns,
     "without_range": lambda quantizer: quantizer.amax is None,
+    "rounded": lambda quantizer: quantizer.rounding is not None,
 }
 
 

@@ -1,10 +1,15 @@
-"""The ranges in a checkpoint: from safetensors, or from pickles that hold nothing but tensors. And its metadata."""
+"""The ranges in a checkpoint: from safetensors, or from pickles that hold nothing but tensors. And what else is there.
+
+Ranges are many and small, and all are read at once. What weights are moved by before they are rounded is as large as
+the weights, and read when its quantizer is known.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +19,16 @@ from torch import Tensor
 from transformers.modeling_utils import load_state_dict
 
 from qdq_surgery.errors import ModelError
+from qdq_surgery.match.site_names import STATE_SUFFIXES
 from qdq_surgery.safety.untrusted import DamagedError, quoted
 
-__all__ = ["RANGE_PATTERN", "RANGE_SUFFIX", "read_ranges"]
+__all__ = ["STATE_PATTERN", "Stored", "read_ranges", "read_rounding"]
 
-#: How the name of a range ends in a state dict, here as in QDQBERT.
-RANGE_SUFFIX = "_quantizer._amax"
+#: How the names in a state dict end: of a range, as in QDQBERT, and of what a weight is moved by.
+_RANGE, _ROUNDING = STATE_SUFFIXES
+
+#: Both as a regular expression.
+STATE_PATTERN = r"_quantizer\.(_amax|_rounding)$"
 
 #: What a range may be stored in: no integers, and no floats of eight bits, in which a range would be another.
 _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
@@ -27,25 +36,61 @@ _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16
 #: The most axes of a range, and the most numbers in the ranges of a file.
 _MOST_AXES, _MOST_VALUES = 8, 1 << 24
 
-#: The same as a regular expression.
-RANGE_PATTERN = r"_quantizer\._amax$"
+
+@dataclass(frozen=True)
+class Stored:
+    """What the files of a checkpoint hold of quantizers.
+
+    Attributes:
+        ranges: By the name of the quantizer, in float32.
+        roundings: By the name of the quantizer, the file that holds what its weight is moved by.
+        metadata: Of the first file.
+    """
+
+    ranges: dict[str, Tensor]
+    roundings: dict[str, str]
+    metadata: dict[str, str]
 
 
-def read_ranges(files: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Ranges by the name of their quantizer, in float32; and the metadata of the first file.
+def read_ranges(files: Sequence[str]) -> Stored:
+    """All ranges, and where the rest is.
 
     Raises:
         ModelError: A file cannot be read, or a range is no range: of integers, negative, not finite. Names both.
     """
-    ranges: dict[str, Tensor] = {}
-    first: dict[str, str] | None = None
+    stored, first = Stored({}, {}, {}), True
     for path in files:
         with _naming(path):
-            found, metadata = _in_safetensors(path) if path.endswith(".safetensors") else (_in_pickle(path), {})
-            _check(found)
-        ranges.update({name.removesuffix("._amax"): value for name, value in found.items()})
-        first = metadata if first is None else first
-    return ranges, first or {}
+            found = _in_safetensors(path) if path.endswith(".safetensors") else _in_pickle(path)
+            _check(found.ranges)
+        stored.ranges.update({name.removesuffix("._amax"): value for name, value in found.ranges.items()})
+        stored.roundings.update(found.roundings)
+        if first:
+            stored.metadata.update(found.metadata)
+        first = False
+    return stored
+
+
+def read_rounding(path: str, name: str, misfit: Callable[[torch.dtype, Sequence[int]], str | None]) -> Tensor:
+    """What the weight of the quantizer ``name`` is moved by: int8, shape of the weight.
+
+    Args:
+        misfit: Why one of such a dtype and shape cannot be this quantizer's; asked before it is read.
+
+    Raises:
+        ModelError: The file cannot be read, or has none that fits; names both.
+    """
+    with _naming(path):
+        key, value = f"{name}._rounding", None
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                value = file.get_tensor(key)
+        else:
+            value = _state(path)[key]
+        problem = misfit(value.dtype, value.shape)
+        if problem is not None:
+            raise DamagedError(f"{quoted(name)}: {problem}")
+        return value.clone()  # what is a view of the whole file else
 
 
 @contextmanager
@@ -70,35 +115,48 @@ def _check(found: Mapping[str, Tensor]) -> None:
         raise DamagedError(f"the range of {quoted(wrong.removesuffix('._amax'))} is negative or not finite")
 
 
-def _in_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _in_safetensors(path: str) -> Stored:
     # By way of numpy, which takes half the time for so many small tensors, and copies what would else be a view of the
     # whole file.
     with safe_open(path, framework="np") as file:
-        metadata = file.metadata() or {}
-        names = [name for name in file.keys() if name.endswith(RANGE_SUFFIX)]  # noqa: SIM118 (it is no dict)
+        own = [name for name in file.keys() if name.endswith(STATE_SUFFIXES)]  # noqa: SIM118 (it is no dict)
+        names = [name for name in own if name.endswith(_RANGE)]
         _check_sizes((name, file.get_slice(name).get_shape()) for name in names)
         try:
             found = {name: torch.from_numpy(file.get_tensor(name)) for name in names}
         except (TypeError, AttributeError):  # of a kind that numpy does not know, bfloat16 for one
             with safe_open(path, framework="pt") as other:
                 found = {name: other.get_tensor(name) for name in names}
-    return {name: _in_float32(name, value) for name, value in found.items()}, metadata
+        ranges = {name: _in_float32(name, value) for name, value in found.items()}
+        return Stored(ranges, _roundings(own, path), file.metadata() or {})
 
 
-def _in_pickle(path: str) -> dict[str, Tensor]:
+def _in_pickle(path: str) -> Stored:
+    state = _state(path)
+    found = {name: value for name, value in state.items() if name.endswith(_RANGE)}
+    _check_sizes((name, value.shape) for name, value in found.items())
+    # A copy: these are views of the file.
+    ranges = {name: _in_float32(name, value).clone() for name, value in found.items()}
+    return Stored(ranges, _roundings(state, path), {})
+
+
+def _roundings(names: Iterable[str], path: str) -> dict[str, str]:
+    return {name.removesuffix("._rounding"): path for name in names if name.endswith(_ROUNDING)}
+
+
+def _state(path: str) -> dict[str, Tensor]:
+    """What a pickle has of quantizers."""
     try:
         state = load_state_dict(path, weights_only=True)
     except Exception as error:  # whatever a damaged archive makes of torch
         raise DamagedError(str(error) or type(error).__name__) from error
     if not isinstance(state, Mapping):
         raise DamagedError(f"it holds a {type(state).__name__}, wanted tensors by name")
-    found = {name: value for name, value in state.items() if isinstance(name, str) and name.endswith(RANGE_SUFFIX)}
+    found = {name: value for name, value in state.items() if isinstance(name, str) and name.endswith(STATE_SUFFIXES)}
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise DamagedError(f"{quoted(name)} is a {type(value).__name__}, wanted a tensor")
-    _check_sizes((name, value.shape) for name, value in found.items())
-    # A copy: these are views of the file.
-    return {name: _in_float32(name, value).clone() for name, value in found.items()}
+    return found
 
 
 def _check_sizes(shapes: Iterable[tuple[str, Sequence[int]]]) -> None:

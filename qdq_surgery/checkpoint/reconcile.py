@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -13,13 +13,15 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
 from qdq_surgery.checkpoint.quantizer_states import Record, misfit
+from qdq_surgery.checkpoint.range_files import read_rounding
 from qdq_surgery.errors import MatchError, ModelError
 from qdq_surgery.match.plan import Plan
+from qdq_surgery.match.site_names import LINEAR_NAMES
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.apply import Implant
 from qdq_surgery.text.layer_names import fold, layer_in
 
-__all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "take_state"]
+__all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "read_roundings", "take_state"]
 
 logger = logging.get_logger(__name__)
 
@@ -147,6 +149,44 @@ def check_ranges(
         logger.warning(
             f"{len(new)} quantizers are new in this model and have no range yet (first: {new[0]}); calibrate it"
         )
+
+
+def read_roundings(
+    implants: Iterable[Implant],
+    ranges: Mapping[str, Tensor],
+    roundings: Mapping[str, str],
+    record: Record | None,
+    names: Names,
+) -> dict[str, Tensor]:
+    """What weights are moved by before they are rounded, by the name of the quantizer.
+
+    Args:
+        ranges: By the name of the quantizer.
+        roundings: The file of each, by the name of its quantizer in the file.
+
+    Raises:
+        ModelError: One is missing, is not that of its weight, or is not named in the config; names it.
+    """
+    wanted = set() if record is None else {names.here(name) for name in record.names("rounded")}
+    stored = {names.loaded(name): (name, path) for name, path in roundings.items()}
+    made = {each.site.quantizer: each for each in implants if each.site is not None}
+    for what, odd in (
+        ("no adapted rounding of {}, which was saved with one", wanted - stored.keys()),
+        ("an adapted rounding of {}, of which its config says nothing", stored.keys() - wanted),
+        ("an adapted rounding of {}, and no range", wanted - ranges.keys()),
+    ):
+        if odd & made.keys():
+            raise ModelError(
+                f"the checkpoint has {what.format(min(odd & made.keys()))}; its files are not those that were saved "
+                "together"
+            )
+    return {name: _rounding(made[name], *stored[name]) for name in sorted(wanted & made.keys())}
+
+
+def _rounding(implant: Implant, name: str, path: str) -> Tensor:
+    assert implant.quantizer is not None
+    weight = cast("Tensor", implant.owner.weight).shape if implant.name == LINEAR_NAMES["weight"] else None
+    return read_rounding(path, name, functools.partial(implant.quantizer.rounding_misfit, weight=weight))
 
 
 def take_state(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from qdq_surgery.checkpoint.range_files import RANGE_SUFFIX
+from qdq_surgery.match.site_names import STATE_SUFFIXES
 
 __all__ = ["keep_ranges_apart"]
 
@@ -39,4 +39,5 @@ def keep_ranges_apart(model: PreTrainedModel) -> None:
     if not converters or any(isinstance(op, _Keep) for each in converters for op in each.operations):
         return
     # The last is the first one backwards.
-    model._weight_conversions = [*conversions, WeightConverter([RANGE_SUFFIX], [RANGE_SUFFIX], [_Keep()])]
+    apart = [WeightConverter([suffix], [suffix], [_Keep()]) for suffix in STATE_SUFFIXES]
+    model._weight_conversions = [*conversions, *apart]

@@ -11,9 +11,9 @@ from transformers.utils import logging as transformers_logging
 
 from qdq_surgery.checkpoint.config import QUANT_METHOD
 from qdq_surgery.checkpoint.preflight import check_files, check_size
-from qdq_surgery.checkpoint.range_files import RANGE_SUFFIX
 from qdq_surgery.cli.heads import check_head, model_class
 from qdq_surgery.errors import AlreadyConvertedError, ModelError, QdqSurgeryError
+from qdq_surgery.match.site_names import STATE_SUFFIXES
 from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
 from qdq_surgery.safety.whole_folder import check_new, whole_folder
 from qdq_surgery.surgery.model_state import plan_of
@@ -61,7 +61,7 @@ def load_model(
         transformers_logging.set_verbosity(before)
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     unexpected = sorted(str(key) for key in info.get("unexpected_keys", ()))
-    left = check_head(path, model, [key for key in unexpected if not key.endswith(RANGE_SUFFIX)], kind)
+    left = check_head(path, model, [key for key in unexpected if not key.endswith(STATE_SUFFIXES)], kind)
     _check_weights(folder, type(model).__name__, info)
     if left is not None and note is not None:
         note(left)
@@ -80,7 +80,7 @@ def is_converted(folder: str | Path) -> bool:
 
 
 def _check_weights(folder: str | Path, name: str, info: dict[str, Any]) -> None:
-    ranges = [str(key) for key in info.get("unexpected_keys", ()) if str(key).endswith(RANGE_SUFFIX)]
+    ranges = [str(key) for key in info.get("unexpected_keys", ()) if str(key).endswith(STATE_SUFFIXES)]
     if ranges:
         raise AlreadyConvertedError(
             f"{folder} holds ranges of {len(ranges)} quantizers (first: {ranges[0]}), but its config says nothing of "

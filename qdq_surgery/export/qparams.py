@@ -47,6 +47,8 @@ class QParams:
             what the columns of a weight are multiplied by; ``None``: nothing.
         taken_back: Whether the weight behind an activation is multiplied by ``channels``, so that nothing else has to
             be.
+        rounding: int8, shape of the weight: how many steps each of its values is moved by before it is rounded;
+            ``None``: by none.
     """
 
     name: str
@@ -57,6 +59,7 @@ class QParams:
     native: bool
     channels: NDArray[np.float32] | None = None
     taken_back: bool = False
+    rounding: NDArray[np.int8] | None = None
 
     def scale(self, amax: NDArray[np.float32]) -> NDArray[np.float32]:
         """ONNX's scale for ``amax``, float32, same shape, > 0."""
@@ -87,6 +90,8 @@ class QParams:
         if self.axis is not None:
             amax = amax.reshape([-1 if axis == self.axis % values.ndim else 1 for axis in range(values.ndim)])
         work, ranges = torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(np.asarray(amax))
+        if self.rounding is not None:
+            work = work + torch.from_numpy(self.rounding) * self.grid.step(ranges)
         found = (native_quantize if self.native else quantize)(work, ranges, self.grid)
         return found.to(getattr(torch, integer_type(self.grid).name)).numpy()
 
@@ -192,7 +197,9 @@ def _qparams(name: str, quantizer: TensorQuantizer) -> QParams:
         axis = wide[0] - amax.ndim if wide else None  # as it broadcasts
         amax = amax.reshape(-1) if wide else amax.reshape(())
     values = None if amax is None else amax.numpy()
-    return QParams(name, _role(name, quantizer), values, axis, quantizer.grid, bool(quantizer.use_fb_fake_quant))
+    rounding = None if quantizer.rounding is None else quantizer.rounding.cpu().numpy()
+    native = bool(quantizer.use_fb_fake_quant)
+    return QParams(name, _role(name, quantizer), values, axis, quantizer.grid, native, rounding=rounding)
 
 
 def _role(name: str, quantizer: TensorQuantizer) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.input_grid import InputGrid
 from qdq_surgery.freeze.kernel import DTYPES, PackedWeight, integer_linear, unsupported
-from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
+from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
 from qdq_surgery.quantize.linear import QuantLinear
 
 __all__ = ["FROZEN", "IntegerLinear", "hooked", "make_integer", "to_integers"]
@@ -139,9 +139,7 @@ def to_integers(linear: QuantLinear) -> tuple[Tensor, Tensor]:
     weight = linear.weight.detach().float()
     if scale is not None:
         weight = weight * scale
-    amax = amax.detach().float()
-    native = quantizer.use_fb_fake_quant
-    integers = (native_quantize if native else quantize)(weight, amax, quantizer.grid)
+    amax, integers = amax.detach().float(), quantizer.integers(quantizer.moved(weight))
     steps = torch.where(amax <= SMALLEST_AMAX, torch.ones_like(amax), quantizer.grid.step(amax))
     return integers.to(torch.int8), steps.reshape(-1).expand(weight.shape[0]).contiguous()
 

@@ -6,6 +6,7 @@ they collect does not depend on the order or the grouping of the data; see :mod:
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import threading
@@ -27,7 +28,14 @@ from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE, START_BIN
 from qdq_surgery.padding.call_padding import Padding, Turn
 from qdq_surgery.quantize.descriptors import kept_axes
 
-__all__ = ["ChannelCalibrator", "HistogramCalibrator", "MaxCalibrator", "Watch"]
+__all__ = [
+    "OWN_CALIBRATORS",
+    "ChannelCalibrator",
+    "HistogramCalibrator",
+    "MaxCalibrator",
+    "MomentCalibrator",
+    "Watch",
+]
 
 
 @dataclass
@@ -235,6 +243,48 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
         return str(self)
 
 
+class MomentCalibrator(_Watching):
+    """Beside another one, on the input of a linear: the sum of x x^T over all that comes, for rounding its weight.
+
+    Args:
+        beside: The calibrator of the range, which sees everything, too.
+
+    Attributes:
+        moments: (channels, channels), float32; ``None`` before the first tensor. It is replaced and never changed.
+    """
+
+    def __init__(self, beside: MaxCalibrator | HistogramCalibrator) -> None:
+        self.beside, self.moments = beside, None
+        self.watch, self.quantizer = beside.watch, beside.quantizer
+
+    moments: Tensor | None
+
+    def collect(self, x: Tensor) -> None:
+        """Add a tensor, whose last axis are the channels."""
+        self.beside.collect(x)
+        made, times = self._summary(x)
+        made = made * times if times != 1 else made
+        self.moments = made if self.moments is None else self.moments + made
+
+    def _kind(self) -> Any:
+        return "moments"
+
+    def _sum(self, found: list[tuple[Tensor, int]]) -> Tensor:
+        return torch.stack([made * times for made, times in found]).sum(0)
+
+    def _summarize(self, values: Tensor, invalid: Tensor | None) -> Tensor:
+        values = values.float()
+        if invalid is not None:
+            values = values.masked_fill(invalid, 0.0)
+        rows = values.reshape(-1, values.shape[-1])
+        return rows.T @ rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MomentCalibrator:
+        made = copy.copy(self)  # the moments of a large model are not written to, so need no copy
+        made.beside, made.turn = copy.deepcopy(self.beside, memo), copy.deepcopy(self.turn, memo)
+        return made
+
+
 class ChannelCalibrator(_Calibrator):  # type: ignore[misc]
     """A range for each channel of a weight, by a method that finds it on the weight itself.
 
@@ -274,3 +324,7 @@ class ChannelCalibrator(_Calibrator):  # type: ignore[misc]
         if self._weight is None or by_channel is None:
             return None
         return by_channel(self._weight, self._axis, Grid(self._num_bits, self._unsigned, self._narrow_range))
+
+
+#: Those that take tensors as they come.
+OWN_CALIBRATORS = (MaxCalibrator, HistogramCalibrator, MomentCalibrator, ChannelCalibrator)

@@ -65,3 +65,9 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
                 problem = quantizer.misfit(amax.shape, weight, self.in_features)
                 if problem is not None:
                     args[-1].append(f"{name}: {problem}")  # torch's list of errors, which it raises at the end
+            steps = state_dict.get(f"{prefix}{own}._rounding")
+            if isinstance(quantizer, TensorQuantizer) and steps is not None:
+                weight = self.weight.shape if quantizer is self._weight_quantizer else None
+                problem = quantizer.rounding_misfit(steps.dtype, steps.shape, weight)
+                if problem is not None:
+                    args[-1].append(f"{prefix}{own}._rounding: {problem}")

@@ -25,10 +25,17 @@ from qdq_surgery.numerics.fake_quant import (
     fake_quant,
     learned_fake_quant,
     native_fake_quant,
+    native_quantize,
     onnx_fake_quant,
+    quantize,
 )
 from qdq_surgery.numerics.grid import Grid
-from qdq_surgery.quantize.calibrators import ChannelCalibrator, HistogramCalibrator, MaxCalibrator
+from qdq_surgery.quantize.calibrators import (
+    OWN_CALIBRATORS,
+    ChannelCalibrator,
+    HistogramCalibrator,
+    MaxCalibrator,
+)
 from qdq_surgery.quantize.descriptors import grid_of, kept_axes
 from qdq_surgery.quantize.export_node import tag
 from qdq_surgery.rules.quant_spec import QuantSpec
@@ -144,6 +151,38 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         return channel_scale(amax.detach()) if self.scaled and amax is not None else None
 
     @property
+    def rounding(self) -> Tensor | None:
+        """By how many steps each value is moved before it is rounded, int8, shape of the weight; ``None``: by none.
+
+        Set by :func:`qdq_surgery.round_weights`, and gone with the range that it was found for.
+        """
+        own: Tensor | None = self._buffers.get("_rounding")
+        return own
+
+    def set_rounding(self, steps: Tensor | None) -> None:
+        """Set :attr:`rounding`: int8, shape of the weight; ``None``: each value goes to the nearest integer."""
+        if "_rounding" in self._buffers:
+            del self._rounding
+        if steps is not None:
+            self.register_buffer("_rounding", steps)
+
+    def moved(self, values: Tensor) -> Tensor:
+        """``values`` before they are rounded: moved by :attr:`rounding`, in float32; without one, as they are."""
+        amax, steps = self.amax, self.rounding
+        return values if amax is None or steps is None else values.float() + steps * self.grid.step(amax.detach())
+
+    def integers(self, values: Tensor) -> Tensor:
+        """The integers nearest to ``values``, as floats; those that it rounds to if the values were :meth:`moved`.
+
+        Raises:
+            CalibrationError: There is none.
+        """
+        if self.amax is None:
+            raise CalibrationError(f"{self._name()} has no range: calibrate the model first")
+        formula = native_quantize if self.use_fb_fake_quant else quantize
+        return formula(values, self.amax.detach(), self.grid)
+
+    @property
     def quantizes(self) -> bool:
         """Whether what passes is rounded."""
         return self.enabled and bool(self._if_quant)
@@ -173,6 +212,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def set_range(self, amax: Tensor) -> None:
         """Set ``amax``, of whatever shape; a range that is learned stays the same parameter if its shape does.
 
+        Values are rounded to the nearest integer from then on: :attr:`rounding` was for the range before.
+
         Raises:
             ValueError: It is negative somewhere, or zero where each channel has a scale.
         """
@@ -182,6 +223,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if self.scaled and not amax.is_meta and not bool(amax.all()):
             raise ValueError("a scale per channel needs a range above 0 in each, found 0")
         self._never_negative = False
+        self.set_rounding(None)
         # Outside of inference mode, so that the buffer can be saved for a backward pass later.
         with torch.inference_mode(False):
             if not hasattr(self, "_amax") or self._amax.shape != amax.shape:
@@ -219,7 +261,23 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         listed = ", ".join(map(str, axes))
         return f"the range has the shape {found}, wanted {shaped}, one for each channel of axis {listed}"
 
-    def settle(self, device: torch.device, training: bool, amax: Tensor | None) -> None:
+    def rounding_misfit(
+        self, dtype: torch.dtype, shape: Sequence[int], weight: Sequence[int] | None = None
+    ) -> str | None:
+        """Why a :attr:`rounding` of this kind cannot be this quantizer's; ``None`` if it can.
+
+        Args:
+            weight: The shape of the weight that it quantizes; ``None``: it quantizes no linear's weight.
+        """
+        if weight is None:
+            return "an adapted rounding is for the weight of a linear"
+        if dtype != torch.int8:
+            return f"the rounding is in {str(dtype).removeprefix('torch.')}, wanted int8"
+        if tuple(shape) != tuple(weight):
+            return f"the rounding has the shape {tuple(shape)}, and the weight {tuple(weight)}"
+        return None
+
+    def settle(self, device: torch.device, training: bool, amax: Tensor | None, rounding: Tensor | None = None) -> None:
         """Take the place that a module has in a model that was just loaded.
 
         Args:
@@ -227,6 +285,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             training: The module's mode.
             amax: From a checkpoint: float32, checked already, of whatever shape, and this quantizer's own. ``None``:
                 the range stays.
+            rounding: The same for :attr:`rounding`.
         """
         own = self.__dict__  # nn.Module's way to set an attribute takes longer than all the rest
         own["training"], own["_device"] = training, device
@@ -237,6 +296,8 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             self._learn_by_rule()
         elif self.amax is not None and self._amax.device != device:
             self.to(device)
+        if rounding is not None:
+            self.set_rounding(rounding.to(device))
 
     def sibling(self, provenance: Provenance) -> TensorQuantizer:
         """A new quantizer of the same make at the place ``provenance``: the constructor's, in a tenth of its time.
@@ -277,6 +338,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def reset_amax(self) -> None:
         """Forget the range: it is found anew for each tensor, and not learned."""
         self._learns = False
+        self.set_rounding(None)
         if hasattr(self, "_amax"):
             del self._amax
 
@@ -405,11 +467,15 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def _calibrate(self, inputs: Tensor) -> None:
         if self._calibrator is None:
             raise RuntimeError("this quantizer has no calibrator")
-        ours = isinstance(self._calibrator, (MaxCalibrator, HistogramCalibrator, ChannelCalibrator))
+        ours = isinstance(self._calibrator, OWN_CALIBRATORS)
         # Half precision has no histogram on a CPU; our own take what comes.
         self._calibrator.collect(inputs if ours else inputs.detach().float())
 
     def _quant_forward(self, inputs: Tensor) -> Tensor:
+        moved = self.moved(inputs)
+        return self._rounded(inputs) if moved is inputs else self._rounded(moved).to(inputs.dtype)
+
+    def _rounded(self, inputs: Tensor) -> Tensor:
         if self._learn_amax:
             inputs = self.clip(inputs)
             amax = torch.max(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
@@ -447,6 +513,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if elsewhere:
             self._never_negative = True
 
+    def extra_repr(self) -> str:
+        """pytorch-quantization's line, and whether values go to other integers than the nearest."""
+        line: str = super().extra_repr()
+        return line if self.rounding is None else f"{line} adapted rounding"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorQuantizer:
         # A range in bfloat16 would have 8 bits: keep it in float32 and let it only follow the device.
         amax = self.amax
@@ -468,12 +539,15 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         loaded = state_dict.get(prefix + "_amax")
         if loaded is not None:
+            steps = state_dict.get(prefix + "_rounding")
+            self.set_rounding(None if steps is None else torch.zeros_like(steps, device=self._device))
             known = self.amax
             if known is None or known.shape != loaded.shape:
-                learned = self.learns
+                learned, rounding = self.learns, self.rounding
                 self.reset_amax()
                 self.set_range(torch.zeros(loaded.shape))
                 self.learn_amax(learned)
+                self.set_rounding(rounding)
         # pytorch-quantization's own version logs, and sends the range to a GPU.
         super(quant_nn.TensorQuantizer, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.amax is not None and self._amax.dtype != torch.float32:  # with assign=True it is the checkpoint's

@@ -13,6 +13,7 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples
 from qdq_surgery.match.plan import Plan
+from qdq_surgery.match.site_names import STATE_SUFFIXES
 from qdq_surgery.report.graph_listing import Line, list_routine
 from qdq_surgery.surgery.model_state import is_converted, plan_of
 from qdq_surgery.text.view import Column, Part, Result, Table, View, line
@@ -144,7 +145,7 @@ def diff(before: PreTrainedModel, after: PreTrainedModel, *, example_inputs: dic
             f"the first {type(before).__name__} is converted; diff(before, after) wants the float model first"
         )
     weights, kept = before.state_dict(), after.state_dict()
-    added = {name for name in kept if not name.endswith("_quantizer._amax")} - set(weights)
+    added = {name for name in kept if not name.endswith(STATE_SUFFIXES)} - set(weights)
     same = all(name in kept and kept[name].shape == value.shape for name, value in weights.items())
     if type(before) is not type(after) or added or not same:
         raise ModelError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import qdq_surgery as qs
-from qdq_surgery.checkpoint.range_files import read_ranges
+from qdq_surgery.checkpoint.range_files import Stored, read_ranges
 
 FIRST = "bert.encoder.layer.0.attention.self.query._input_quantizer"
 
@@ -35,7 +35,7 @@ def test_they_are_read_in_float32(dtype: torch.dtype, kind: str, tmp_path: Path)
         torch.save(tensors, path)
     else:
         save_file(tensors, path)
-    found, _ = read_ranges([str(path)])
+    found = read_ranges([str(path)]).ranges
     wanted = {"a._input_quantizer": torch.tensor(1.5), "a._weight_quantizer": torch.tensor([[0.5], [0.0]])}
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -48,8 +48,8 @@ def test_they_are_read_in_float32(dtype: torch.dtype, kind: str, tmp_path: Path)
 
 def test_files_without_any(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "file.safetensors")
-    assert read_ranges([str(tmp_path / "file.safetensors")])[0] == {}
-    assert read_ranges([]) == ({}, {})
+    assert read_ranges([str(tmp_path / "file.safetensors")]).ranges == {}
+    assert read_ranges([]) == Stored({}, {}, {})
 
 
 @pytest.mark.parametrize("value", [-1.0, -math.inf, math.inf, math.nan])
