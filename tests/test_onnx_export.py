@@ -335,6 +335,35 @@ def test_weights_are_what_pytorch_rounds_them_to(native: bool, tiny: PreTrainedM
     assert {int(each.min()) for each in integers} == {-128}
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("native", [False, True])
+def test_weights_rounded_for_their_products_are_stored_so(native: bool, tmp_path: Path) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    for each in qs.quantizers(qmodel).values():
+        each.use_fb_fake_quant = native
+    before = export_onnx(qmodel, tmp_path / "nearest.onnx")
+    qs.round_weights(qmodel, [inputs_for(qmodel, (4, 12))])
+    after = export_onnx(qmodel, tmp_path / "rounded.onnx")
+    stored, nearest = stored_as(qmodel, after), stored_as(qmodel, before)
+    assert len(stored) == 6
+    for name, (ours, wanted) in stored.items():
+        np.testing.assert_allclose(ours, wanted, rtol=ROUNDED, atol=0, err_msg=name)
+        assert not np.array_equal(ours, nearest[name][0]), name
+
+
+@pytest.mark.slow
+def test_the_certificate_of_weights_rounded_for_their_products(tmp_path: Path) -> None:
+    qmodel = calibrated(rules="openvino", num_hidden_layers=1)
+    qs.round_weights(qmodel, [inputs_for(qmodel, (4, 12))])
+    batch = inputs_for(qmodel, (2, 5))
+    made = qs.export_onnx(qmodel, tmp_path / "model.onnx", batch, "openvino")
+    assert made.parity is not None
+    assert made.parity.agrees
+    for each in qs.quantizers(qmodel).values():
+        each.set_rounding(None)
+    assert not qs.certify(qmodel, tmp_path / "model.onnx", batch).agrees
+
+
 def odd() -> PreTrainedModel:
     """One of everything that is not usual."""
     qmodel = calibrated(rules="qdqbert", num_hidden_layers=1)

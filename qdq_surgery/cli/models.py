@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qdq_surgery.calibration.ranges import calibrate, check_method
+from qdq_surgery.calibration.rounding import round_weights
 from qdq_surgery.cli.folder import save_model
 from qdq_surgery.cli.options import (
     FOLDER_HELP,
@@ -18,6 +19,7 @@ from qdq_surgery.cli.options import (
     loss_options,
     model_options,
     output_options,
+    rounding_option,
     show,
     text_options,
     texts_argument,
@@ -71,6 +73,7 @@ def add_calibrate(commands: Commands) -> None:
     command.add_argument("--rules", help=f"for a model that is not converted yet (default: {RULES})")
     command.add_argument("--method", choices=method_names(), help="for all activations (default: each by its rule)")
     command.add_argument("--percentile", type=float, help=f"with --method percentile (default: {DEFAULT_PERCENTILE})")
+    rounding_option(command, default=False)
     text_options(command)
     command.set_defaults(run=_calibrate)
 
@@ -90,8 +93,11 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         check_rules(model, arguments)
         qmodel = model if quantizers(model) else convert(model, arguments.rules or RULES, inplace=True)
     made = calibrate(qmodel, data, arguments.method, percentile=arguments.percentile)
+    rounding = round_weights(qmodel, data) if arguments.round_weights else None
     save_model(qmodel, arguments.output, source=tokenizer)
     print(made)
+    if rounding is not None:
+        print(f"\n{rounding}")
     print(f"\nwritten to {arguments.output}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.calibration.ranges import Calibration, calibrate
+from qdq_surgery.calibration.rounding import Rounding, round_weights
 from qdq_surgery.checkpoint.report import report_of
 from qdq_surgery.cli.options import (
     FOLDER_HELP,
@@ -24,6 +25,7 @@ from qdq_surgery.cli.options import (
     load,
     loss_options,
     output_options,
+    rounding_option,
     say,
     show,
     text_options,
@@ -69,6 +71,7 @@ def add_quantize(commands: Commands) -> None:
         metavar="TEXTS",
         help=f"other texts, to judge by (default: every {_EVERY}th of TEXTS is kept for it)",
     )
+    rounding_option(command, default=True)
     class_option(command)
     loss_options(command)
     text_options(command)
@@ -79,6 +82,7 @@ def add_quantize(commands: Commands) -> None:
 @dataclass(frozen=True)
 class _Made:
     calibration: Calibration
+    rounding: Rounding | None
     export: Export
     receipt: Receipt | None
     loss: Evaluation
@@ -147,6 +151,7 @@ def _write(
 ) -> _Made:
     target = TARGETS[arguments.target]
     calibration = calibrate(qmodel, data, arguments.method)
+    rounding = round_weights(qmodel, data) if arguments.round_weights else None
     with steps(3) as bar:
         bar.next("exporting and comparing")
         example = {name: value[:2] for name, value in data[-1].items()}  # of the longest texts
@@ -158,14 +163,18 @@ def _write(
     served = qmodel if target.session is None else load_onnx(draft / FILE, target.name)
     judged = f"fake quantization in PyTorch; {target.title} builds an engine" if served is qmodel else target.title
     # (It says the file's size, so while the file is there.)
-    title = f"{calibration.view().title}\n{export.view().title}"
-    return _Made(calibration, export, found, evaluate(served, held_out, qmodel, arguments.metric), judged, title)
+    title = "\n".join(str(each.view().title) for each in (calibration, rounding, export) if each is not None)
+    return _Made(
+        calibration, rounding, export, found, evaluate(served, held_out, qmodel, arguments.metric), judged, title
+    )
 
 
 def _report(qmodel: PreTrainedModel, made: _Made) -> dict[str, Any]:
     exported = {**made.export.to_json(), "path": str(FILE)}
     shown = None if made.receipt is None else {**made.receipt.to_json(), "path": str(FILE)}
-    return {**report_of(qmodel), "export": exported, "receipt": shown, "evaluation": made.loss.to_json()}
+    rounding = None if made.rounding is None else made.rounding.to_json()
+    proofs = {"export": exported, "receipt": shown, "evaluation": made.loss.to_json()}
+    return {**report_of(qmodel), "rounding": rounding, **proofs}
 
 
 def _print(made: _Made, report: dict[str, Any], arguments: argparse.Namespace) -> None:

@@ -32,9 +32,10 @@ __all__ = ["KINDS", "run"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _RANGE = "._amax"
+_ROUNDING = "._rounding"
 
 #: What must be the same for a model to compute the same: of the config's own record only this.
-_MATTERS = ("rules", "descriptors", "disabled", "quant_disabled", "learned", "without_range")
+_MATTERS = ("rules", "descriptors", "disabled", "quant_disabled", "learned", "without_range", "rounded")
 
 
 def run(count: int, seed: int) -> Outcome:
@@ -69,7 +70,9 @@ class _Base:
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
         model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=16, **sizes)).eval()
         qmodel = qs.convert(model, "qdqbert-scaled", inplace=True)
-        qs.calibrate(qmodel, [_batch(), _batch(1)])
+        statistics = qs.collect(qmodel, [_batch(), _batch(1)], moments=True)
+        qs.calibrate(qmodel, statistics)
+        qs.round_weights(qmodel, statistics)
         qmodel.save_pretrained(folder / "whole")
         qmodel.save_pretrained(folder / "sharded", max_shard_size=8_000)
         config = json.loads((folder / "whole" / "config.json").read_text())
@@ -82,15 +85,22 @@ class _Base:
         stored = {name: value for file in files for name, value in load_file(file).items()}
         for name, quantizer in qs.quantizers(model).items():
             named = (name, f"{model.base_model_prefix}.{name}")  # transformers loads a bare encoder without its prefix
-            wanted = next((stored[each + _RANGE] for each in named if each + _RANGE in stored), None)
-            found = quantizer.amax
-            same = torch.equal(found, wanted.float()) if found is not None and wanted is not None else found is wanted
-            if not same:
-                return f"the range of {name} is not the one in the file"
+            for found, end, what in (
+                (quantizer.amax, _RANGE, "range"),
+                (quantizer.rounding, _ROUNDING, "rounding"),
+            ):
+                wanted = next((stored[each + end] for each in named if each + end in stored), None)
+                same = (
+                    found is wanted if found is None or wanted is None else torch.equal(found.float(), wanted.float())
+                )
+                if not same:
+                    return f"the {what} of {name} is not the one in the file"
         whole = {
             name: value for file in sorted(self.whole.glob("*.safetensors")) for name, value in load_file(file).items()
         }
-        if stored.keys() != whole.keys() or any(not torch.equal(stored[name].float(), whole[name]) for name in whole):
+        if stored.keys() != whole.keys() or any(
+            not torch.equal(stored[name].float(), whole[name].float()) for name in whole
+        ):
             return ""  # other weights or ranges: what they make is theirs
         config = json.loads((folder / "config.json").read_text())
         own, before = (each.pop("quantization_config") for each in (config, dict(self.config)))
@@ -189,7 +199,7 @@ def _forged_name(random_: random.Random, folder: Path) -> None:
 
 def _ranges(random_: random.Random, folder: Path) -> None:
     tensors = load_file(folder / _WEIGHTS)
-    names = sorted(name for name in tensors if name.endswith(_RANGE))
+    names = sorted(name for name in tensors if name.endswith((_RANGE, _ROUNDING)))
     for _ in range(random_.choice((1, 1, 3))):
         name = random_.choice(names)
         made = _range(random_, tensors.get(name, torch.ones(())))
@@ -198,7 +208,8 @@ def _ranges(random_: random.Random, folder: Path) -> None:
         else:
             tensors[name] = made.clone().contiguous()
     if random_.random() < 0.1:
-        tensors[f"{random_.choice(('bert', 'x', 'bert.pooler.dense'))}._input_quantizer{_RANGE}"] = torch.ones(())
+        owner, end = random_.choice(("bert", "x", "bert.pooler.dense")), random_.choice((_RANGE, _ROUNDING))
+        tensors[f"{owner}._input_quantizer{end}"] = torch.ones(())
     save_file(tensors, folder / _WEIGHTS, metadata=_metadata_of(folder))
 
 

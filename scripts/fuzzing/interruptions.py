@@ -288,6 +288,7 @@ OPERATIONS = (
     Operation("calibrate", _copy_of(_converted), lambda model: qs.calibrate(model, _batches(), "percentile")),
     Operation("calibrate again", _copy_of(_calibrated), lambda model: qs.calibrate(model, _statistics(), "mse")),
     Operation("equalize", _copy_of(_scaled), lambda model: qs.equalize(model, _batches(1))),
+    Operation("round_weights", _copy_of(_calibrated), lambda model: qs.round_weights(model, _batches(1))),
     Operation("learn_ranges", _copy_of(_calibrated), lambda model: qs.learn_ranges(model, weights=True)),
     Operation("fix_ranges", _copy_of(_learning), qs.fix_ranges),
     Operation("recalibrate_weights", _moved_weights, qs.recalibrate_weights),

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.calibration.distributed import agree, gather_histograms, gather_maxima, gather_sums
+from qdq_surgery.calibration.distributed import agree, gather_histograms, gather_maxima, gather_moments, gather_sums
 from qdq_surgery.numerics.histogram import Histogram
 from qdq_surgery.numerics.range_choice import method_names
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
@@ -130,6 +130,8 @@ def train_a_step(rank: int, world: int) -> dict[str, Any]:
         qmodel = model_of("BertForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         wrapped = DistributedDataParallel(qmodel)
         qs.calibrate(wrapped, [BATCHES[rank]], "max")
+        qs.round_weights(wrapped, [BATCHES[rank]])
+        wrapped = DistributedDataParallel(qmodel)  # what weights are moved by are buffers that it does not know
         if kind == "learned":
             qs.learn_ranges(wrapped, weights=True)
             wrapped = DistributedDataParallel(qmodel)  # the ranges are parameters that the first one does not know
@@ -165,6 +167,11 @@ def reduce(rank: int, world: int) -> dict[str, Any]:
         "world": world,
         "sums": gather_sums([rank, 10, 3 - rank], cpu),
         "maxima": gather_maxima(maxima, cpu),
+        "moments": gather_moments(
+            {"both": torch.eye(2) * (1 + rank), "first": torch.ones(1, 1) if rank == 0 else None, "none": None},
+            {"both": 2, "first": 1, "none": 3},
+            cpu,
+        ),
         "histograms": {name: (each.counts, int(each.exponent), float(each.amax)) for name, each in gathered.items()},
         "none": gather_histograms({}, cpu),
         "agreed": agree(None),
@@ -276,6 +283,7 @@ def test_training_keeps_both_processes_equal(results: list[dict[str, Any]], kind
     assert_equal(first, second)
     assert_equal(after, other)
     assert_equal(state, twin)
+    assert any(name.endswith("_rounding") for name in state)
     if kind == "fixed":
         assert moved == 0
     else:
@@ -289,6 +297,11 @@ def test_sums_and_maxima(results: list[dict[str, Any]]) -> None:
         assert each["maxima"].keys() == {"both", "second"}
         assert each["maxima"]["both"].tolist() == [[2.0, 5.0]]
         assert each["maxima"]["second"].tolist() == 2.0
+        assert {name: value.tolist() for name, value in each["moments"].items()} == {
+            "both": [[3.0, 0.0], [0.0, 3.0]],
+            "first": [[1.0]],
+            "none": [[0.0] * 3] * 3,
+        }
         assert each["none"] == {}
         assert each["agreed"] is None
 
@@ -312,6 +325,7 @@ def test_alone_everything_is_given_back() -> None:
     assert gather_histograms({"a": histogram, "b": None}, cpu) == {"a": histogram}
     found = gather_maxima({"a": torch.tensor(2.0), "b": None}, cpu)
     assert found == {"a": torch.tensor(2.0)}
+    assert gather_moments({"a": torch.ones(1, 1), "b": None}, {"a": 1, "b": 1}, cpu) == {"a": torch.ones(1, 1)}
     agree(None)
     error = OSError("the disk is gone")
     with pytest.raises(OSError, match="the disk is gone") as caught:

@@ -55,7 +55,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
 def change_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    change(config["quantization_config"]["quantizers"])
+    change(config["quantization_config"])
     path.write_text(json.dumps(config))
 
 
@@ -112,7 +112,7 @@ RECORDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         rf"no adapted rounding of {INPUT}, which was saved with one",
     ),
     "names-nobody": (lambda r: r["rounded"].update({"a.b_quantizer": None}), r"which is not in sites"),
-    "is-a-list": (lambda r: r.update(rounded=[SITE]), r"rounded is a list"),
+    "is-a-list": (lambda r: r.update(rounded=[SITE]), r"rounded is list, wanted a mapping"),
 }
 
 

@@ -80,7 +80,8 @@ def test_its_figures_are_those_of_the_file(made: Path, model: Path, texts: Path)
     # (Its float model is the converted one with its quantizers off, whose attention rounds in another order.)
     assert report["evaluation"]["figures"] == pytest.approx(dict(again.figures), rel=1e-4)
     assert report["rules"] == "openvino"
-    assert report["calibration"]["rows"] == 16
+    assert report["calibration"]["rows"] == report["rounding"]["rows"] == 16
+    assert all(each["adapted"] < each["nearest"] for each in report["rounding"]["weights"])
     assert report["receipt"]["shares"]["linear"] == 1.0
     assert report["export"]["parity"]["agrees"]
     assert 0 < again.loss < 0.01
@@ -124,10 +125,11 @@ def test_what_is_for_tensorrt_is_judged_in_pytorch(
     model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["quantize", str(model), str(texts), str(tmp_path / "out"), "--target", "tensorrt", "--json"]
-    assert main(words) == 0
+    assert main([*words, "--no-round-weights"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "out" / "qdq_report.json").read_text())
     assert report["receipt"] is None
+    assert report["rounding"] is None
     card = (tmp_path / "out" / "README.md").read_text()
     assert "fake quantization in PyTorch; TensorRT builds an engine" in card
 
@@ -192,6 +194,19 @@ def test_mistakes_are_said_and_leave_nothing(
     assert found in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["few"]
     assert before == sorted(path.name for path in model.parent.iterdir())
+
+
+@pytest.mark.slow
+def test_calibrate_rounds_weights_if_it_is_told_to(
+    calibrated: Path, model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["calibrate", str(model), str(texts), str(tmp_path / "out"), "--rules", "openvino", "--round-weights"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "6 weights rounded for their products, from" in said
+    found, plain = (qs.quantizers(load_model(folder)) for folder in (tmp_path / "out", calibrated))
+    assert sum(each.rounding is not None for each in found.values()) == 6
+    assert all(each.rounding is None for each in plain.values())
 
 
 @pytest.mark.slow

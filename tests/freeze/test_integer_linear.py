@@ -55,7 +55,10 @@ def test_sums_are_those_of_fake_quantization_site_by_site(rules: str) -> None:
 @pytest.mark.parametrize("rules", ["qdqbert", "qdqbert-scaled"])
 def test_integers_are_those_of_the_rounded_weight(rules: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytorch_quantization.nn.TensorQuantizer.use_fb_fake_quant", native)
-    for linear in linears(calibrated("bert", rules)).values():
+    qmodel = calibrated("bert", rules)
+    qs.round_weights(qmodel, [batch_for(qmodel, (3, 8))])
+    assert any(each.rounding is not None for each in qs.quantizers(qmodel).values())
+    for linear in linears(qmodel).values():
         integers, scale = to_integers(linear)
         m = linear.channel_scale
         wanted = linear.quantized_weight() if m is None else linear.quantized_weight() * m

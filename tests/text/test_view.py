@@ -77,6 +77,7 @@ def results() -> dict[str, Result]:
         "Sensitivity": qs.sensitivity(calibrated, [batch_for(qmodel, (2, 6))], sites=False, layers=False),
         "Evaluation": qs.evaluate(calibrated, [batch_for(qmodel, (2, 6))]),
         "Tuning": qs.tune(model, [batch_for(model, (2, 6))], "linear-only"),
+        "Rounding": qs.round_weights(calibrated, [batch_for(qmodel, (2, 6))]),
         "Equalization": qs.equalize(scaled, [batch_for(scaled, (2, 6))]),
         "Explanation": qs.explain(qmodel, "encoder.layer.0"),
         "Findings": findings,
@@ -98,7 +99,7 @@ def test_these_are_all_results(made: dict[str, Result]) -> None:
 
 NAMES = [
     *("Plan", "Diff", "Statistics", "Calibration", "Equalization", "Explanation", "Findings", "Parity", "Receipt"),
-    *("Export", "Sensitivity", "Evaluation", "Tuning"),
+    *("Export", "Sensitivity", "Evaluation", "Tuning", "Rounding"),
 ]
 
 
