@@ -86,24 +86,27 @@ class _States:
 Make = Callable[[Subject, list[Batch]], Any]
 
 
-def fake_quantized(rules: str) -> Make:
+def prepared(model: PreTrainedModel, rules: str | qs.RuleSet, batches: list[Batch], rounded: bool) -> PreTrainedModel:
+    """The converted model, calibrated, its weights rounded for their products or to the nearest: from one pass."""
+    qmodel = qs.convert(model, rules)
+    statistics = qs.collect(qmodel, batches, moments=rounded)
+    qs.calibrate(qmodel, statistics)
+    if rounded:
+        qs.round_weights(qmodel, statistics)
+    return qmodel
+
+
+def fake_quantized(rules: str, rounded: bool = True) -> Make:
     """The converted PyTorch model."""
-
-    def make(subject: Subject, batches: list[Batch]) -> Any:
-        qmodel = qs.convert(subject.model, rules)
-        qs.calibrate(qmodel, batches)
-        return qmodel
-
-    return make
+    return lambda subject, batches: prepared(subject.model, rules, batches, rounded)
 
 
-def deployed(rules: str | qs.RuleSet, target: str) -> Make:
+def deployed(rules: str | qs.RuleSet, target: str, rounded: bool = True) -> Make:
     """Our file on its runtime."""
 
     def make(subject: Subject, batches: list[Batch]) -> Any:
         package(target)
-        qmodel = qs.convert(subject.model, rules)
-        qs.calibrate(qmodel, batches)
+        qmodel = prepared(subject.model, rules, batches, rounded)
         path = subject.folder / "ours.onnx"
         qs.export_onnx(qmodel, path, batches[0], target, overwrite=True)
         return qs.load_onnx(path)
@@ -151,11 +154,15 @@ CONTENDERS: dict[str, tuple[str, Make]] = {
     "ort-static": ("ONNX Runtime's static INT8, MatMul only", onnxruntime_static),
     "nncf": ("NNCF's INT8 on OpenVINO", nncf(None)),
     "nncf-mixed": ("NNCF's INT8 on OpenVINO, preset MIXED", nncf("MIXED")),
-    "qdqbert": ("QDQBERT's recipe, fake quantization", fake_quantized("qdqbert")),
-    "qdqbert-scaled": ("the same with scales (`qdqbert-scaled`)", fake_quantized("qdqbert-scaled")),
-    "tensorrt": ("ours for TensorRT, fake quantization", fake_quantized("tensorrt")),
-    "onnxruntime": ("ours on ONNX Runtime", deployed("onnxruntime", "onnxruntime")),
-    "openvino": ("ours on OpenVINO", deployed("openvino", "openvino")),
+    "qdqbert": ("QDQBERT's recipe, fake quantization", fake_quantized("qdqbert", rounded=False)),
+    "qdqbert-scaled-nearest": ("with scales (`qdqbert-scaled`)", fake_quantized("qdqbert-scaled", rounded=False)),
+    "qdqbert-scaled": ("with scales and adapted rounding", fake_quantized("qdqbert-scaled")),
+    "tensorrt-nearest": ("ours for TensorRT, fake quantization", fake_quantized("tensorrt", rounded=False)),
+    "tensorrt": ("the same with adapted rounding", fake_quantized("tensorrt")),
+    "onnxruntime-nearest": ("ours on ONNX Runtime", deployed("onnxruntime", "onnxruntime", rounded=False)),
+    "onnxruntime": ("**the same with adapted rounding**", deployed("onnxruntime", "onnxruntime")),
+    "openvino-nearest": ("ours on OpenVINO", deployed("openvino", "openvino", rounded=False)),
+    "openvino": ("**the same with adapted rounding**", deployed("openvino", "openvino")),
     "onnxruntime-tuned": ("ours on ONNX Runtime, tuned", tuned("onnxruntime")),
     "openvino-tuned": ("ours on OpenVINO, tuned", tuned("openvino")),
     "openvino-full": ("`qdqbert-scaled` on OpenVINO", deployed("qdqbert-scaled", "openvino")),

@@ -1,12 +1,14 @@
 """Calibration methods x tasks: the float model, every method with and without residual adds, and QAT.
 
     python scripts/benchmark_tasks.py [MODEL_DIR] [--tasks qa pairs sentences ner embedding] [--seeds 0 1 2]
+    python scripts/benchmark_tasks.py [MODEL_DIR] --defaults [--held-out 2000]
 
 For each task and seed: fine-tunes the float model on generated data, collects activations once, sets the ranges by each
 method and evaluates on held-out data; then trains with the full recipe for a tenth of the float model's steps, learning
 from the float model. The embedding task has no training: sentence embeddings of real text against the float model's.
-Prints the table of docs/accuracy.md and writes every figure to ``--output`` as it comes; figures that are there already
-stay. MODEL_DIR is all-MiniLM-L6-v2 if left out.
+With ``--defaults`` nothing is chosen: shipped rules by their own methods, weights rounded for their products, and QAT
+that starts there. Prints the table of docs/accuracy.md and writes every figure to ``--output`` as it comes; figures
+that are there already stay. MODEL_DIR is all-MiniLM-L6-v2 if left out.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from typing import Any
 from absl import logging as absl_logging
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -77,6 +80,8 @@ TASKS = {
 
 #: QAT against the float model: share of the steps, share of the learning rate.
 QAT_SCHEDULE, QAT_RATE = 0.1, 1 / 3
+#: Rules that are taken as they are, with ``--defaults``; QAT starts from the last one.
+DEFAULTS = ("onnxruntime", "tensorrt", "qdqbert-scaled")
 #: Ranges that QAT starts from.
 QAT_START: tuple[str, float | None] = ("max", None)
 
@@ -95,10 +100,10 @@ def residual_adds(qmodel: PreTrainedModel, enabled: bool) -> None:
 class Bench:
     """One fine-tuned task."""
 
-    def __init__(self, name: str, model: Path, folder: Path, seed: int) -> None:
+    def __init__(self, name: str, model: Path, folder: Path, seed: int, held_out: int | None = None) -> None:
         recipe = TASKS[name]
         self.task, self.metric = recipe.task, recipe.metric
-        files = generate(name, folder, seed=seed)
+        files = generate(name, folder, seed=seed, held_out=held_out)
         arguments = ["--model_name_or_path", str(model), "--output_dir", str(folder), "--do_train", "--train_file"]
         arguments += [str(files[0]), "--seed", str(seed), "--learning_rate", str(recipe.rate)]
         arguments += ["--num_train_epochs", str(recipe.epochs), "--per_device_train_batch_size", str(recipe.batch)]
@@ -117,19 +122,39 @@ class Bench:
         logits = predict(model, self.features, self.collator, self.options.per_device_eval_batch_size)
         return self.task.score(self.held_out, self.features, logits, self.options, names)[0][self.metric]
 
-    def run(self) -> Figures:
+    def train(self) -> Figures:
+        """Fine-tune the float model, and score it."""
         steps, seconds = train(self.model, self.training, self.collator, self.options, None)
-        figures = {"float": self.score(self.model), "float steps": steps, "float seconds": seconds}
-        qmodel = qs.convert(self.model.eval())
-        batches = calibration_batches(
+        self.model.eval()
+        return {"float": self.score(self.model), "float steps": steps, "float seconds": seconds}
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """What is calibrated on: of the training data."""
+        return calibration_batches(
             self.training,
             self.collator,
             batches=CALIBRATION_BATCHES,
             size=self.options.per_device_train_batch_size,
             seed=self.options.seed,
-            device=qmodel.device,
+            device=self.model.device,
         )
-        stats = qs.collect(qmodel, batches)
+
+    def run_defaults(self) -> Figures:
+        """Shipped rules as they are, and QAT from there."""
+        figures = self.train()
+        for rules in DEFAULTS:
+            qmodel = qs.convert(self.model, rules)
+            stats = qs.collect(qmodel, self.batches(), moments=True)
+            qs.calibrate(qmodel, stats)
+            qs.round_weights(qmodel, stats)
+            figures[rules] = self.score(qmodel)
+        figures.update(self.qat(qmodel, math.ceil(figures["float steps"] * QAT_SCHEDULE)))
+        return figures
+
+    def run(self) -> Figures:
+        figures = self.train()
+        qmodel = qs.convert(self.model)
+        stats = qs.collect(qmodel, self.batches())
         for enabled, residual in ((True, "quantized"), (False, "float")):
             residual_adds(qmodel, enabled)
             for words, method, percentile in METHODS:
@@ -137,7 +162,7 @@ class Bench:
                 figures[f"{words}, {residual}"] = self.score(qmodel)
         residual_adds(qmodel, True)
         qs.calibrate(qmodel, stats, QAT_START[0], percentile=QAT_START[1])
-        figures.update(self.qat(qmodel, math.ceil(steps * QAT_SCHEDULE)))
+        figures.update(self.qat(qmodel, math.ceil(figures["float steps"] * QAT_SCHEDULE)))
         return figures
 
     def qat(self, qmodel: PreTrainedModel, steps: int) -> Figures:
@@ -152,6 +177,14 @@ class Bench:
         )
         _, seconds = train(qmodel, self.training, self.collator, options, copy.deepcopy(self.model))
         return {"QAT, quantized": self.score(qmodel), "QAT steps": steps, "QAT seconds": seconds}
+
+
+def measured(task: str, model: Path, folder: Path, seed: int, held_out: int | None, defaults: bool) -> Figures:
+    """All figures of one task and seed."""
+    if task == "embedding":
+        return embedding(model)
+    bench = Bench(task, model, folder, seed, held_out)
+    return bench.run_defaults() if defaults else bench.run()
 
 
 def embedding(folder: Path) -> Figures:
@@ -207,30 +240,50 @@ def seeds(found: dict[str, dict[str, Figures]]) -> Table:
     return made
 
 
+def defaults_table(found: dict[str, dict[str, Figures]]) -> str:
+    """Markdown: what each default loses to float, in points: the mean over the seeds, and the largest loss."""
+    columns = (*DEFAULTS, "QAT, quantized")
+    lines = ["| task | seeds | float | " + " | ".join(columns) + " |", "|---|--:|--:|" + "--:|" * len(columns)]
+    for task, by_seed in found.items():
+        runs = list(by_seed.values())
+        cells = [f"{statistics.mean(run['float'] for run in runs):.2f}"]
+        for name in columns:
+            lost = [run["float"] - run[name] for run in runs]
+            cells.append(f"{statistics.mean(lost):+.2f} ({max(lost):+.2f})")
+        lines.append(f"| {task} ({TASKS[task].metric}) | {len(runs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, metavar="MODEL_DIR")
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "embedding"], default=[*TASKS, "embedding"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--defaults", action="store_true", help="shipped rules as they are, nothing chosen")
+    parser.add_argument("--held-out", type=int, help="examples held out (default: 400; with --defaults 2000)")
     parser.add_argument("--output", type=Path, default=Path("benchmark_tasks.json"))
     arguments = parser.parse_args()
+    held_out = arguments.held_out or (2000 if arguments.defaults else None)
     absl_logging.set_verbosity(absl_logging.ERROR)
     transformers_logging.set_verbosity_error()
     model = arguments.model or checkpoint()
     found: dict[str, dict[str, Figures]] = {}
     if arguments.output.is_file():
         found = json.loads(arguments.output.read_text(encoding="utf-8"))
-    for task in arguments.tasks:
+    for task in (each for each in arguments.tasks if not arguments.defaults or each in TASKS):
         for seed in arguments.seeds if task != "embedding" else [0]:
             if str(seed) in found.get(task, {}):
                 continue
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
-                figures = embedding(model) if task == "embedding" else Bench(task, model, Path(folder), seed).run()
+                figures = measured(task, model, Path(folder), seed, held_out, arguments.defaults)
             found.setdefault(task, {})[str(seed)] = figures
             replace_text(arguments.output, json.dumps(found, indent=2) + "\n")
             print(f"{task}, seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if arguments.defaults:
+        print(defaults_table(found))
+        return
     print(table(found))
     Console(highlight=False, width=140).print(seeds(found))
 
