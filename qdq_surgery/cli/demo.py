@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from qdq_surgery.calibration.collect import collect
 from qdq_surgery.calibration.ranges import calibrate
+from qdq_surgery.calibration.rounding import round_weights
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
@@ -102,10 +103,12 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
             rows.append((words, residual, f"{cosine:.4f}", f"{neighbours:.3f}"))
     # What is saved and exported: by the rules of the runtime, which has scales for outlier channels.
     qmodel = convert(model, DEFAULT)
-    calibrate(qmodel, list(token_batches(tokenizer, calibration)))
-    embeddings = embed(qmodel, tokenizer, held_out, f"{DEFAULT}'s rules")
-    cosine, neighbours = agreement(wanted, embeddings)
-    rows.append((f"{DEFAULT}'s rules", "float", f"{cosine:.4f}", f"{neighbours:.3f}"))
+    statistics = collect(qmodel, list(token_batches(tokenizer, calibration)), moments=True)
+    for words, last in ((f"{DEFAULT}'s rules", calibrate), ("the same, weights rounded for products", round_weights)):
+        last(qmodel, statistics)
+        embeddings = embed(qmodel, tokenizer, held_out, words)
+        cosine, neighbours = agreement(wanted, embeddings)
+        rows.append((words, "float", f"{cosine:.4f}", f"{neighbours:.3f}"))
     names = (Column("calibration"), Column("residual adds"), number("cosine"), number("same top-1 neighbour"))
     title = line(f"against the float model, {len(held_out)} held-out docstrings")
     console.print(View(title, (Table(names, tuple(rows)),)))
