@@ -8,12 +8,12 @@ then; last come the ranges, from the same files. ``save_pretrained`` asks for th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
@@ -34,6 +34,7 @@ from qdq_surgery.hf.config_facts import attention_of
 from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.factory import device_of
+from qdq_surgery.safety.torch_private import DisableTorchFunction
 from qdq_surgery.safety.transaction import all_or_nothing, put_back_after
 from qdq_surgery.surgery.apply import Implant, implant, prepare, restore
 from qdq_surgery.surgery.model_state import is_converted, plan_of, quantizers
@@ -119,21 +120,32 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         modules = dict(model.named_modules())
         self._parts = [each for each in modules.values() if isinstance(each, PreTrainedModel) and each is not model]
-        self._ranges, metadata = read_ranges(self._files)
-        lock = None
-        if config.record is not None:
-            lock = read_lock(metadata, model, modules, config.rules, config.record.sites)
         with real_tensors():
-            if lock is None:
+            # transformers builds the model within a mode of torch, in which each look at a tensor calls Python.
+            with DisableTorchFunction():
+                self._ranges, metadata = read_ranges(self._files)
+                found = self._prepare_by_lock(model, modules, metadata)
+            if not found:
                 self._match(model)
-            else:
-                self._check_attention(lock.plan)
-                self._implants = prepare(model, lock.plan, None, lock.known, self._defaults(), modules=modules)
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
             ignored = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, RANGE_PATTERN])
         return model
+
+    def _prepare_by_lock(
+        self, model: PreTrainedModel, modules: Mapping[str, nn.Module], metadata: Mapping[str, str]
+    ) -> bool:
+        """Convert ``model`` by the plan that is stored with its weights; whether there is one that holds."""
+        config = self.quantization_config
+        if config.record is None:
+            return False
+        lock = read_lock(metadata, model, modules, config.rules, config.record.sites)
+        if lock is None:
+            return False
+        self._check_attention(lock.plan)
+        self._implants = prepare(model, lock.plan, None, lock.known, self._defaults(), modules=modules)
+        return True
 
     def _match(self, model: PreTrainedModel) -> None:
         """Convert ``model`` by its rules, and compare with what was saved."""
