@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
@@ -67,7 +67,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder: Path | None = None
         self._state_dict: Any = None
         self._attention: str | None = None
-        self._ranges: dict[str, Tensor] = {}
+        self._ranges = read_ranges([])
         self._implants: list[Implant] = []
         self._parts: list[PreTrainedModel] = []
 
@@ -123,8 +123,8 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         with real_tensors():
             # transformers builds the model within a mode of torch, in which each look at a tensor calls Python.
             with DisableTorchFunction():
-                self._ranges, metadata = read_ranges(self._files)
-                found = self._prepare_by_lock(model, modules, metadata)
+                self._ranges = read_ranges(self._files)
+                found = self._prepare_by_lock(model, modules)
             if not found:
                 self._match(model)
         if self._files:
@@ -133,14 +133,12 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, RANGE_PATTERN])
         return model
 
-    def _prepare_by_lock(
-        self, model: PreTrainedModel, modules: Mapping[str, nn.Module], metadata: Mapping[str, str]
-    ) -> bool:
+    def _prepare_by_lock(self, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> bool:
         """Convert ``model`` by the plan that is stored with its weights; whether there is one that holds."""
         config = self.quantization_config
         if config.record is None:
             return False
-        lock = read_lock(metadata, model, modules, config.rules, config.record.sites)
+        lock = read_lock(self._ranges.metadata, model, modules, config.rules, config.record.sites)
         if lock is None:
             return False
         self._check_attention(lock.plan)
@@ -175,10 +173,10 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         made = {each.site.quantizer: each for each in self._implants if each.site is not None}
         found = {name: each.quantizer for name, each in made.items() if each.quantizer is not None}
         names = Names(model, found)
-        ranges = {names.loaded(name): value for name, value in self._ranges.items()}
+        ranges = {names.loaded(name): value for name, value in self._ranges.values.items()}
         record = self.quantization_config.record
         check_known(found, ranges, model)
-        check_fits(self._implants, ranges)
+        check_fits(self._implants, ranges, self._ranges.zeros)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
         if one is not None and one.type == "meta":  # all of it is on a disk
             one = None
@@ -191,7 +189,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         implant(self._implants)
         restore_calibration(model, self._files)
         adopt(model, self, self._parts)
-        self._files, self._ranges, self._implants, self._parts = [], {}, [], []
+        self._files, self._ranges, self._implants, self._parts = [], read_ranges([]), [], []
         return model
 
     # -- saving ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from transformers.modeling_utils import load_state_dict
 from qdq_surgery.errors import ModelError
 from qdq_surgery.safety.untrusted import DamagedError, quoted
 
-__all__ = ["RANGE_PATTERN", "RANGE_SUFFIX", "read_ranges"]
+__all__ = ["RANGE_PATTERN", "RANGE_SUFFIX", "Ranges", "read_ranges"]
 
 #: How the name of a range ends in a state dict, here as in QDQBERT.
 RANGE_SUFFIX = "_quantizer._amax"
@@ -27,25 +28,40 @@ _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16
 #: The most axes of a range, and the most numbers in the ranges of a file.
 _MOST_AXES, _MOST_VALUES = 8, 1 << 24
 
-#: The same as a regular expression.
-RANGE_PATTERN = r"_quantizer\._amax$"
+#: The same as a regular expression, which holds from the start of a name: otherwise it would be tried at each place.
+RANGE_PATTERN = r"^(?s:.*)_quantizer\._amax$"
 
 
-def read_ranges(files: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Ranges by the name of their quantizer, in float32; and the metadata of the first file.
+class Ranges(NamedTuple):
+    """What the files of a checkpoint say.
+
+    Attributes:
+        values: Ranges by the name of their quantizer, in float32.
+        zeros: Whether one of them is zero somewhere. Hardly ever is one.
+        metadata: Of the first file.
+    """
+
+    values: dict[str, Tensor]
+    zeros: bool
+    metadata: dict[str, str]
+
+
+def read_ranges(files: Sequence[str]) -> Ranges:
+    """The ranges in ``files``.
 
     Raises:
         ModelError: A file cannot be read, or a range is no range: of integers, negative, not finite. Names both.
     """
     ranges: dict[str, Tensor] = {}
+    zeros = False
     first: dict[str, str] | None = None
     for path in files:
         with _naming(path):
             found, metadata = _in_safetensors(path) if path.endswith(".safetensors") else (_in_pickle(path), {})
-            _check(found)
+            zeros |= _check(found)
         ranges.update({name.removesuffix("._amax"): value for name, value in found.items()})
         first = metadata if first is None else first
-    return ranges, first or {}
+    return Ranges(ranges, zeros, first or {})
 
 
 @contextmanager
@@ -60,14 +76,16 @@ def _naming(path: str) -> Iterator[None]:
         raise ModelError(f"{Path(path).name} is damaged: {reason[:300]}; save the model again") from error
 
 
-def _check(found: Mapping[str, Tensor]) -> None:
+def _check(found: Mapping[str, Tensor]) -> bool:
+    """Refuse what is no range; whether one is zero somewhere."""
     if not found:
-        return
+        return False
     # (In numpy, because torch would wake up its threads for this.)
     every = np.concatenate([value.numpy().reshape(-1) for value in found.values()])
     if not (np.isfinite(every) & (every >= 0)).all():
         wrong = next(name for name, v in found.items() if not bool((v.isfinite() & (v >= 0)).all()))
         raise DamagedError(f"the range of {quoted(wrong.removesuffix('._amax'))} is negative or not finite")
+    return not bool(every.all())
 
 
 def _in_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
