@@ -8,11 +8,12 @@ then; last come the ranges, from the same files. ``save_pretrained`` asks for th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
@@ -22,7 +23,7 @@ from qdq_surgery.checkpoint.attentions import name_as_eager, name_back
 from qdq_surgery.checkpoint.config import QUANT_METHOD, QDQConfig
 from qdq_surgery.checkpoint.plan_cache import lock_of, read_lock
 from qdq_surgery.checkpoint.quantizer_states import record_of
-from qdq_surgery.checkpoint.range_files import STATE_PATTERN, Stored, read_ranges
+from qdq_surgery.checkpoint.range_files import STATE_PATTERN, read_ranges
 from qdq_surgery.checkpoint.reconcile import (
     Names,
     check_fits,
@@ -41,6 +42,7 @@ from qdq_surgery.hf.config_facts import attention_of
 from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.factory import device_of
+from qdq_surgery.safety.torch_private import DisableTorchFunction
 from qdq_surgery.safety.transaction import all_or_nothing, put_back_after
 from qdq_surgery.surgery.apply import Implant, implant, prepare, restore
 from qdq_surgery.surgery.model_state import is_converted, plan_of, quantizers
@@ -73,7 +75,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder: Path | None = None
         self._state_dict: Any = None
         self._attention: str | None = None
-        self._stored = Stored({}, {}, {})
+        self._stored = read_ranges([])
         self._implants: list[Implant] = []
         self._parts: list[PreTrainedModel] = []
 
@@ -126,21 +128,30 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         modules = dict(model.named_modules())
         self._parts = [each for each in modules.values() if isinstance(each, PreTrainedModel) and each is not model]
-        self._stored = read_ranges(self._files)
-        lock = None
-        if config.record is not None:
-            lock = read_lock(self._stored.metadata, model, modules, config.rules, config.record.sites)
         with real_tensors():
-            if lock is None:
+            # transformers builds the model within a mode of torch, in which each look at a tensor calls Python.
+            with DisableTorchFunction():
+                self._stored = read_ranges(self._files)
+                found = self._prepare_by_lock(model, modules)
+            if not found:
                 self._match(model)
-            else:
-                self._check_attention(lock.plan)
-                self._implants = prepare(model, lock.plan, None, lock.known, self._defaults(), modules=modules)
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
             ignored = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, STATE_PATTERN])
         return model
+
+    def _prepare_by_lock(self, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> bool:
+        """Convert ``model`` by the plan that is stored with its weights; whether there is one that holds."""
+        config = self.quantization_config
+        if config.record is None:
+            return False
+        lock = read_lock(self._stored.metadata, model, modules, config.rules, config.record.sites)
+        if lock is None:
+            return False
+        self._check_attention(lock.plan)
+        self._implants = prepare(model, lock.plan, None, lock.known, self._defaults(), modules=modules)
+        return True
 
     def _match(self, model: PreTrainedModel) -> None:
         """Convert ``model`` by its rules, and compare with what was saved."""
@@ -173,7 +184,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         ranges = {names.loaded(name): value for name, value in self._stored.ranges.items()}
         record = self.quantization_config.record
         check_known(found, ranges, model)
-        check_fits(self._implants, ranges)
+        check_fits(self._implants, ranges, self._stored.zeros)
         roundings = read_roundings(self._implants, ranges, self._stored.roundings, record, names)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
         if one is not None and one.type == "meta":  # all of it is on a disk
@@ -187,7 +198,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         implant(self._implants)
         restore_calibration(model, self._files)
         adopt(model, self, self._parts)
-        self._files, self._stored, self._implants, self._parts = [], Stored({}, {}, {}), [], []
+        self._files, self._stored, self._implants, self._parts = [], read_ranges([]), [], []
         return model
 
     # -- saving ------------------------------------------------------------------------------------------------

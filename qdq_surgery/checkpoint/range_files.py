@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ __all__ = ["STATE_PATTERN", "Stored", "read_ranges", "read_rounding"]
 #: How the names in a state dict end: of a range, as in QDQBERT, and of what a weight is moved by.
 _RANGE, _ROUNDING = STATE_SUFFIXES
 
-#: Both as a regular expression.
-STATE_PATTERN = r"_quantizer\.(_amax|_rounding)$"
+#: Both as a regular expression, which holds from the start of a name: otherwise it would be tried at each place.
+STATE_PATTERN = r"^(?s:.*)_quantizer\.(?:_amax|_rounding)$"
 
 #: What a range may be stored in: no integers, and no floats of eight bits, in which a range would be another.
 _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
@@ -37,17 +37,18 @@ _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16
 _MOST_AXES, _MOST_VALUES = 8, 1 << 24
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """What the files of a checkpoint hold of quantizers.
 
     Attributes:
         ranges: By the name of the quantizer, in float32.
+        zeros: Whether one of them is zero somewhere. Hardly ever is one.
         roundings: By the name of the quantizer, the file that holds what its weight is moved by.
         metadata: Of the first file.
     """
 
     ranges: dict[str, Tensor]
+    zeros: bool
     roundings: dict[str, str]
     metadata: dict[str, str]
 
@@ -58,17 +59,17 @@ def read_ranges(files: Sequence[str]) -> Stored:
     Raises:
         ModelError: A file cannot be read, or a range is no range: of integers, negative, not finite. Names both.
     """
-    stored, first = Stored({}, {}, {}), True
+    ranges: dict[str, Tensor] = {}
+    roundings: dict[str, str] = {}
+    zeros, first = False, None
     for path in files:
         with _naming(path):
-            found = _in_safetensors(path) if path.endswith(".safetensors") else _in_pickle(path)
-            _check(found.ranges)
-        stored.ranges.update({name.removesuffix("._amax"): value for name, value in found.ranges.items()})
-        stored.roundings.update(found.roundings)
-        if first:
-            stored.metadata.update(found.metadata)
-        first = False
-    return stored
+            found, own, metadata = _in_safetensors(path) if path.endswith(".safetensors") else _in_pickle(path)
+            zeros |= _check(found)
+        ranges.update({name.removesuffix("._amax"): value for name, value in found.items()})
+        roundings.update(dict.fromkeys(own, path))
+        first = metadata if first is None else first
+    return Stored(ranges, zeros, roundings, first or {})
 
 
 def read_rounding(path: str, name: str, misfit: Callable[[torch.dtype, Sequence[int]], str | None]) -> Tensor:
@@ -105,17 +106,23 @@ def _naming(path: str) -> Iterator[None]:
         raise ModelError(f"{Path(path).name} is damaged: {reason[:300]}; save the model again") from error
 
 
-def _check(found: Mapping[str, Tensor]) -> None:
+def _check(found: Mapping[str, Tensor]) -> bool:
+    """Refuse what is no range; whether one is zero somewhere."""
     if not found:
-        return
+        return False
     # (In numpy, because torch would wake up its threads for this.)
     every = np.concatenate([value.numpy().reshape(-1) for value in found.values()])
     if not (np.isfinite(every) & (every >= 0)).all():
         wrong = next(name for name, v in found.items() if not bool((v.isfinite() & (v >= 0)).all()))
         raise DamagedError(f"the range of {quoted(wrong.removesuffix('._amax'))} is negative or not finite")
+    return not bool(every.all())
 
 
-def _in_safetensors(path: str) -> Stored:
+#: Ranges, the quantizers that have a rounding, and metadata.
+_Found = tuple[dict[str, Tensor], list[str], dict[str, str]]
+
+
+def _in_safetensors(path: str) -> _Found:
     # By way of numpy, which takes half the time for so many small tensors, and copies what would else be a view of the
     # whole file.
     with safe_open(path, framework="np") as file:
@@ -128,20 +135,20 @@ def _in_safetensors(path: str) -> Stored:
             with safe_open(path, framework="pt") as other:
                 found = {name: other.get_tensor(name) for name in names}
         ranges = {name: _in_float32(name, value) for name, value in found.items()}
-        return Stored(ranges, _roundings(own, path), file.metadata() or {})
+        return ranges, _roundings(own), file.metadata() or {}
 
 
-def _in_pickle(path: str) -> Stored:
+def _in_pickle(path: str) -> _Found:
     state = _state(path)
     found = {name: value for name, value in state.items() if name.endswith(_RANGE)}
     _check_sizes((name, value.shape) for name, value in found.items())
     # A copy: these are views of the file.
     ranges = {name: _in_float32(name, value).clone() for name, value in found.items()}
-    return Stored(ranges, _roundings(state, path), {})
+    return ranges, _roundings(state), {}
 
 
-def _roundings(names: Iterable[str], path: str) -> dict[str, str]:
-    return {name.removesuffix("._rounding"): path for name in names if name.endswith(_ROUNDING)}
+def _roundings(names: Iterable[str]) -> list[str]:
+    return [name.removesuffix("._rounding") for name in names if name.endswith(_ROUNDING)]
 
 
 def _state(path: str) -> dict[str, Tensor]:

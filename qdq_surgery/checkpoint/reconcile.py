@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
@@ -108,14 +107,15 @@ def check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tenso
         )
 
 
-def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor]) -> None:
+def check_fits(implants: Iterable[Implant], ranges: Mapping[str, Tensor], zeros: bool) -> None:
     """Whether each range is one of its quantizer: of its shape, and not zero where there is something to quantize.
+
+    Args:
+        zeros: Whether one of them is zero somewhere.
 
     Raises:
         ModelError: One is not; names it.
     """
-    # (In numpy, all at once: hardly ever is one zero.)
-    zeros = bool(ranges) and not np.concatenate([value.numpy().reshape(-1) for value in ranges.values()]).all()
     for each in implants:
         amax = None if each.site is None else ranges.get(each.site.quantizer)
         if each.site is None or each.quantizer is None or amax is None:

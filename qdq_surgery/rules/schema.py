@@ -7,6 +7,7 @@ make. A new key is one line here and one field there; a new kind of value is one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -180,6 +181,7 @@ def make(section: str, values: Mapping[str, Any]) -> Any:
     return made if section == "match" else _MAKES[section](**made)
 
 
+@functools.cache
 def default_of(section: str, key: str) -> Any:
     """What it means that ``key`` is left out; ``MISSING`` if it cannot be."""
     name, _, inner = (SECTIONS[section][key].field or key).partition(".")

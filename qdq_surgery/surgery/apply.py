@@ -131,9 +131,9 @@ class _Surgeon:
         for (owner, kind), own in sites.items():
             if kind == "module":
                 self._swap_linear(self.modules[owner], own)
-        for (owner, kind), edits in self.plan.edits().items():
+        for (owner, kind), own in sites.items():
             if kind != "module":
-                self._rewrite(owner, kind, edits, sites.get((owner, kind), []))
+                self._rewrite(owner, kind, own)
         set_state(self.model, ModelState(self.plan))
         return self.implants
 
@@ -155,8 +155,9 @@ class _Surgeon:
         self._add(linear, "_input_quantizer", by_role.get("input"), device)
         self._add(linear, "_weight_quantizer", by_role.get("weight"), device)
 
-    def _rewrite(self, owner: str, kind: str, edits: tuple[Edit, ...], sites: list[Site]) -> None:
+    def _rewrite(self, owner: str, kind: str, sites: list[Site]) -> None:
         block = self.modules[owner]
+        edits: tuple[Edit, ...] = tuple(site.edit for site in sites)
         base = base_class(type(block))
         original = base.forward if kind == "forward" else eager_function(base)
         routines = [] if self.recordings is None else list(self.recordings[owner, kind])
@@ -199,8 +200,13 @@ class _Surgeon:
 def _is_taken(owner: nn.Module, name: str) -> bool:
     """``hasattr`` for a name that is not: nn.Module takes its time to say so."""
     own = vars(owner)
-    tables = (own, own["_parameters"], own["_buffers"], own["_modules"])
-    return any(name in table for table in tables) or hasattr(type(owner), name)
+    return (
+        name in own
+        or name in own["_parameters"]
+        or name in own["_buffers"]
+        or name in own["_modules"]
+        or hasattr(type(owner), name)
+    )
 
 
 def _set_class(target: nn.Module, cls: type[nn.Module]) -> None:

@@ -35,6 +35,7 @@ from saved import (
     metadata_of,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from training_task import Texts, arguments
 from transformers import (
     AutoModelForSequenceClassification,
@@ -45,7 +46,9 @@ from transformers import (
 )
 
 import qdq_surgery as qs
+from qdq_surgery.checkpoint import plugin
 from qdq_surgery.checkpoint.plugin import QDQQuantizer
+from qdq_surgery.surgery.apply import prepare
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.trainer import QATTrainer
 
@@ -216,6 +219,30 @@ def test_rules_that_learn_do_not_learn_what_was_fixed(fixed: bool, tmp_path: Pat
     found = load(tmp_path, attn_implementation="eager")
     assert_reloaded(found, qmodel)
     assert {each.learns for each in qs.quantizers(found).values()} == {not fixed}
+
+
+def test_quantizers_are_prepared_outside_of_the_modes_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers builds a model within one, which would be told of each look at a tensor: half the time of a load."""
+    calibrated().save_pretrained(tmp_path)
+    told: list[Any] = []
+    meanwhile: list[int] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            told.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before = len(told)
+        made = prepare(*args, **kwargs)
+        meanwhile.append(len(told) - before)
+        return made
+
+    monkeypatch.setattr(plugin, "prepare", watched)
+    with Mode():
+        load(tmp_path)
+    assert told
+    assert meanwhile == [0]
 
 
 @pytest.mark.usefixtures("default_descriptors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import qdq_surgery as qs
-from qdq_surgery.checkpoint.range_files import Stored, read_ranges
+from qdq_surgery.checkpoint.range_files import STATE_PATTERN, read_ranges
+from qdq_surgery.match.site_names import STATE_SUFFIXES
 
 FIRST = "bert.encoder.layer.0.attention.self.query._input_quantizer"
 
@@ -49,7 +51,31 @@ def test_they_are_read_in_float32(dtype: torch.dtype, kind: str, tmp_path: Path)
 def test_files_without_any(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "file.safetensors")
     assert read_ranges([str(tmp_path / "file.safetensors")]).ranges == {}
-    assert read_ranges([]) == Stored({}, {}, {})
+    assert read_ranges([]) == ({}, False, {}, {})
+
+
+@pytest.mark.parametrize("which", [None, 0, 1])
+@pytest.mark.parametrize("kind", ["_input_quantizer", "_weight_quantizer"])
+def test_a_zero_in_any_file_is_seen(which: int | None, kind: str, tmp_path: Path) -> None:
+    for number in range(2):
+        tensors = {
+            f"{number}._input_quantizer._amax": torch.tensor(1.5),
+            f"{number}._weight_quantizer._amax": torch.tensor([[0.5], [2.0]]),
+        }
+        if number == which:
+            tensors[f"{number}.{kind}._amax"].view(-1)[-1] = 0.0
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+    assert read_ranges([str(tmp_path / f"{number}.safetensors") for number in range(2)]).zeros is (which is not None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a._input_quantizer._amax", "_quantizer._amax", "a\nb._weight_quantizer._amax", "a._weight_quantizer._rounding"],
+)
+def test_the_pattern_is_the_suffix(name: str) -> None:
+    among_others = re.compile(rf"(position_ids$)|({STATE_PATTERN})")  # as transformers puts them together
+    for each in (name, f"{name}.weight", f"{name}2", name.replace("_quantizer", ""), name.replace("._", "__")):
+        assert (among_others.search(each) is not None) is each.endswith(STATE_SUFFIXES), each
 
 
 @pytest.mark.parametrize("value", [-1.0, -math.inf, math.inf, math.nan])
