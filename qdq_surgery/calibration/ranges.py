@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+#: After the method of a weight that is rounded for its product.
+_ADAPTED = ", adapted rounding"
+
+
 @dataclass(frozen=True)
 class Range:
     """How one quantizer got its range.
@@ -100,14 +104,9 @@ class Calibration(Result):
         return {"schema": 1, **data, "ranges": [vars(each) for each in self.ranges]}
 
     def now(self, qmodel: nn.Module) -> Calibration:
-        """The same with the ranges that the model has by now: training may have moved them."""
-        ranges, found = [], quantizers(qmodel)
-        for each in self.ranges:
-            amax = found[each.quantizer].amax
-            top = each.amax if amax is None else float(amax.detach().max())
-            moved = replace(each, amax=top, method=f"{each.method}, trained", error=None)
-            ranges.append(each if top == each.amax else moved)
-        return replace(self, ranges=tuple(ranges))
+        """The same with the ranges that the model has by now: training may have moved them, and weights be rounded."""
+        found = quantizers(qmodel)
+        return replace(self, ranges=tuple(_now(each, found[each.quantizer]) for each in self.ranges))
 
     def _title(self) -> Line:
         data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
@@ -118,6 +117,14 @@ class Calibration(Result):
         errors = ("" if each.error is None else f"{100 * each.error:.3f} %" for each in self.ranges)
         rows = zip(self.ranges, errors, strict=True)
         yield Table(columns, tuple((r.quantizer, r.method, f"{r.amax:.4g}", error) for r, error in rows))
+
+
+def _now(known: Range, quantizer: TensorQuantizer) -> Range:
+    method = known.method.removesuffix(_ADAPTED)
+    top = known.amax if quantizer.amax is None else float(quantizer.amax.detach().max())
+    if top != known.amax:
+        known, method = replace(known, amax=top, error=None), f"{method}, trained"
+    return replace(known, method=method if quantizer.rounding is None else method + _ADAPTED)
 
 
 def calibrate(

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdq_surgery.calibration.collect import Statistics, activation_quantizers, collect, unwrapped, weight_quantizers
-from qdq_surgery.calibration.ranges import Calibration
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics.adaptive_rounding import adapted_integers, product_error
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.transaction import all_or_nothing
-from qdq_surgery.surgery.model_state import CalibrationRecord, set_state, state_of
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
 __all__ = ["RoundedWeight", "Rounding", "round_weights"]
-
-#: What the record of a calibration says of a weight.
-_WORDS = ", adapted rounding"
 
 #: The most steps that int8 holds.
 _FARTHEST = 127
@@ -120,19 +115,17 @@ def round_weights(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]] | Stat
     for name, (quantizer, linear) in track(weights.items(), "rounding weights", len(weights)):
         source = inputs[name]
         if source is not None:
-            found[name] = _rounded(name, quantizer, linear, _moments(data, source))
+            found[name] = _rounded(name, quantizer, linear, _moments(data, source, linear.in_features))
     with all_or_nothing(model):
         for name, (steps, _) in found.items():
             weights[name][0].set_rounding(steps)
-        state = state_of(model)
-        set_state(model, replace(state, calibration=_record(state.calibration, found), saved_report=None))
     left = tuple(name for name, source in inputs.items() if source is None)
     return Rounding(tuple(each for _, each in found.values()), left, data.batches, data.rows, data.tokens)
 
 
-def _moments(data: Statistics, name: str) -> Tensor:
+def _moments(data: Statistics, name: str, channels: int) -> Tensor:
     seen = data.seen.get(name)
-    if seen is None or seen.moments is None:
+    if seen is None or seen.moments is None or len(seen.moments) != channels:
         raise CalibrationError(
             f"the statistics have no moments of {name}, by which the weight behind it is rounded; collect them from "
             "this model with moments=True"
@@ -159,17 +152,3 @@ def _rounded(
     if not after < before:
         return None, RoundedWeight(name, before, before, 0.0)
     return steps.to(torch.int8), RoundedWeight(name, before, after, float((steps != 0).float().mean()))
-
-
-def _record(
-    made: CalibrationRecord | None, found: Mapping[str, tuple[Tensor | None, RoundedWeight]]
-) -> CalibrationRecord | None:
-    """The record of the calibration, which says what was rounded how."""
-    if not isinstance(made, Calibration):
-        return made
-    ranges = []
-    for each in made.ranges:
-        steps = found[each.quantizer][0] if each.quantizer in found else None
-        plain = each.method.removesuffix(_WORDS) if each.quantizer in found else each.method
-        ranges.append(replace(each, method=plain if steps is None else plain + _WORDS))
-    return replace(made, ranges=tuple(ranges))

@@ -18,9 +18,9 @@ from transformers import AutoModel, PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.calibration import rounding as module
+from qdq_surgery.checkpoint.report import report_of
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.quantize.linear import QuantLinear
-from qdq_surgery.surgery.model_state import state_of
 
 BATCHES = [batch_for(spoiled(), (8, length), mask=True) for length in (12, 9)]
 BATCH = BATCHES[0]
@@ -310,16 +310,21 @@ def test_scales_that_are_found_anew_take_the_rounding_of_their_weights_along() -
     assert {name.removesuffix("._weight_quantizer") for name in roundings(qmodel)} == set(linears(qmodel)) - scaled
 
 
-def test_the_report_and_explain_say_so() -> None:
+def test_the_report_and_explain_say_so(tmp_path: Path) -> None:
     qmodel = rounded()
-    record = state_of(qmodel).calibration
-    assert isinstance(record, qs.Calibration)
-    words = {each.quantizer: each.method for each in record.ranges}
-    for name in qs.quantizers(qmodel):
-        assert words[name] == ("max, adapted rounding" if name in roundings(qmodel) else "max"), name
-    assert "adapted rounding" in qs.explain(qmodel, f"{SITE}._weight_quantizer").to_text()
-    assert "adapted rounding" not in qs.explain(qmodel, f"{SITE}._input_quantizer").to_text()
-    assert qs.diff(spoiled(), qmodel).to_text() == qs.diff(spoiled(), calibrated()).to_text()
+    qmodel.save_pretrained(tmp_path)
+    for model in (qmodel, AutoModel.from_pretrained(tmp_path)):
+        words = {each["quantizer"]: each["method"] for each in report_of(model)["calibration"]["ranges"]}
+        for name in qs.quantizers(qmodel):
+            assert words[name] == ("max, adapted rounding" if name in roundings(model) else "max"), name
+        quantizer = qs.quantizers(model)[f"{SITE}._weight_quantizer"]
+        assert quantizer.amax is not None
+        quantizer.amax = quantizer.amax * 1.5
+        words = {each["quantizer"]: each["method"] for each in report_of(model)["calibration"]["ranges"]}
+        assert words[f"{SITE}._weight_quantizer"] == "max, trained"
+    assert "adapted rounding" in qs.explain(rounded(), f"{SITE}._weight_quantizer").to_text()
+    assert "adapted rounding" not in qs.explain(rounded(), f"{SITE}._input_quantizer").to_text()
+    assert qs.diff(spoiled(), rounded()).to_text() == qs.diff(spoiled(), calibrated()).to_text()
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -332,8 +337,11 @@ def test_a_model_that_is_not_calibrated_is_refused() -> None:
         qs.round_weights(qs.convert(spoiled()), BATCHES)
 
 
-def test_statistics_without_moments_are_refused() -> None:
+def test_statistics_without_moments_or_of_another_model_are_refused() -> None:
     qmodel = calibrated()
+    wide = build("bert", "BertModel", hidden_size=64)
+    with pytest.raises(CalibrationError, match="collect them from this model with moments=True"):
+        qs.round_weights(qmodel, qs.collect(qs.convert(wide), [batch_for(wide, (2, 6))], moments=True))
     with pytest.raises(CalibrationError, match=r"no moments of .*_input_quantizer.*collect them .* with moments=True"):
         qs.round_weights(qmodel, qs.collect(qmodel, BATCHES))
     assert not roundings(qmodel)
