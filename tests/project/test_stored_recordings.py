@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +142,13 @@ def other_class(model: PreTrainedModel) -> None:
 
 def other_function(model: PreTrainedModel) -> None:
     model.bert.encoder.layer[0].feed_forward_chunk_more = other_function  # type: ignore[assignment]
+
+
+def test_where_it_was_loaded_from_does_not_matter(tmp_path: Path) -> None:
+    model = model_of()
+    loaded = [type(model).from_pretrained(model.save_pretrained(tmp_path / name) or tmp_path / name) for name in "ab"]
+    assert loaded[0].name_or_path != loaded[1].name_or_path
+    assert fingerprint(loaded[0]) == fingerprint(loaded[1])
 
 
 CHANGES = [
