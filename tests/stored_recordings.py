@@ -1,9 +1,10 @@
 """What is recorded of a model is kept while a process runs tests: models that are equal are recorded once in it.
 
 A recording is nine tenths of a conversion. Here the two functions that look at a model are replaced by two that look
-first whether an equal one was seen before: the same class, modules, attributes, configs and tensors, to the bit, the
-same rules and examples. Plans are frozen, and graphs are given away as copies, which conversion edits: all the rest of
-it is done every time. Whatever cannot be told from another (a hook, a forward of its own) is recorded anew.
+first whether an equal one was seen before: the same class, modules, attributes, configs and buffers, parameters of the
+same kinds (a graph holds for all values of them), the same rules and examples. Plans are frozen, and graphs are given
+away as copies, which conversion edits: all the rest of it is done every time. Whatever cannot be told from another (a
+hook, a forward of its own) is recorded anew.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import re
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -38,8 +38,10 @@ _MODULES = [
 
 _Recordings = dict[tuple[str, str], list[BlockGraph]]
 
-#: Where a model was loaded from: a folder of this test's own.
-_PLACE = re.compile(r'"_name_or_path": "[^"]*"')
+#: Of a module and of a config: modules come by themselves, both modes are recorded, and no forward reads the rest.
+_IGNORED = frozenset(
+    "_modules training name_or_path _name_or_path architectures dtype transformers_version quantization_config".split()
+)
 
 #: How many models are known at a time: what has been seen is mostly asked for soon.
 _SIZE = 128
@@ -152,7 +154,7 @@ class _Fingerprint:
             if key.endswith("_hooks") or "_hooks_" in key:
                 if value:
                     raise _UnknownError
-            elif key not in ("_modules", "name_or_path"):  # modules come by themselves; see _PLACE
+            elif key not in _IGNORED:
                 self.add_value(value)
 
     def add_value(self, value: object) -> None:
@@ -165,8 +167,8 @@ class _Fingerprint:
             self.add(self.same(value))
         elif isinstance(value, PreTrainedConfig):
             self.add_object(type(value))
-            self.add(self.same(value), _PLACE.sub("", value.to_json_string(use_diff=False)))
-            self.add(value._attn_implementation)
+            facts = {name: fact for name, fact in value.to_dict().items() if name not in _IGNORED}
+            self.add(self.same(value), facts, value._attn_implementation)
         elif isinstance(value, GenerationConfig):
             self.add(value.to_json_string(use_diff=False))
         elif type(value) in (list, tuple, set, dict):
@@ -185,4 +187,5 @@ class _Fingerprint:
         if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu" or value.layout != torch.strided:
             raise _UnknownError
         self.add(type(value), value.dtype, tuple(value.shape), value.stride(), value.requires_grad, self.same(value))
-        self.hash.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        if not isinstance(value, nn.Parameter):
+            self.hash.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
