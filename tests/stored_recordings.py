@@ -38,9 +38,11 @@ _MODULES = [
 
 _Recordings = dict[tuple[str, str], list[BlockGraph]]
 
-#: Of a module and of a config: modules come by themselves, both modes are recorded, and no forward reads the rest.
+#: Of a module and of a config: modules come by themselves, both modes are recorded with an attention of their own, and
+#: no forward reads the rest, most of which loading leaves.
 _IGNORED = frozenset(
-    "_modules training name_or_path _name_or_path architectures dtype transformers_version quantization_config".split()
+    "_modules training name_or_path _name_or_path architectures dtype transformers_version quantization_config "
+    "_is_hf_initialized _weight_conversions is_quantized quantization_method".split()
 )
 
 #: How many models are known at a time: what has been seen is mostly asked for soon.
@@ -149,12 +151,12 @@ class _Fingerprint:
     def add_module(self, name: str, module: nn.Module) -> None:
         self.add(name, self.same(module))
         self.add_object(type(module))
-        for key, value in vars(module).items():
-            self.add(key)
+        for key, value in sorted(vars(module).items()):
             if key.endswith("_hooks") or "_hooks_" in key:
                 if value:
                     raise _UnknownError
             elif key not in _IGNORED:
+                self.add(key)
                 self.add_value(value)
 
     def add_value(self, value: object) -> None:
@@ -168,7 +170,7 @@ class _Fingerprint:
         elif isinstance(value, PreTrainedConfig):
             self.add_object(type(value))
             facts = {name: fact for name, fact in value.to_dict().items() if name not in _IGNORED}
-            self.add(self.same(value), facts, value._attn_implementation)
+            self.add(self.same(value), sorted(facts.items()))
         elif isinstance(value, GenerationConfig):
             self.add(value.to_json_string(use_diff=False))
         elif type(value) in (list, tuple, set, dict):
@@ -180,7 +182,7 @@ class _Fingerprint:
 
     def _add_items(self, value: Any) -> None:
         self.add(type(value), len(value))
-        for item in value.items() if type(value) is dict else value:
+        for item in value.items() if type(value) is dict else sorted(value) if type(value) is set else value:
             self.add_value(item)
 
     def _add_tensor(self, value: Tensor) -> None:
