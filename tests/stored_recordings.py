@@ -29,6 +29,7 @@ from qdq_surgery.graph.block_graph import PLAIN, BlockGraph
 from qdq_surgery.match import analyze as real
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.rules.spec import RuleSet
+from qdq_surgery.trace.units import Survey
 
 __all__ = ["fingerprint", "install"]
 
@@ -46,7 +47,7 @@ _IGNORED = frozenset(
 )
 
 #: How many models are known at a time: what has been seen is mostly asked for soon.
-_SIZE = 128
+_SIZE = 256
 
 
 @dataclass
@@ -87,24 +88,29 @@ def _recordings_of(model: PreTrainedModel, look: real.Look, plan: Plan) -> _Reco
     if seen is None:
         return real.recordings_of(model, look, plan)
     if seen.recordings is None:
-        seen.recordings = real.recordings_of(model, look, plan)
+        seen.recordings = _copies(real.recordings_of(model, look, plan))
+        seen.look = real.Look({}, {}, Survey([]), Survey([]))  # it is known by its identity, and what is in it is large
+    return _copies(seen.recordings)
+
+
+def _copies(recordings: _Recordings) -> _Recordings:
     made: dict[int, BlockGraph] = {}  # layers that are alike share their graphs
-    return {key: [_copy(each, made) for each in graphs] for key, graphs in seen.recordings.items()}
+    return {key: [_copy(each, made) for each in graphs] for key, graphs in recordings.items()}
 
 
 def _copy(routine: BlockGraph, made: dict[int, BlockGraph]) -> BlockGraph:
-    """The same graph again, down to the names that new nodes will get; what calls it and what it calls is shared."""
+    """The same graph again, down to the names that new nodes will get; without what calls it and what it calls."""
     if id(routine) not in made:
         values: dict[Node, Node] = {}
         graph = Graph()
         for node in routine.graph.nodes:
             values[node] = graph.node_copy(node, values.__getitem__)
+            values[node].meta.pop("callee", None)
         names, known = graph._graph_namespace, routine.graph._graph_namespace
         names._base_count, names._used_names = dict(known._base_count), set(known._used_names)
         inputs, output = map_arg((routine.inputs, routine.output), values.__getitem__)
-        made[id(routine)] = dataclasses.replace(
-            routine, graph=graph, inputs=list(inputs), output=output, reads=dict(routine.reads)
-        )
+        own = {"inputs": list(inputs), "output": output, "reads": dict(routine.reads)}
+        made[id(routine)] = dataclasses.replace(routine, graph=graph, caller=None, call=None, children=[], **own)
     return made[id(routine)]
 
 
