@@ -9,12 +9,19 @@ from pathlib import Path
 import kept
 import pytest
 import reference_run
+import stored_recordings
 import torch
 from pytorch_quantization import nn as quant_nn
 
 from reference_cases import THREADS
 
 HAS_EXPORTER = all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir", "onnxscript"))
+
+#: Folders and modules of tests that always record: their subject is how a model is looked at, or what that leaves.
+RECORDED_ANEW = frozenset(
+    "attacks graph match padding safety surgery trace test_contract test_convert test_stored_recordings "
+    "test_untouched".split()
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +64,13 @@ def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         import stored_traces
 
         stored_traces.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def recordings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal models are recorded once in a process, but for tests of what looks at a model."""
+    if not RECORDED_ANEW.intersection(request.path.parts) and request.path.stem not in RECORDED_ANEW:
+        stored_recordings.install(monkeypatch)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import batch_for, build, tensors_of
+from architectures import BASE, batch_for, build, tensors_of
 from comparing import assert_same
 from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
@@ -21,6 +21,7 @@ from transformers.models.bert.modeling_bert import BertOutput
 
 import qdq_surgery as qs
 from qdq_surgery.surgery import apply as surgery
+from qdq_surgery.surgery.quantized_forward import QuantizedForward
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 
 
@@ -165,6 +166,21 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     assert not qs.quantizers(model)
     monkeypatch.undo()
     assert len(qs.quantizers(qs.convert(model))) == 20
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "albert", "modernbert", "deberta-v2"])
+def test_every_kind_of_call_is_recorded_when_a_model_is_converted(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = qs.convert(build(model_type, BASE[model_type]))
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a call of a kind that was not recorded")
+
+    monkeypatch.setattr(QuantizedForward, "_compile_for", fail)
+    for training in (False, True):
+        for mask in (True, False):
+            model.train(training)(**batch_for(model, (3, 7), mask=mask))
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,7 +228,8 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     if not kept:
         look.first.drop_examples()
         return kept
-    for mode, seen in _surveys(model, look):
+    edited = {unit.path for unit in look.first.units if any(_lies_in(unit.path, path) for path, _ in kept)}
+    for mode, seen in _surveys(model, look, edited):
         for path, graph in seen.graphs():
             graphs = kept.get((path, graph.kind))
             if graphs is None:
@@ -246,18 +248,27 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     return kept
 
 
-def _surveys(model: PreTrainedModel, look: Look) -> Iterator[tuple[str, Survey]]:
-    """What the model does in each mode that its calls may have, after the mode's name; each is seen at two shapes."""
+def _lies_in(unit: str, path: str) -> bool:
+    return path == unit or path.startswith(f"{unit}.")
+
+
+def _surveys(model: PreTrainedModel, look: Look, units: Collection[str]) -> Iterator[tuple[str, Survey]]:
+    """What the model does in each mode that its calls may have, after the mode's name; each is seen at two shapes.
+
+    Args:
+        units: Paths of those that are looked at again: recording all that no edit touches would take as long.
+    """
+    look_again = functools.partial(survey, model, only=units)
     masks = [("", look)]
     if "attention_mask" in look.inputs:
         bare, other = without_mask(look.inputs), without_mask(look.others)
-        masks.append((" without a mask", Look(bare, other, survey(model, bare), survey(model, other))))
+        masks.append((" without a mask", Look(bare, other, look_again(bare), look_again(other))))
         mark_baked_sizes(masks[1][1].first, masks[1][1].second)
     for mask, seen in masks:
         yield f"eval mode{mask}", seen.first
     for mask, seen in masks:
-        first = survey(model, seen.inputs, training=True, like=seen.first)
-        mark_baked_sizes(first, survey(model, seen.others, training=True, like=seen.second))
+        first = look_again(seen.inputs, training=True, like=seen.first)
+        mark_baked_sizes(first, look_again(seen.others, training=True, like=seen.second))
         yield f"training mode{mask}", first
 
 

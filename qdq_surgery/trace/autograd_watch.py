@@ -140,7 +140,7 @@ class unwatched:
     __slots__ = ("before",)
 
     def __enter__(self) -> None:
-        self.before = cast("Any", sys.getprofile())
+        self.before: Any = sys.getprofile()
         sys.setprofile(None)
 
     def __exit__(self, *_: object) -> None:
@@ -180,7 +180,10 @@ def _hook(watched: Watched) -> Callable[[FrameType, str, Any], None]:
                 watched.note_autocast()
             else:
                 watched.forbid(f"asks whether gradients are wanted ({arg.__name__}), which a graph does not know")
-        elif event == "c_call" and not watched.paused and (function := applied_function(arg)) is not None:
+        elif event == "c_call" and arg.__name__ == "apply":
+            function = None if watched.paused else applied_function(arg)
+            if function is None:
+                return
             watched.forbid(
                 f"calls the autograd function {function.__name__} where only C knows of it; call it by its name in the "
                 f"module of the forward, or {_OUT}"

@@ -74,13 +74,15 @@ class GraphBuilder:
         """The result of arithmetic on sizes."""
         if self.paused:
             return value
-        node = self.node("call_function", function, operands, {}, "size")
-        return self.symbol(Size(value) if isinstance(value, int) else Real(value), node)
+        with unwatched():
+            node = self.node("call_function", function, operands, {}, "size")
+            return self.symbol(Size(value) if isinstance(value, int) else Real(value), node)
 
     def decide(self, function: Callable[..., Any], operands: tuple[Any, ...], value: bool) -> bool:
         """A comparison of sizes: its result goes into Python, so the graph checks it from now on."""
         if not self.paused:
-            self.expect(self.node("call_function", function, operands, {}, "size"), value)
+            with unwatched():
+                self.expect(self.node("call_function", function, operands, {}, "size"), value)
         return value
 
     def expect(self, node: Node, value: bool) -> None:

@@ -22,11 +22,25 @@ _FUNCTIONS = (types.FunctionType, torch.jit.ScriptFunction)
 _CALLED = (*_FUNCTIONS, types.MethodType, types.BuiltinMethodType, type)
 
 
+_DECIDING = (*PLAIN, *_FUNCTIONS, types.BuiltinFunctionType, functools.partial)
+
+
 def _decides(value: object) -> bool:
     """Whether a graph depends on an attribute of this kind: plain values, sequences of them, functions."""
     if isinstance(value, (tuple, list)):
         return all(isinstance(item, PLAIN) for item in value)
-    return isinstance(value, (*PLAIN, *_FUNCTIONS, types.BuiltinFunctionType, functools.partial))
+    return isinstance(value, _DECIDING)
+
+
+class _Told(dict[type, bool]):
+    """Whether a recorder is told of the reads of a value, by its type. Found without a call: the watch sees each."""
+
+    def __missing__(self, kind: type) -> bool:
+        told = self[kind] = issubclass(kind, (*_DECIDING, *_CALLED, tuple, list))
+        return told
+
+
+_TOLD = _Told()
 
 
 class ModuleRecorder(Protocol):
@@ -53,6 +67,8 @@ def _stand_in_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def __getattribute__(self: nn.Module, name: str) -> Any:
         value = cls.__getattribute__(self, name)
+        if not _TOLD[type(value)]:
+            return value
         if _decides(value) and not name.startswith("__") and name not in _NOT_READ:
             own = object.__getattribute__(self, "__dict__")
             recorder = own.get("_qdq_recorder")

@@ -108,7 +108,7 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self.recorder.paused:
+        if self.recorder.build.paused:
             self.recorder.note_inside(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
         with unwatched():
@@ -151,8 +151,9 @@ class _Recorder:
         names = parameter_names(function)
         leaves = iter([self._placeholder(value, path, names) for value, path in zip(values, paths, strict=True)])
         args, kwargs = rebuild_call(args, leaves), rebuild_call(kwargs, leaves)
+        run = self.copies.of(function)
         with torch.no_grad(), _Mode(self), watching(self):
-            output = self.copies.of(function)(self.stand_in, *args, **kwargs)
+            output = run(self.stand_in, *args, **kwargs)
         if self.forbidden is not None:  # the forward caught it
             raise self.forbidden
         self.routine.output = self.build.argument(output)
@@ -196,15 +197,22 @@ class _Recorder:
     # -- what the stand-ins and the mode report --------------------------------------------------------------
 
     def note_read(self, path: str, name: str, value: Any) -> None:
-        if not self.paused:
+        if not self.build.paused:
             self.routine.reads[path, name] = value
 
     def to_call(self, value: Any) -> Any:
         """What a forward gets for a method, or another function, that it reads."""
-        return value if self.paused else self.copies.of(value)
+        if self.build.paused:
+            return value
+        with unwatched():
+            return self.copies.of(value)
 
     def call_child(self, path: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A child of the block is called: a leaf node, and a routine of its own if it is a block."""
+        with unwatched():
+            return self._child(path, child, args, kwargs)
+
+    def _child(self, path: str, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = self.build.node(
             "call_module",
             path,
@@ -225,6 +233,12 @@ class _Recorder:
         self, target: Callable[..., Any], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The block calls the attention interface: ``args[0]`` is the block itself."""
+        with unwatched():
+            return self._attention(target, function, args, kwargs)
+
+    def _attention(
+        self, target: Callable[..., Any], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         node = self.build.node("call_function", target, args, kwargs, "block", name="attention")
         if self.nested:
             output = self._nested(node, self.block, function, args[1:], kwargs, path="", kind="attention")

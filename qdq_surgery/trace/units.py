@@ -123,7 +123,12 @@ def _has_list(module: nn.Module) -> bool:
 
 
 def survey(
-    model: PreTrainedModel, inputs: dict[str, Any], *, training: bool = False, like: Survey | None = None
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    *,
+    training: bool = False,
+    like: Survey | None = None,
+    only: Collection[str] | None = None,
 ) -> Survey:
     """Run ``model`` once on a shadow and record its units.
 
@@ -131,6 +136,7 @@ def survey(
         inputs: Keyword arguments of the model's forward.
         training: Record what the blocks do in training mode. The run that finds their arguments is in eval mode.
         like: A survey of the same model on the same inputs, if there is one: it has found the units' arguments.
+        only: Paths of the units to record; ``None``: all of them. The others have no tree.
 
     Raises:
         ModelError: The model cannot run on these inputs.
@@ -149,7 +155,8 @@ def survey(
         if training:
             for module in ghost.modules():
                 vars(module)["training"] = True
-        units = _record_units(ghost, paths, calls)
+        wanted = calls if only is None else {path: call for path, call in calls.items() if path in only}
+        units = _record_units(ghost, paths, wanted)
     for unit in units:
         _mark_residual_adds(unit, calls)
     return Survey(units, calls, attention, linears)

@@ -199,7 +199,7 @@ def test_a_target_that_is_registered_goes_all_the_way(
     # The certificate asks what is installed.
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: real("sys" if name == "toy" else name, *a))
-    model = calibrated("bert")
+    model = calibrated("bert", num_hidden_layers=1)
     batch = inputs_for(model, (2, 9))
     made = qs.export_onnx(model, tmp_path / "toy.onnx", batch, toy.name)
     assert (made.target, made.opset) == ("toy", 19)

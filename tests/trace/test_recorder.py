@@ -265,6 +265,34 @@ def test_attributes_that_were_read_are_guarded() -> None:
     assert len(rewritten.variants.found) == 4
 
 
+class ReadsMore(nn.Module):
+    """Sequences of plain values, which may be changed in place, and a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.factors, self.act = [2, 3], (1.0, 2.0), torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) * sum(self.factors) + self.sizes[0]  # type: ignore[no-any-return]
+
+
+def test_sequences_and_functions_that_were_read_are_guarded() -> None:
+    block = ReadsMore().eval()
+    found = recorded(block, torch.randn(2, 3)).reads
+    assert found == {("", "sizes"): [2, 3], ("", "factors"): (1.0, 2.0), ("", "act"): torch.relu}
+    rewritten = QuantizedForward("forward", ReadsMore.forward, (), frozenset(), CompiledGraphs())
+    x = torch.randn(2, 3)
+    for change in (
+        lambda: None,
+        lambda: block.sizes.__setitem__(0, 7),
+        lambda: setattr(block, "factors", (1.0, 4.0)),
+        lambda: setattr(block, "act", torch.tanh),
+    ):
+        change()
+        assert torch.equal(rewritten(block, (x,), {}), block(x))
+    assert len(rewritten.variants.found) == 4
+
+
 # --- refusals
 
 OUTSIDE = torch.ones(3)

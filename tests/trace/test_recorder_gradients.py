@@ -479,6 +479,11 @@ class Compiles(Block):
         return torch.compile(scale, backend="eager")(self.first(x))
 
 
+class CallsInC(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super(torch.autograd.Function, Tenth).apply(self.first(x), 3.0)
+
+
 REFUSED = [
     (Inference, r"enters torch\.inference_mode, which a graph would lose; move that out of the block, or exclude"),
     (Autocast, r"enters torch\.autocast"),
@@ -499,6 +504,7 @@ REFUSED = [
     (FunctionOfObject, r"uses a object, which a graph cannot hold"),
     (Swallows, r"sets the state of a random number generator"),
     (Compiles, r"calls a function made by torch\.compile"),
+    (CallsInC, r"calls the autograd function Tenth where only C knows of it; call it by its name in the module"),
 ]
 
 
