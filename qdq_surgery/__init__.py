@@ -64,6 +64,7 @@ from qdq_surgery.sensitivity.evaluate import Evaluation, evaluate
 from qdq_surgery.sensitivity.measure import sensitivity
 from qdq_surgery.sensitivity.result import Sensitivity
 from qdq_surgery.serve.model import OnnxModel, load_onnx
+from qdq_surgery.serve.rows import run_rows
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
 from qdq_surgery.tuning.result import Tuning
 from qdq_surgery.tuning.search import tune
@@ -136,6 +137,7 @@ __all__ = [
     "recalibrate_weights",
     "receipt",
     "round_weights",
+    "run_rows",
     "sensitivity",
     "shipped_rules",
     "tune",

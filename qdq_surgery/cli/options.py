@@ -95,8 +95,8 @@ def rounding_option(command: argparse.ArgumentParser, default: bool) -> None:
         "--round-weights",
         action=argparse.BooleanOptionalAction,
         default=default,
-        help="choose the weights' integers by what their products lose on TEXTS, which takes about twice as long as "
-        f"calibrating alone and keeps more accuracy (default: {'yes' if default else 'no'})",
+        help="choose the weights' integers by what their products lose on TEXTS, which takes about three times as "
+        f"long as calibrating alone and keeps more accuracy (default: {'yes' if default else 'no'})",
     )
 
 
