@@ -16,6 +16,7 @@ from qdq_surgery.checkpoint.range_files import read_rounding
 from qdq_surgery.errors import MatchError, ModelError
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.match.site_names import LINEAR_NAMES
+from qdq_surgery.quantize.misfits import rounding_misfit
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.apply import Implant
 from qdq_surgery.text.layer_names import fold, layer_in
@@ -184,9 +185,8 @@ def read_roundings(
 
 
 def _rounding(implant: Implant, name: str, path: str) -> Tensor:
-    assert implant.quantizer is not None
     weight = cast("Tensor", implant.owner.weight).shape if implant.name == LINEAR_NAMES["weight"] else None
-    return read_rounding(path, name, functools.partial(implant.quantizer.rounding_misfit, weight=weight))
+    return read_rounding(path, name, functools.partial(rounding_misfit, weight=weight))
 
 
 def take_state(

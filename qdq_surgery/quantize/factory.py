@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from pytorch_quantization import nn as quant_nn
+from pytorch_quantization import tensor_quant
 from torch import nn
 from transformers import PreTrainedModel
 
 from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.quantize.descriptors import grid_of, kept_axes
-from qdq_surgery.quantize.quantizer import Provenance, TensorQuantizer, make_quantizer
+from qdq_surgery.quantize.provenance import Provenance
+from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.rules.quant_spec import QuantSpec
 
-__all__ = ["Defaults", "Maker", "device_of"]
+__all__ = ["Defaults", "Maker", "device_of", "make_quantizer"]
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,26 @@ def device_of(owner: nn.Module, model: PreTrainedModel) -> torch.device:
         hook = getattr(owner, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or "cpu")
     return torch.device(device)
+
+
+def make_quantizer(
+    spec: QuantSpec | None, default: tensor_quant.QuantDescriptor, provenance: Provenance, device: torch.device
+) -> TensorQuantizer:
+    """A new quantizer.
+
+    Args:
+        spec: What the rule says; ``None`` where it says ``default``.
+        default: pytorch-quantization's default descriptor for this kind of operand.
+    """
+    if spec is None:
+        made = TensorQuantizer(default, provenance=provenance, device=device)
+        made.default = default
+        return made
+    descriptor = tensor_quant.QuantDescriptor(
+        num_bits=spec.num_bits,
+        axis=kept_axes(spec.axis),
+        unsigned=spec.unsigned,
+        narrow_range=spec.narrow_range,
+        calib_method="histogram" if spec.calibrator.is_histogram and spec.axis is None else "max",
+    )
+    return TensorQuantizer(descriptor, spec=spec, provenance=provenance, device=device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qdq_surgery.quantize.export_node import is_tagged
+from qdq_surgery.quantize.misfits import rounding_misfit
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 
 __all__ = ["QuantLinear"]
@@ -68,6 +69,6 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
             steps = state_dict.get(f"{prefix}{own}._rounding")
             if isinstance(quantizer, TensorQuantizer) and steps is not None:
                 weight = self.weight.shape if quantizer is self._weight_quantizer else None
-                problem = quantizer.rounding_misfit(steps.dtype, steps.shape, weight)
+                problem = rounding_misfit(steps.dtype, steps.shape, weight)
                 if problem is not None:
                     args[-1].append(f"{prefix}{own}._rounding: {problem}")

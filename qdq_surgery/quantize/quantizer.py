@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pytorch_quantization import calib, tensor_quant
@@ -38,41 +38,17 @@ from qdq_surgery.quantize.calibrators import (
 )
 from qdq_surgery.quantize.descriptors import grid_of, kept_axes
 from qdq_surgery.quantize.export_node import tag
+from qdq_surgery.quantize.misfits import range_misfit, scales_misfit
+from qdq_surgery.quantize.provenance import Provenance
 from qdq_surgery.rules.quant_spec import QuantSpec
 
-__all__ = ["Provenance", "TensorQuantizer", "make_quantizer"]
+__all__ = ["TensorQuantizer"]
 
 #: A learned range does not fall below this.
 _SMALLEST = 1e-6
 
 #: What every module has of its own: tables of parameters, children and hooks, and their types.
 _TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
-
-
-class Provenance(NamedTuple):
-    """Why a quantizer is where it is.
-
-    Attributes:
-        quantizer: Its qualified name in the model that was converted.
-        role: ``"input"`` or ``"weight"``.
-        rule: Name of the rule.
-        rules: Name of the rule set.
-        why: The rule's own reason.
-        declared: The rule's place, ``file:line``.
-        operand: What is quantized, such as ``matmul(q)``.
-        source: Where the operator stands in the modeling file, ``file:line``.
-        descriptor: The spec in words, such as ``int8 per-tensor max``.
-    """
-
-    quantizer: str
-    role: str
-    rule: str
-    rules: str
-    why: str
-    declared: str
-    operand: str
-    source: str
-    descriptor: str
 
 
 class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
@@ -160,7 +136,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         return own
 
     def set_rounding(self, steps: Tensor | None) -> None:
-        """Set :attr:`rounding`: int8, shape of the weight; ``None``: each value goes to the nearest integer."""
+        """Set :attr:`rounding`.
+
+        Args:
+            steps: int8, shape of the weight; ``None``: each value goes to the nearest integer.
+        """
         if "_rounding" in self._buffers:
             del self._rounding
         if steps is not None:
@@ -237,45 +217,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         """Why a range of this shape cannot be this quantizer's; ``None`` if it can.
 
         Args:
+            shape: That of the range.
             weight: The shape of the weight that it quantizes, if that is known.
             channels: How many channels what it sees has, if that is known.
         """
-        found = tuple(shape)
-        if self.scaled:
-            fits = len(found) == 1 and channels in (None, *found)
-            wanted = "one axis" if channels is None else str((channels,))
-            return None if fits else f"the range has the shape {found}, wanted {wanted}, one for each channel"
-        axes = self.axes
-        if axes is None:
-            return (
-                None if found in ((), (1,)) else f"the range has the shape {found}, wanted (), one for the whole tensor"
-            )
-        rank = len(found) if weight is None else len(weight)
-        if any(not -rank <= axis < rank for axis in axes):
-            return f"the range has the shape {found}, which has no axis {max(axes)}"
-        kept = {axis % rank for axis in axes}
-        sizes = found if weight is None else weight
-        shaped = tuple(size if axis in kept else 1 for axis, size in enumerate(sizes))
-        if found == shaped:
-            return None
-        listed = ", ".join(map(str, axes))
-        return f"the range has the shape {found}, wanted {shaped}, one for each channel of axis {listed}"
-
-    def rounding_misfit(
-        self, dtype: torch.dtype, shape: Sequence[int], weight: Sequence[int] | None = None
-    ) -> str | None:
-        """Why a :attr:`rounding` of this kind cannot be this quantizer's; ``None`` if it can.
-
-        Args:
-            weight: The shape of the weight that it quantizes; ``None``: it quantizes no linear's weight.
-        """
-        if weight is None:
-            return "an adapted rounding is for the weight of a linear"
-        if dtype != torch.int8:
-            return f"the rounding is in {str(dtype).removeprefix('torch.')}, wanted int8"
-        if tuple(shape) != tuple(weight):
-            return f"the rounding has the shape {tuple(shape)}, and the weight {tuple(weight)}"
-        return None
+        return scales_misfit(shape, channels) if self.scaled else range_misfit(shape, self.axes, weight)
 
     def settle(self, device: torch.device, training: bool, amax: Tensor | None, rounding: Tensor | None = None) -> None:
         """Take the place that a module has in a model that was just loaded.
@@ -556,26 +502,3 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             else:
                 self._amax = self._amax.float()
         self._learn_by_rule()
-
-
-def make_quantizer(
-    spec: QuantSpec | None, default: tensor_quant.QuantDescriptor, provenance: Provenance, device: torch.device
-) -> TensorQuantizer:
-    """A new quantizer.
-
-    Args:
-        spec: What the rule says; ``None`` where it says ``default``.
-        default: pytorch-quantization's default descriptor for this kind of operand.
-    """
-    if spec is None:
-        made = TensorQuantizer(default, provenance=provenance, device=device)
-        made.default = default
-        return made
-    descriptor = tensor_quant.QuantDescriptor(
-        num_bits=spec.num_bits,
-        axis=kept_axes(spec.axis),
-        unsigned=spec.unsigned,
-        narrow_range=spec.narrow_range,
-        calib_method="histogram" if spec.calibrator.is_histogram and spec.axis is None else "max",
-    )
-    return TensorQuantizer(descriptor, spec=spec, provenance=provenance, device=device)

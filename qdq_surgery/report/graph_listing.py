@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from qdq_surgery.graph.block_graph import SELF, BlockGraph
 from qdq_surgery.quantize.linear import QuantLinear
-from qdq_surgery.quantize.quantizer import Provenance, TensorQuantizer
+from qdq_surgery.quantize.provenance import Provenance
+from qdq_surgery.quantize.quantizer import TensorQuantizer
 
 __all__ = ["Line", "list_routine"]
 

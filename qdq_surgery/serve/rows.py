@@ -84,8 +84,8 @@ def run_rows(
         streams: How many batches run at once on a file. More than one gains where the file is opened with fewer
             threads than there are cores.
 
-    Yields:
-        For each row a tensor, or a dict of tensors, on the CPU.
+    Returns:
+        An iterator with a tensor for each row, or a dict of tensors, on the CPU.
 
     Raises:
         OptionError: A row or an option is none; says which.

@@ -17,8 +17,9 @@ from qdq_surgery.calibration.batches import prepared
 from qdq_surgery.calibration.collect import activation_quantizers, collect, weight_quantizers
 from qdq_surgery.calibration.ranges import find_ranges, own_method, set_ranges, share_ranges_found
 from qdq_surgery.match.plan import Site
+from qdq_surgery.quantize.factory import make_quantizer
 from qdq_surgery.quantize.linear import QuantLinear
-from qdq_surgery.quantize.quantizer import TensorQuantizer, make_quantizer
+from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import QuantSpec
 from qdq_surgery.surgery.model_state import plan_of, quantization_disabled, quantizers
 

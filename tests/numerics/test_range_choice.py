@@ -17,7 +17,8 @@ from qdq_surgery.errors import RuleFileError
 from qdq_surgery.numerics.grid import INT8, Grid
 from qdq_surgery.numerics.histogram import Histogram
 from qdq_surgery.numerics.range_choice import RANGE_METHODS, RangeMethod, choose, method_names
-from qdq_surgery.quantize.quantizer import Provenance, make_quantizer
+from qdq_surgery.quantize.factory import make_quantizer
+from qdq_surgery.quantize.provenance import Provenance
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 from tasks.options import parse
 

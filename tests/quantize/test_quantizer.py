@@ -23,7 +23,9 @@ from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics.fake_quant import fake_quant, native_fake_quant
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.quantize.calibrators import ChannelCalibrator, HistogramCalibrator, MaxCalibrator
-from qdq_surgery.quantize.quantizer import Provenance, TensorQuantizer, make_quantizer
+from qdq_surgery.quantize.factory import make_quantizer
+from qdq_surgery.quantize.provenance import Provenance
+from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 
 PROPERTY = settings(deadline=None, max_examples=40)
