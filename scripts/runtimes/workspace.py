@@ -98,6 +98,7 @@ def write_float_onnx(model: PreTrainedModel, batch: dict[str, Tensor], path: Pat
     """A float model as an ONNX file, number of rows and length open; its path."""
     for name in ("onnx", "onnxscript"):
         package(name)
+    batch = {name: batch[name] for name in INPUTS if name in batch}  # in the order in which their names are given
     shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
@@ -107,7 +108,7 @@ def write_float_onnx(model: PreTrainedModel, batch: dict[str, Tensor], path: Pat
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,
-            input_names=[name for name in INPUTS if name in batch],
+            input_names=list(batch),
             output_names=list(outputs),
             verbose=False,
         )
