@@ -1,6 +1,6 @@
 """Texts as they come, and sorted: sentences per second of one file, in arrival order and by ``run_rows``.
 
-    python scripts/benchmark_texts.py [--texts 5000] [--runs 3] [--batch 32]
+    python scripts/benchmark_texts.py [--texts 5000] [--runs 3] [--batch 32] [--only REGEX]
 
 The model is all-MiniLM-L6-v2, the texts are docstrings of Python's standard library, drawn with repetition and cut at
 256 tokens. In arrival order means batches of one number of rows, each padded to its longest text. All kinds take turns;
@@ -10,13 +10,15 @@ what counts is the ratio of medians. The embeddings of both are compared.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
+import re
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +55,29 @@ def in_order(model: Any, tokenizer: Any, texts: Sequence[str], batch: int) -> Te
     return torch.cat(found)
 
 
-def contenders(folder: Path, texts: Sequence[str], tokenizer: Any) -> dict[str, tuple[Any, int]]:
-    """By words: what runs, and in how many streams."""
-    model = load_model(checkpoint())
-    made: dict[str, tuple[Any, int]] = {}
-    cores = torch.get_num_threads()
+def by_length(model: Any, streams: int, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """The same, sorted."""
+    return torch.stack(list(qs.run_rows(model, texts, tokenizer, keep="mean", length=_LENGTH, streams=streams)))
+
+
+def contenders(
+    folder: Path, texts: Sequence[str], tokenizer: Any
+) -> Iterator[tuple[str, Any, dict[str, tuple[Any, int]]]]:
+    """Words, what runs in arrival order, and by words what runs sorted, in how many streams."""
+    model, cores = load_model(checkpoint()), torch.get_num_threads()
+    batches = list(token_batches(tokenizer, texts[:128]))
     for target in ("onnxruntime", "openvino"):
         qmodel = qs.convert(model, target)
-        batches = list(token_batches(tokenizer, texts[:128]))
         qs.calibrate(qmodel, batches)
         path = folder / f"{target}.onnx"
         qs.export_onnx(qmodel, path, batches[0], target)
-        made[target] = qs.load_onnx(path, target), 1
-        made[f"{target}, {cores} streams"] = qs.load_onnx(path, target, threads=1), cores
+        whole = qs.load_onnx(path, target)
+        streams = {f"{cores} streams": (qs.load_onnx(path, target, threads=1), cores)} if cores > 1 else {}
+        yield target, whole, {"": (whole, 1), **streams}
     frozen = qs.convert(model, "pytorch")
-    qs.calibrate(frozen, list(token_batches(tokenizer, texts[:128])))
-    made["frozen in PyTorch"] = qs.freeze(frozen), 1
-    return made
+    qs.calibrate(frozen, batches)
+    frozen = qs.freeze(frozen)
+    yield "frozen in PyTorch", frozen, {"": (frozen, 1)}
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=5000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="rows of a batch in arrival order (default 32)")
+    parser.add_argument("--only", default="", help="those whose names match this regular expression")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
@@ -91,29 +100,24 @@ def main() -> None:
     texts = random.Random(0).choices(standard_library_texts(sys.maxsize), k=options.texts)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for words, (model, streams) in contenders(Path(folder), texts, tokenizer).items():
-            seconds: tuple[list[float], list[float]] = ([], [])
+        for words, whole, sorts in contenders(Path(folder), texts, tokenizer):
+            if not re.search(options.only, words):
+                continue
+            seconds: dict[str, list[float]] = {}
+            embeddings: dict[str, Tensor] = {}
             for _ in range(options.runs):
-                plain, wanted = timed(lambda model=model: in_order(model, tokenizer, texts, options.batch))
-                sorted_, found = timed(
-                    lambda model=model, streams=streams: torch.stack(
-                        list(qs.run_rows(model, texts, tokenizer, keep="mean", length=_LENGTH, streams=streams))
-                    )
-                )
-                seconds[0].append(plain)
-                seconds[1].append(sorted_)
-            before, after = map(statistics.median, seconds)
-            cosine = float(torch.nn.functional.cosine_similarity(found, wanted).mean())
-            rows.append(
-                (
-                    words,
-                    f"{options.texts / before:.0f}",
-                    f"{options.texts / after:.0f}",
-                    f"{before / after:.2f}",
-                    f"{cosine:.6f}",
-                )
-            )
-            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+                kinds = {"in order": functools.partial(in_order, whole, tokenizer, texts, options.batch)}
+                kinds |= {label: functools.partial(by_length, *each, tokenizer, texts) for label, each in sorts.items()}
+                for kind, run in kinds.items():
+                    taken, embeddings[kind] = timed(run)
+                    seconds.setdefault(kind, []).append(taken)
+            before = statistics.median(seconds["in order"])
+            for label in sorts:
+                after = statistics.median(seconds[label])
+                cosine = torch.nn.functional.cosine_similarity(embeddings[label], embeddings["in order"]).mean()
+                speeds = f"{options.texts / before:.0f}", f"{options.texts / after:.0f}", f"{before / after:.2f}"
+                rows.append((", ".join(filter(None, (words, label))), *speeds, f"{float(cosine):.6f}"))
+                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     lengths = sorted(map(len, tokenizer(texts, truncation=True, max_length=_LENGTH)["input_ids"]))
     about = ", ".join(f"{share:.0%} {lengths[int(share * (len(lengths) - 1))]}" for share in (0.1, 0.5, 0.9, 1.0))
     title = f"{options.texts} texts, tokens at most: {about}; texts per second"
