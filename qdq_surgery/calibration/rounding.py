@@ -87,7 +87,8 @@ def round_weights(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]] | Stat
     many steps each value is moved by (int8, as large as the weight), also in a checkpoint.
 
     Call it last: a range that is set anew, as :func:`~qdq_surgery.calibrate`, :func:`~qdq_surgery.equalize` and
-    :func:`~qdq_surgery.recalibrate_weights` do, is rounded to the nearest again.
+    :func:`~qdq_surgery.recalibrate_weights` do, is rounded to the nearest again. It holds for the weights as they are:
+    after training, or when adapters were merged into them, call it or :func:`~qdq_surgery.recalibrate_weights` again.
 
     Args:
         qmodel: A calibrated model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model.
@@ -115,7 +116,8 @@ def round_weights(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]] | Stat
     for name, (quantizer, linear) in track(weights.items(), "rounding weights", len(weights)):
         source = inputs[name]
         if source is not None:
-            found[name] = _rounded(name, quantizer, linear, _moments(data, source, linear.in_features))
+            with torch.autocast(linear.weight.device.type, enabled=False):
+                found[name] = _rounded(name, quantizer, linear, _moments(data, source, linear.in_features))
     with all_or_nothing(model):
         for name, (steps, _) in found.items():
             weights[name][0].set_rounding(steps)
@@ -144,9 +146,12 @@ def _rounded(
     step, grid = quantizer.step_size, quantizer.grid
     assert step is not None
     step, nearest = step.detach(), quantizer.integers(weight)
+    unclipped = torch.where(step > 0, weight / step, 0.0).round()
     lowest = grid.full.qmin if quantizer.use_fb_fake_quant else grid.qmin
     wanted = adapted_integers(weight, moments, step, lowest, grid.qmax)
-    steps = (wanted - nearest).clamp(-_FARTHEST, _FARTHEST)
+    # (A value beyond the range is moved from where it is.)
+    steps = (wanted - unclipped).clamp(-_FARTHEST, _FARTHEST)
+    steps = torch.where(wanted == nearest, 0.0, steps)
     both = nearest, quantizer.integers(weight + steps * step)
     before, after = (product_error(each * step - weight, weight, moments) for each in both)
     if not after < before:

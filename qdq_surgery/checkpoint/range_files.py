@@ -76,7 +76,7 @@ def read_rounding(path: str, name: str, misfit: Callable[[torch.dtype, Sequence[
     """What the weight of the quantizer ``name`` is moved by: int8, shape of the weight.
 
     Args:
-        misfit: Why one of such a dtype and shape cannot be this quantizer's; asked before it is read.
+        misfit: Why one of such a dtype and shape cannot be this quantizer's.
 
     Raises:
         ModelError: The file cannot be read, or has none that fits; names both.
@@ -163,6 +163,8 @@ def _state(path: str) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise DamagedError(f"{quoted(name)} is a {type(value).__name__}, wanted a tensor")
+        if value.layout != torch.strided or value.is_meta or value.is_nested:
+            raise DamagedError(f"{quoted(name)} is a tensor without values in a row, wanted a plain one")
     return found
 
 

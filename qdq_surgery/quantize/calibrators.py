@@ -277,7 +277,8 @@ class MomentCalibrator(_Watching):
         if invalid is not None:
             values = values.masked_fill(invalid, 0.0)
         rows = values.reshape(-1, values.shape[-1])
-        return rows.T @ rows
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows.T @ rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MomentCalibrator:
         made = copy.copy(self)  # the moments of a large model are not written to, so need no copy

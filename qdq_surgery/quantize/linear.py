@@ -56,6 +56,8 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
         return functional.linear(input, self.quantized_weight(), self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}weight" in state_dict and self._weight_quantizer is not None:
+            self._weight_quantizer.set_rounding(None)  # it was of the weight before; the quantizer takes its own
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for own, quantizer in self._modules.items():
             name = f"{prefix}{own}._amax"

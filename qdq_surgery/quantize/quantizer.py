@@ -144,12 +144,16 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if "_rounding" in self._buffers:
             del self._rounding
         if steps is not None:
-            self.register_buffer("_rounding", steps)
+            with torch.inference_mode(False):  # a buffer is copied and broadcast later
+                self.register_buffer("_rounding", steps.clone() if steps.is_inference() else steps)
 
     def moved(self, values: Tensor) -> Tensor:
         """``values`` before they are rounded: moved by :attr:`rounding`, in float32; without one, as they are."""
         amax, steps = self.amax, self.rounding
-        return values if amax is None or steps is None else values.float() + steps * self.grid.step(amax.detach())
+        if amax is None or steps is None:
+            return values
+        moved = values.float() + steps * self.grid.step(amax.detach())
+        return moved.clamp(min=0) if self.grid.unsigned and not self.grid.zero_point else moved
 
     def integers(self, values: Tensor) -> Tensor:
         """The integers nearest to ``values``, as floats; those that it rounds to if the values were :meth:`moved`.

@@ -6,11 +6,13 @@ multiples of eight: runtimes prepare their kernels for each shape anew, and so m
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +21,6 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import OptionError
 from qdq_surgery.hf.config_facts import max_tokens
-from qdq_surgery.hf.example_inputs import takes_any
 from qdq_surgery.serve.model import OnnxModel
 from qdq_surgery.text.progress import track
 
@@ -30,6 +31,11 @@ Row: TypeAlias = "str | tuple[str, str] | Mapping[str, Sequence[int]]"
 
 #: From the model's outputs and the batch to something with an entry for each row.
 Keep: TypeAlias = "Callable[[Any, Mapping[str, Tensor]], Sequence[Any] | Tensor]"
+
+#: What is kept if nobody says what.
+_OUTPUTS = "outputs"
+
+_NO_LIMIT = 1 << 30
 
 #: Rows that are sorted at a time.
 _WINDOW = 4096
@@ -62,7 +68,7 @@ def run_rows(
     rows: Iterable[Row],
     tokenizer: Any = None,
     *,
-    keep: str | Keep = "outputs",
+    keep: str | Keep = _OUTPUTS,
     tokens: int = 4096,
     length: int | None = None,
     streams: int = 1,
@@ -75,7 +81,8 @@ def run_rows(
         rows: Texts, pairs of texts, or token ids by the names of the model's arguments. However many: some thousand
             are read ahead.
         tokenizer: The model's; rows of token ids need none.
-        keep: ``"outputs"``: a dict of the model's outputs, of tokens' outputs only those of the row's own tokens.
+        keep: ``"outputs"``: a dict of the model's outputs that are tensors with an entry for each row, of tokens'
+            outputs only those of the row's own tokens. Outputs of some thousand rows are held at once.
             ``"mean"``: the mean of the last hidden states over the tokens. ``"first"``: that of the first token. Or a
             function of the outputs and the batch with an entry for each row.
         tokens: Of a batch at most, padding counted; a longer row runs alone.
@@ -99,7 +106,7 @@ def run_rows(
         )
     if getattr(model, "training", False):
         raise OptionError(f"this {type(model).__name__} is in training mode; call model.eval() first")
-    return _run(_Job(model, tokenizer, _kept(keep), tokens, length), rows, streams)
+    return _run(_Job(model, tokenizer, _kept(keep, model.config), tokens, length), rows, streams)
 
 
 def _run(job: _Job, rows: Iterable[Row], streams: int) -> Iterator[Any]:
@@ -129,13 +136,12 @@ class _Job:
         self, model: PreTrainedModel | OnnxModel, tokenizer: Any, keep: Keep, tokens: int, length: int | None
     ) -> None:
         self._model, self._tokenizer, self._keep, self._tokens = model, tokenizer, keep, tokens
-        most = [each for each in (length, max_tokens(model.config)) if each]
-        self._length = min([*most, getattr(tokenizer, "model_max_length", most[0] if most else 512)])
+        limits = (length, max_tokens(model.config), getattr(tokenizer, "model_max_length", None))
+        self._length = min((each for each in limits if each is not None), default=_NO_LIMIT)
         padding = getattr(tokenizer, "pad_token_id", None)
         padding = getattr(model.config, "pad_token_id", None) if padding is None else padding
         self._fill = {_IDS: padding if isinstance(padding, int) and padding >= 0 else 0}
-        taken = model.inputs if isinstance(model, OnnxModel) else tuple(inspect.signature(model.forward).parameters)
-        self._taken, self._any = frozenset(taken), not isinstance(model, OnnxModel) and takes_any(model)
+        self._taken = frozenset(model.inputs if isinstance(model, OnnxModel) else _arguments(model))
 
     def batches(self, window: Sequence[Row], first: int) -> list[_Batch]:
         """The rows of a window, the longest first: what is too large for the memory is so at once."""
@@ -155,21 +161,18 @@ class _Job:
         """What is kept of each row of a batch."""
         model, inputs = self._model, batch.inputs
         if isinstance(model, OnnxModel):
-            outputs = model(**inputs)
+            outputs = model(**inputs, return_dict=True)
         else:
             with torch.no_grad():
-                outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+                outputs = model(**{name: value.to(model.device) for name, value in inputs.items()}, return_dict=True)
         found = self._keep(outputs, inputs)
         if len(found) != len(batch.places):
             raise OptionError(f"keep gave {len(found)} entries for {len(batch.places)} rows; give one for each")
         return [_own(each, length) for each, length in zip(found, batch.lengths, strict=True)]
 
-    def _takes(self, name: str) -> bool:
-        return name in self._taken or (self._any and name != _TYPES)
-
     @property
     def _masked(self) -> bool:
-        return self._takes(_MASK)
+        return _MASK in self._taken
 
     def _width(self, length: int) -> int:
         return min(-(-length // _STEP) * _STEP, max(self._length, length)) if self._masked else length
@@ -178,40 +181,61 @@ class _Job:
         texts = [place for place, row in enumerate(window) if not isinstance(row, Mapping)]
         made: list[Any] = [row if isinstance(row, Mapping) else None for row in window]
         for place, row in enumerate(window):
-            _check(row, first + place, self._tokenizer)
+            _check(row, first + place, self._tokenizer, self._taken)
         for pairs in (False, True):
             own = [place for place in texts if isinstance(window[place], str) is not pairs]
             chosen: list[Any] = [window[place] for place in own]
             columns = [[row[at] for row in chosen] for at in (0, 1)] if pairs else [chosen]
-            found = self._tokenizer(*columns, truncation=True, max_length=self._length) if own else {}
+            cut = {"truncation": True, "max_length": self._length} if self._length < _NO_LIMIT else {}
+            found = self._tokenizer(*columns, **cut) if own else {}
             for at, place in enumerate(own):
                 made[place] = {name: found[name][at] for name in found}
                 if not made[place][_IDS]:
                     raise OptionError(f"row {first + place} has no token: the tokenizer makes none of it")
         return made
 
+    def _names(self, encoded: Sequence[Mapping[str, Any]], places: Iterable[int]) -> list[str]:
+        """The arguments that some of the rows have.
+
+        Raises:
+            OptionError: Others lack one that has no meaning of its own where it is not given.
+        """
+        found = dict.fromkeys(name for place in places for name in encoded[place] if name in self._taken)
+        for name in found.keys() - {_IDS, _MASK, _TYPES}:
+            if any(name not in encoded[place] for place in places):
+                raise OptionError(f"some rows have '{name}' and some have not; give it in all of them, or in none")
+        return [_IDS, *([_MASK] if self._masked else []), *(name for name in found if name not in (_IDS, _MASK))]
+
     def _batch(self, encoded: Sequence[Mapping[str, Sequence[int]]], places: list[int], width: int) -> _Batch:
         lengths = [len(encoded[place][_IDS]) for place in places]
         inputs = {}
-        for name in {_IDS: None, _MASK: None, **dict.fromkeys(encoded[places[0]])}:
-            if self._takes(name):
-                fill, absent = self._fill.get(name, 0), int(name == _MASK)
-                given = [
-                    encoded[place].get(name, [absent] * length) for place, length in zip(places, lengths, strict=True)
-                ]
-                inputs[name] = torch.tensor([[*row, *[fill] * (width - len(row))] for row in given])
+        for name in self._names(encoded, places):
+            fill, absent = self._fill.get(name, 0), int(name == _MASK)
+            given = [encoded[place].get(name, [absent] * length) for place, length in zip(places, lengths, strict=True)]
+            inputs[name] = torch.tensor([[*row, *[fill] * (width - len(row))] for row in given])
         return _Batch(places, inputs, lengths)
 
 
-def _check(row: Any, number: int, tokenizer: Any) -> None:
+def _arguments(model: PreTrainedModel) -> Iterable[str]:
+    """The names of what a model is called with, also of one in ``torch.compile`` or a PEFT model."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    inner = inner.get_base_model() if callable(getattr(inner, "get_base_model", None)) else inner
+    return inspect.signature(inner.forward).parameters
+
+
+def _check(row: Any, number: int, tokenizer: Any, taken: Collection[str]) -> None:
     if isinstance(row, Mapping):
-        if not len(row.get(_IDS, ())):
-            raise OptionError(f"row {number} has no '{_IDS}'; give some, or a text")
-        odd = next((name for name, values in row.items() if len(values) != len(row[_IDS])), None)
-        if odd is not None:
-            raise OptionError(
-                f"row {number} has {len(row[odd])} numbers in '{odd}' and {len(row[_IDS])} in '{_IDS}'; give as many"
-            )
+        for name in (_IDS, *(each for each in row if each in taken)):
+            values = row.get(name)
+            whole = isinstance(values, Sequence) and all(isinstance(value, Integral) for value in values)
+            if not whole or not values:
+                raise OptionError(
+                    f"row {number} has no list of whole numbers in '{name}'; give one of a text, or a text"
+                )
+            if len(values) != len(row[_IDS]):
+                raise OptionError(
+                    f"row {number} has {len(values)} numbers in '{name}' and {len(row[_IDS])} in '{_IDS}'; give as many"
+                )
         return
     pair = isinstance(row, (tuple, list)) and len(row) == 2 and all(isinstance(each, str) for each in row)
     if not isinstance(row, str) and not pair:
@@ -236,38 +260,53 @@ def _own(found: Any, length: int) -> Any:
     return found.detach().cpu() if isinstance(found, Tensor) else found
 
 
-def _outputs(outputs: Any, batch: Mapping[str, Tensor]) -> Sequence[Any]:
+def _outputs(config: Any, outputs: Any, batch: Mapping[str, Tensor]) -> Sequence[Any]:
     rows, width = batch[_IDS].shape
     tensors = {
         name: value.detach().cpu()
         for name, value in outputs.items()
         if isinstance(value, Tensor) and value.ndim and len(value) == rows
     }
+    if not tensors:
+        raise OptionError(f"{type(outputs).__name__} has no tensor with an entry for each row; give a function as keep")
+    labels = getattr(config, "num_labels", None)
     by_token = frozenset(
         name
         for name, value in tensors.items()
-        if value.ndim > 1 and value.shape[1] == width and (value.ndim > 2 or name in _SPANS)
+        if value.ndim > 1 and value.shape[1] == width
+        # Scores of two axes are a class's, or a token's.
+        if value.ndim > 2 or name in _SPANS or (name == "logits" and labels != width)
     )
     return [_Outputs({name: value[row] for name, value in tensors.items()}, by_token) for row in range(rows)]
 
 
+def _states(outputs: Any) -> Tensor:
+    states = getattr(outputs, "last_hidden_state", None)
+    if not isinstance(states, Tensor):
+        raise OptionError(
+            f"{type(outputs).__name__} has no last_hidden_state; keep 'outputs', or give a function as keep"
+        )
+    return states
+
+
 def _mean(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    states: Tensor = outputs.last_hidden_state
+    states = _states(outputs)
     mask = batch.get(_MASK, torch.ones_like(batch[_IDS])).to(states).unsqueeze(-1)
     return (states * mask).sum(1) / mask.sum(1)
 
 
 def _first(outputs: Any, _: Mapping[str, Tensor]) -> Tensor:
-    # (A copy: a view would keep the states of all tokens.)
-    return outputs.last_hidden_state[:, 0].clone()  # type: ignore[no-any-return]
+    return _states(outputs)[:, 0].clone()  # a view would keep the states of all tokens
 
 
-_KEEPS: Mapping[str, Keep] = {"outputs": _outputs, "mean": _mean, "first": _first}
+_KEEPS: Mapping[str, Keep] = {"mean": _mean, "first": _first}
 
 
-def _kept(keep: str | Keep) -> Keep:
+def _kept(keep: str | Keep, config: Any) -> Keep:
     if not isinstance(keep, str):
         return keep
+    if keep == _OUTPUTS:
+        return functools.partial(_outputs, config)
     if keep not in _KEEPS:
-        raise OptionError(f"keep={keep!r} is none of {', '.join(_KEEPS)}; give one of them, or a function")
+        raise OptionError(f"keep={keep!r} is none of {_OUTPUTS}, {', '.join(_KEEPS)}; give one of them, or a function")
     return _KEEPS[keep]

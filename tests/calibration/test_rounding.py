@@ -232,11 +232,12 @@ def test_state_dicts() -> None:
     fresh.load_state_dict(state)
     assert_equal_roundings(fresh, qmodel)
     assert torch.equal(hidden(fresh), hidden(qmodel))
-    # The state of a model that rounds to the nearest brings that back, and one without ranges leaves all.
-    fresh.load_state_dict({name: value for name, value in state.items() if "_quantizer" not in name}, strict=False)
-    assert_equal_roundings(fresh, qmodel)
-    fresh.load_state_dict(calibrated().state_dict())
-    assert not roundings(fresh)
+    # The state of a model that rounds to the nearest brings that back; so do other weights without any.
+    for other in (calibrated().state_dict(), {n: value for n, value in state.items() if "_quantizer" not in n}):
+        fresh.load_state_dict(state)
+        assert_equal_roundings(fresh, qmodel)
+        fresh.load_state_dict(other, strict=False)
+        assert not roundings(fresh)
     name = f"{SITE}._weight_quantizer._rounding"
     for bad, words in (
         (state[name][:-1].clone(), r"rounding has the shape \(47, 32\), and the weight \(48, 32\)"),
@@ -325,6 +326,50 @@ def test_the_report_and_explain_say_so(tmp_path: Path) -> None:
     assert "adapted rounding" in qs.explain(rounded(), f"{SITE}._weight_quantizer").to_text()
     assert "adapted rounding" not in qs.explain(rounded(), f"{SITE}._input_quantizer").to_text()
     assert qs.diff(spoiled(), rounded()).to_text() == qs.diff(spoiled(), calibrated()).to_text()
+
+
+def test_autocast_and_inference_mode_change_nothing() -> None:
+    wanted = rounded()
+    for mode in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        qmodel = calibrated()
+        statistics = qs.collect(qmodel, BATCHES, moments=True)
+        with mode:
+            qs.round_weights(qmodel, statistics)
+        assert_equal_roundings(qmodel, wanted)
+        assert not any(each.is_inference() for each in roundings(qmodel).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics = qs.collect(qmodel, BATCHES, moments=True)
+    assert {each.moments.dtype for each in statistics.seen.values() if each.moments is not None} == {torch.float32}
+
+
+def test_values_beyond_their_range_are_moved_from_where_they_are() -> None:
+    qmodel = calibrated()
+    for name, quantizer in qs.quantizers(qmodel).items():
+        if name.endswith("weight_quantizer"):
+            assert quantizer.amax is not None
+            quantizer.amax = quantizer.amax * 0.4
+    qs.round_weights(qmodel, BATCHES)
+    farthest = 0
+    for name, linear in linears(qmodel).items():
+        quantizer = linear._weight_quantizer
+        assert quantizer is not None
+        assert quantizer.amax is not None
+        integers = quantizer.integers(quantizer.moved(linear.weight.detach()))
+        assert -128 <= float(integers.min()) <= float(integers.max()) <= 127, name
+        farthest = max(farthest, 0 if quantizer.rounding is None else int(quantizer.rounding.abs().max()))
+    assert farthest > 20  # from far outside to the inside of the range
+
+
+def test_an_unsigned_weight_stays_so() -> None:
+    qmodel = calibrated()
+    with torch.no_grad():
+        for linear in linears(qmodel).values():
+            linear.weight.abs_()
+            assert linear._weight_quantizer is not None
+            linear._weight_quantizer._unsigned = True
+    qs.round_weights(qmodel, BATCHES)
+    assert roundings(qmodel)
+    assert bool(hidden(qmodel).isfinite().all())
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -105,6 +105,22 @@ def test_files_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["meta", "sparse", "nested"])
+@pytest.mark.parametrize("key", [KEY, f"{SITE}._amax"])
+def test_tensors_of_a_pickle_have_values_in_a_row(kind: str, key: str, tmp_path: Path) -> None:
+    rounded().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    made = {
+        "meta": tensors[key].to("meta"),
+        "sparse": tensors[key].to_sparse(),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    }
+    torch.save({**tensors, key: made[kind]}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(qs.ModelError, match="damaged"):
+        load(tmp_path)
+
+
 RECORDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "says-nothing": (lambda r: r.pop("rounded"), r"an adapted rounding of .*, of which its config says nothing"),
     "says-too-much": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -151,13 +152,49 @@ def test_rows_are_read_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(read) == 8
 
 
+def test_a_pair_beside_a_text_keeps_its_types(tokenizer: Any, reader: PreTrainedModel) -> None:
+    pair = ("the cat", "sat on a mat")
+    found, *_ = qs.run_rows(reader, [pair, {"input_ids": [5] * 20, "label": 3}], tokenizer, keep="first")
+    torch.testing.assert_close(found, alone(reader, dict(tokenizer(*pair))).last_hidden_state[0, 0], **NEAR)
+
+
+def test_a_compiled_model_takes_what_its_own_takes(tokenizer: Any, reader: PreTrainedModel) -> None:
+    compiled: Any = torch.compile(reader, backend="eager")
+    (found,) = qs.run_rows(compiled, [("the cat", "sat")], tokenizer, keep="first")
+    wanted = alone(reader, dict(tokenizer("the cat", "sat"))).last_hidden_state[0, 0]
+    torch.testing.assert_close(found, wanted, **NEAR)
+
+
+def test_scores_of_tokens_are_those_of_the_rows_own() -> None:
+    runs, given = build("electra", "ElectraForPreTraining").eval(), ids(9)
+    for row, each in zip(given, qs.run_rows(runs, given), strict=True):
+        torch.testing.assert_close(each["logits"], alone(runs, row).logits[0], **NEAR)
+
+
+def test_a_tokenizer_and_a_model_without_a_limit(
+    tokenizer: Any, reader: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = int(1e30)
+    monkeypatch.setattr(module, "max_tokens", lambda _: None)
+    (found,) = qs.run_rows(reader, ["the cat"], tokenizer)
+    assert len(found["last_hidden_state"]) == len(tokenizer("the cat")["input_ids"])
+
+
+def test_what_has_nothing_for_each_row_is_refused() -> None:
+    with pytest.raises(qs.OptionError, match="has no last_hidden_state"):
+        list(qs.run_rows(model("BertForSequenceClassification"), ids(2), keep="mean"))
+    with pytest.raises(qs.OptionError, match="has no tensor with an entry for each row"):
+        list(qs.run_rows(model("BertForMultipleChoice"), [{"input_ids": [5] * 8}] * 8))
+
+
 def test_no_rows_give_nothing() -> None:
     assert list(qs.run_rows(model(), [])) == []
 
 
 def test_a_model_without_a_mask_gets_rows_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
     runs, shapes = model(), []
-    monkeypatch.setattr(module._Job, "_takes", lambda _, name: name == "input_ids")
+    monkeypatch.setattr(module, "_arguments", lambda _: ["input_ids"])
 
     def note(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         shapes.append(batch["input_ids"].shape)
@@ -190,8 +227,11 @@ def test_files_in_streams(runtime: str, streams: int) -> None:
         ([3], {}, "row 0 is a int; give a text, a pair of texts, or token ids by name"),
         ([{"input_ids": [1]}, ("a", "b", "c")], {}, "row 1 is a tuple"),
         ([{"input_ids": [1]}, "text"], {}, "row 1 is a text, and there is no tokenizer"),
-        ([{"input_ids": []}], {}, "row 0 has no 'input_ids'"),
-        ([{"attention_mask": [1]}], {}, "row 0 has no 'input_ids'"),
+        ([{"input_ids": []}], {}, "row 0 has no list of whole numbers in 'input_ids'"),
+        ([{"attention_mask": [1]}], {}, "row 0 has no list of whole numbers in 'input_ids'"),
+        ([{"input_ids": torch.ones(1, 3)}], {}, "row 0 has no list of whole numbers in 'input_ids'"),
+        ([{"input_ids": None}], {}, "row 0 has no list of whole numbers in 'input_ids'"),
+        ([{"input_ids": [1], "position_ids": [2]}, {"input_ids": [1]}], {}, "some rows have 'position_ids' and some"),
         ([{"input_ids": [1, 2], "attention_mask": [1]}], {}, "row 0 has 1 numbers in 'attention_mask' and 2"),
         ([], {"keep": "median"}, "keep='median' is none of outputs, mean, first"),
         ([{"input_ids": [1]}], {"keep": lambda *_: []}, "keep gave 0 entries for 1 rows"),
