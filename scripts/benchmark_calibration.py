@@ -1,10 +1,15 @@
 """Time calibration and training against the float model and pytorch-quantization; prints one table.
 
     python scripts/benchmark_calibration.py [--runs 5] [--reference 3] [--compile]
+    python scripts/benchmark_calibration.py --tools
 
 BERT-base, 8 rows of 128 tokens. Everything is measured in one process, interleaved, and given as medians; what counts
 are the ratios. Computing the ranges of all activation quantizers is timed whole; pytorch-quantization's entropy, which
 takes minutes for all, is timed on ``--reference`` of them with the same histograms, and its bins are compared.
+
+With ``--tools`` instead: scales and adapted rounding of BERT-base from 32 such batches, and of the real
+all-MiniLM-L6-v2 from 256 texts rounding, ``sensitivity`` and ``tune``. Each is timed once, scales twice; some ten
+minutes in all.
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ from pytorch_quantization.calib import histogram as reference
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
 from qdq_surgery.calibration.collect import activation_quantizers
+from qdq_surgery.cli.demo import checkpoint, standard_library_texts, token_batches
+from qdq_surgery.cli.folder import load_model
 from qdq_surgery.numerics.range_methods import entropy_amax, mse_amax, percentile_amax
 
 ROWS, TOKENS = 8, 128
@@ -91,15 +98,54 @@ def ranges(table: Table, stats: qs.Statistics, compared: int) -> None:
     table.add_row("of these, the same bin", f"{same} of {len(own)}", f"{len(own)} of {len(own)}")
 
 
+def tools() -> Table:
+    """What comes after collecting, each timed once."""
+    table = Table(title="tools", box=None)
+    for column in ("what", "measured", "goal"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    generator = torch.Generator().manual_seed(0)
+    size = (ROWS, TOKENS)
+    batches = [{"input_ids": torch.randint(1000, 30000, size, generator=generator)} for _ in range(32)]
+    qmodel = qs.convert(BertModel(BertConfig()).eval(), "onnxruntime")
+    for _ in range(2):
+        maxima = timed(lambda: qs.collect(qmodel, batches, histograms=False))
+        both = timed(lambda: qs.calibrate(qmodel, batches))
+        table.add_row("BERT-base, maxima and scales / maxima alone", f"{both / maxima:.3f}", "at most 1.1")
+    start = time.perf_counter()
+    statistics_ = qs.collect(qmodel, batches, histograms=False, moments=True)
+    table.add_row("moments and maxima / maxima alone", f"{(time.perf_counter() - start) / maxima:.2f}", "")
+    table.add_row("round_weights from there", f"{timed(lambda: qs.round_weights(qmodel, statistics_)):.1f} s", "")
+
+    folder = checkpoint()
+    model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = list(token_batches(tokenizer, standard_library_texts(256)))
+    qmodel = qs.convert(model, "openvino")
+    start = time.perf_counter()
+    statistics_ = qs.collect(qmodel, texts, moments=True)
+    qs.calibrate(qmodel, statistics_)
+    qs.round_weights(qmodel, statistics_)
+    table.add_row("MiniLM, 256 texts, calibrate and round_weights", f"{time.perf_counter() - start:.1f} s", "")
+    seconds = timed(lambda: qs.sensitivity(qmodel, texts, "cosine"))
+    table.add_row("sensitivity, all parts", f"{seconds:.0f} s", "at most 120 s")
+    seconds = timed(lambda: qs.tune(model, texts, "openvino", metric="cosine"))
+    table.add_row("tune", f"{seconds:.0f} s", "at most 600 s")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--reference", type=int, default=3, help="quantizers that the reference computes entropy for")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, which needs a C++ compiler")
+    parser.add_argument("--tools", action="store_true", help="scales, rounding, sensitivity and tune instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     absl_logging.set_verbosity(absl_logging.ERROR)
+    if arguments.tools:
+        transformers_logging.disable_progress_bar()
+        Console(highlight=False).print(tools())
+        return
 
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(attn_implementation="eager")).to(arguments.device).eval()

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 import qdq_surgery as qs
 from qdq_surgery.cli.demo import checkpoint, standard_library_texts, token_batches
 from qdq_surgery.cli.folder import load_model
+from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.text.view import Column, Table, View, line, number
 
 _LENGTH = 256
@@ -50,8 +51,7 @@ def in_order(model: Any, tokenizer: Any, texts: Sequence[str], batch: int) -> Te
                 return_tensors="pt",
             )
         )
-        states, mask = model(**inputs).last_hidden_state, inputs["attention_mask"].unsqueeze(-1)
-        found.append((states * mask).sum(1) / mask.sum(1))
+        found.append(token_means(model(**inputs).last_hidden_state, inputs["attention_mask"]))
     return torch.cat(found)
 
 

@@ -14,7 +14,7 @@ from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.model_state import CalibrationRecord, ModelState, plan_of, set_state, state_of
-from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number
 
 __all__ = ["Equalization", "Scales", "equalize"]
 
@@ -60,7 +60,7 @@ class Equalization(Result):
         return {"schema": 1, **asdict(self)}
 
     def _title(self) -> Line:
-        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        data = data_words(self.batches, self.rows, self.tokens)
         return line(f"{len(self.scales)} quantizers with a scale per channel, from {data}")
 
     def _parts(self) -> Iterable[Part]:

@@ -30,7 +30,7 @@ from qdq_surgery.rules.quant_spec import LEAST_PERCENTILE, CalibratorSpec, doubt
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.model_state import plan_of, quantizers, set_state, state_of
 from qdq_surgery.text.progress import track
-from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number
 
 __all__ = [
     "Calibration",
@@ -109,7 +109,7 @@ class Calibration(Result):
         return replace(self, ranges=tuple(_now(each, found[each.quantizer]) for each in self.ranges))
 
     def _title(self) -> Line:
-        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        data = data_words(self.batches, self.rows, self.tokens)
         return line(f"{len(self.ranges)} ranges by {self.method}, from {data}")
 
     def _parts(self) -> Iterable[Part]:

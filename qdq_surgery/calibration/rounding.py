@@ -16,7 +16,7 @@ from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.text.progress import track
-from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number
 
 __all__ = ["RoundedWeight", "Rounding", "round_weights"]
 
@@ -63,7 +63,7 @@ class Rounding(Result):
         return {"schema": 1, **asdict(self)}
 
     def _title(self) -> Line:
-        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        data = data_words(self.batches, self.rows, self.tokens)
         return line(f"{len(self.weights)} weights rounded for their products, from {data}")
 
     def _parts(self) -> Iterable[Part]:

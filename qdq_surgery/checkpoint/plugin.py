@@ -30,7 +30,7 @@ from qdq_surgery.checkpoint.reconcile import (
     check_known,
     check_ranges,
     check_sites,
-    read_roundings,
+    roundings_of,
     take_state,
 )
 from qdq_surgery.checkpoint.report import restore_calibration, write_report
@@ -185,7 +185,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         record = self.quantization_config.record
         check_known(found, ranges, model)
         check_fits(self._implants, ranges, self._stored.zeros)
-        roundings = read_roundings(self._implants, ranges, self._stored.roundings, record, names)
+        roundings = roundings_of(self._implants, ranges, self._stored.roundings, record, names)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
         if one is not None and one.type == "meta":  # all of it is on a disk
             one = None

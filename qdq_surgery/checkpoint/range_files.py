@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.match.site_names import STATE_SUFFIXES
 from qdq_surgery.safety.untrusted import DamagedError, quoted
 
-__all__ = ["STATE_PATTERN", "Stored", "read_ranges", "read_rounding"]
+__all__ = ["STATE_PATTERN", "Stored", "read_ranges", "read_roundings"]
 
 #: How the names in a state dict end: of a range, as in QDQBERT, and of what a weight is moved by.
 _RANGE, _ROUNDING = STATE_SUFFIXES
@@ -35,6 +35,10 @@ _FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 #: The most axes of a range, and the most numbers in the ranges of a file.
 _MOST_AXES, _MOST_VALUES = 8, 1 << 24
+
+
+#: Why a rounding of such a dtype and shape cannot be a quantizer's; ``None`` if it can.
+Misfit: TypeAlias = "Callable[[torch.dtype, Sequence[int]], str | None]"
 
 
 class Stored(NamedTuple):
@@ -72,26 +76,33 @@ def read_ranges(files: Sequence[str]) -> Stored:
     return Stored(ranges, zeros, roundings, first or {})
 
 
-def read_rounding(path: str, name: str, misfit: Callable[[torch.dtype, Sequence[int]], str | None]) -> Tensor:
-    """What the weight of the quantizer ``name`` is moved by: int8, shape of the weight.
+def read_roundings(path: str, misfits: Mapping[str, Misfit]) -> dict[str, Tensor]:
+    """What weights are moved by, by the name of the quantizer: int8, shape of the weight.
 
     Args:
-        misfit: Why one of such a dtype and shape cannot be this quantizer's.
+        misfits: For each quantizer, why a rounding of such a dtype and shape cannot be its own.
 
     Raises:
-        ModelError: The file cannot be read, or has none that fits; names both.
+        ModelError: The file cannot be read, or has one that does not fit; names both.
     """
-    with _naming(path):
-        key, value = f"{name}._rounding", None
-        if path.endswith(".safetensors"):
-            with safe_open(path, framework="pt") as file:
-                value = file.get_tensor(key)
-        else:
-            value = _state(path)[key]
-        problem = misfit(value.dtype, value.shape)
-        if problem is not None:
-            raise DamagedError(f"{quoted(name)}: {problem}")
-        return value.clone()  # what is a view of the whole file else
+    found = {}
+    with _naming(path), _opened(path) as tensor_of:
+        for name, misfit in misfits.items():
+            value = tensor_of(f"{name}._rounding")
+            problem = misfit(value.dtype, value.shape)
+            if problem is not None:
+                raise DamagedError(f"{quoted(name)}: {problem}")
+            found[name] = value.clone()  # what is a view of the whole file else
+    return found
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Callable[[str], Tensor]]:
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            yield file.get_tensor
+    else:
+        yield _state(path).__getitem__
 
 
 @contextmanager

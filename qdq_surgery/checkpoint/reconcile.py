@@ -12,7 +12,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
 from qdq_surgery.checkpoint.quantizer_states import Record, misfit
-from qdq_surgery.checkpoint.range_files import read_rounding
+from qdq_surgery.checkpoint.range_files import Misfit, read_roundings
 from qdq_surgery.errors import MatchError, ModelError
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.match.site_names import LINEAR_NAMES
@@ -21,7 +21,7 @@ from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.apply import Implant
 from qdq_surgery.text.layer_names import fold, layer_in
 
-__all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "read_roundings", "take_state"]
+__all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "roundings_of", "take_state"]
 
 logger = logging.get_logger(__name__)
 
@@ -152,7 +152,7 @@ def check_ranges(
         )
 
 
-def read_roundings(
+def roundings_of(
     implants: Iterable[Implant],
     ranges: Mapping[str, Tensor],
     roundings: Mapping[str, str],
@@ -181,12 +181,17 @@ def read_roundings(
                 f"the checkpoint has {what.format(min(odd & made.keys()))}; its files are not those that were saved "
                 "together"
             )
-    return {name: _rounding(made[name], *stored[name]) for name in sorted(wanted & made.keys())}
+    by_file: dict[str, dict[str, Misfit]] = {}
+    here = {stored[name][0]: name for name in sorted(wanted & made.keys())}
+    for there, name in here.items():
+        by_file.setdefault(stored[name][1], {})[there] = _misfit(made[name])
+    found = [read_roundings(path, misfits) for path, misfits in by_file.items()]
+    return {here[there]: value for each in found for there, value in each.items()}
 
 
-def _rounding(implant: Implant, name: str, path: str) -> Tensor:
+def _misfit(implant: Implant) -> Misfit:
     weight = cast("Tensor", implant.owner.weight).shape if implant.name == LINEAR_NAMES["weight"] else None
-    return read_rounding(path, name, functools.partial(rounding_misfit, weight=weight))
+    return functools.partial(rounding_misfit, weight=weight)
 
 
 def take_state(

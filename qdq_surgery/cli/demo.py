@@ -33,6 +33,7 @@ from qdq_surgery.errors import ModelError
 from qdq_surgery.numerics.range_choice import RANGE_METHODS
 from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.onnx_file.writer import writable
+from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.prove.receipt import receipt
 from qdq_surgery.report.diff import diff
 from qdq_surgery.sensitivity.evaluate import nearest_texts
@@ -199,8 +200,7 @@ def embed(model: PreTrainedModel | OnnxModel, tokenizer: Any, texts: Sequence[st
     rows = []
     with torch.no_grad():
         for batch in track(token_batches(tokenizer, texts), f"embedding ({what})", _count(texts)):
-            states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-            rows.append((states * mask).sum(1) / mask.sum(1))
+            rows.append(token_means(model(**batch).last_hidden_state, batch["attention_mask"]))
     return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from qdq_surgery.calibration.ranges import calibrate, check_method
-from qdq_surgery.calibration.rounding import round_weights
+from qdq_surgery.calibration.ranges import check_method
 from qdq_surgery.cli.folder import save_model
 from qdq_surgery.cli.options import (
     FOLDER_HELP,
     RULES,
     Commands,
     batches,
+    calibrated,
     check_loss,
     check_rules,
     class_option,
@@ -92,8 +92,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         bar.next("converting")
         check_rules(model, arguments)
         qmodel = model if quantizers(model) else convert(model, arguments.rules or RULES, inplace=True)
-    made = calibrate(qmodel, data, arguments.method, percentile=arguments.percentile)
-    rounding = round_weights(qmodel, data) if arguments.round_weights else None
+    made, rounding = calibrated(qmodel, data, arguments, percentile=arguments.percentile)
     save_model(qmodel, arguments.output, source=tokenizer)
     print(made)
     if rounding is not None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibration.ranges import Calibration, calibrate
-from qdq_surgery.calibration.rounding import Rounding, round_weights
+from qdq_surgery.calibration.ranges import Calibration
+from qdq_surgery.calibration.rounding import Rounding
 from qdq_surgery.checkpoint.report import report_of
 from qdq_surgery.cli.options import (
     FOLDER_HELP,
     Commands,
     batches,
+    calibrated,
     check_loss,
     class_option,
     load,
@@ -150,8 +151,7 @@ def _write(
     arguments: argparse.Namespace,
 ) -> _Made:
     target = TARGETS[arguments.target]
-    calibration = calibrate(qmodel, data, arguments.method)
-    rounding = round_weights(qmodel, data) if arguments.round_weights else None
+    calibration, rounding = calibrated(qmodel, data, arguments)
     with steps(3) as bar:
         bar.next("exporting and comparing")
         example = {name: value[:2] for name, value in data[-1].items()}  # of the longest texts

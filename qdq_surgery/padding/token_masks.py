@@ -26,6 +26,7 @@ __all__ = [
     "resized",
     "rows_of",
     "texts_of",
+    "token_means",
     "trimmed",
     "with_padding",
 ]
@@ -315,3 +316,14 @@ def _fillings(value: Tensor, mask: Tensor, must_differ: bool) -> tuple[Tensor, T
     if not must_differ:
         return first, first
     return first, first + 1 if value.is_floating_point() else torch.where(first == 0, 1, 0).to(value.dtype)
+
+
+def token_means(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean of what each text's tokens have, (texts, channels); of a text without a token it is NaN.
+
+    Args:
+        states: (texts, tokens, channels).
+        mask: (texts, tokens), 0 for padding.
+    """
+    weights = mask.to(states).unsqueeze(-1)
+    return (states * weights).sum(1) / weights.sum(1)

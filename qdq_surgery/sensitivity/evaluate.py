@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
 from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.errors import CalibrationError, LossError, ModelError, OptionError
-from qdq_surgery.padding.token_masks import is_label
+from qdq_surgery.padding.token_masks import is_label, token_means
 from qdq_surgery.safety.transaction import kept_modes
 from qdq_surgery.sensitivity.borrowed import gpus_of, run_seeded
 from qdq_surgery.sensitivity.output_error import (
@@ -32,7 +32,7 @@ from qdq_surgery.sensitivity.output_error import (
 )
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
 from qdq_surgery.text.progress import track
-from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number
 
 __all__ = ["Evaluation", "evaluate", "nearest_texts"]
 
@@ -99,7 +99,7 @@ class Evaluation(Result):
         return {"schema": 1, **asdict(self), "figures": dict(self.figures), "loss": self.loss}
 
     def _title(self) -> Line:
-        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        data = data_words(self.batches, self.rows, self.tokens)
         return line(f"{self.model} against float, on {data}: ", (f"{self.metric} {self.loss:.3g}", "bold"))
 
     def _parts(self) -> Iterable[Part]:
@@ -252,10 +252,9 @@ def _pooled(model: PreTrainedModel, inputs: Mapping[str, Any], values: Tensor) -
     mask = token_mask(model, inputs)
     if values.ndim != 3 or real_rows(values, mask) is None:
         return values.new_empty(0, 0)
-    weights = values.new_ones(values.shape[:2]) if mask is None else mask.to(values).reshape(values.shape[:2])
-    texts = weights.sum(1) > 0
-    mean = (values * weights[..., None])[texts].sum(1) / weights[texts].sum(1, keepdim=True)
-    return functional.normalize(mean, dim=-1).cpu()
+    weights = values.new_ones(values.shape[:2]) if mask is None else mask.reshape(values.shape[:2])
+    texts = weights.any(1)
+    return functional.normalize(token_means(values[texts], weights[texts]), dim=-1).cpu()
 
 
 def _of_texts(wanted: Tensor, found: Tensor) -> Iterator[tuple[str, float]]:

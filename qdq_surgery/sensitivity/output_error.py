@@ -22,6 +22,7 @@ __all__ = [
     "Metric",
     "Sum",
     "compared_rows",
+    "is_by_token",
     "is_score",
     "judge_of",
     "main_outputs",
@@ -239,7 +240,7 @@ def compared_rows(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, 
     if name in _MAIN[-1]:  # one number for each token, of which one is chosen
         filling = _NEVER if metric == "kl" else 0.0
         return values if mask is None or values.shape != mask.shape else values.masked_fill(~mask, filling)
-    if values.ndim == 2 and _is_by_token(model, inputs, values):
+    if values.ndim == 2 and is_by_token(model.config, inputs, values):
         values = values[..., None]
     rows = real_rows(values, mask)
     if rows is None:
@@ -250,7 +251,12 @@ def compared_rows(model: PreTrainedModel, inputs: Mapping[str, Any], name: str, 
     return rows
 
 
-def _is_by_token(model: PreTrainedModel, inputs: Mapping[str, Any], values: Tensor) -> bool:
-    """Whether (rows, n) are numbers of the tokens, and not of classes."""
-    tokens = any(tuple(values.shape) == text.shape for text in texts_of(inputs))
-    return tokens and values.shape[1] != getattr(model.config, "num_labels", None)
+def is_by_token(config: Any, inputs: Mapping[str, Any], values: Tensor) -> bool:
+    """Whether scores, (rows, n, ...), are those of tokens, and not of classes.
+
+    Args:
+        config: The model's.
+        inputs: What it was called with.
+    """
+    tokens = any(tuple(values.shape[:2]) == text.shape for text in texts_of(inputs))
+    return tokens and (values.ndim > 2 or values.shape[1] != getattr(config, "num_labels", None))

@@ -8,7 +8,7 @@ from typing import Any
 
 from qdq_surgery.sensitivity.parts import KIND, LAYER, SITE
 from qdq_surgery.text.layer_names import by_layers, star
-from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number
 
 __all__ = ["Cost", "Sensitivity"]
 
@@ -80,7 +80,7 @@ class Sensitivity(Result):
         return {"schema": 1, **asdict(self)}
 
     def _title(self) -> Line:
-        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        data = data_words(self.batches, self.rows, self.tokens)
         whole = f"the whole model in INT8: {_shown(self.int8)}"
         if self.float_score is None:
             return line(f"{self.metric} at the output against the float model, on {data}; {whole}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError, OptionError
+from qdq_surgery.match.site_names import STATE_SUFFIXES
 from qdq_surgery.onnx_file.writer import replace_text
 from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
 from qdq_surgery.sensitivity.output_error import Sum
@@ -29,7 +30,6 @@ _PAUSE = 1.0
 
 _MOST_BYTES = 1 << 24
 _MOST_BATCHES = 100_000
-_RANGE = "_amax"
 
 
 @dataclass
@@ -165,7 +165,7 @@ def identity(model: PreTrainedModel, metric: str, measured: Iterable[str]) -> di
         measured: Names of the quantizers that quantize.
     """
     rules, names, tensors = plan_of(model).rules, set(measured), model.state_dict()
-    ranges = {name: value for name, value in tensors.items() if name.endswith(_RANGE)}
+    ranges = {name: value for name, value in tensors.items() if name.endswith(STATE_SUFFIXES)}
     sites = {name: quantizer.spec for name, quantizer in quantizers(model).items() if name in names}
     return {
         "model": type(model).__name__,

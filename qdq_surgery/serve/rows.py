@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import OptionError
 from qdq_surgery.hf.config_facts import max_tokens
+from qdq_surgery.padding.token_masks import token_means
+from qdq_surgery.sensitivity.output_error import is_by_token, is_score
 from qdq_surgery.serve.model import OnnxModel
 from qdq_surgery.text.progress import track
 
@@ -43,9 +45,6 @@ _WINDOW = 4096
 _STEP = 8
 
 _IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
-
-#: Outputs of two axes of which the second is the tokens'.
-_SPANS = frozenset(("start_logits", "end_logits"))
 
 
 @dataclass(frozen=True)
@@ -229,9 +228,7 @@ def _check(row: Any, number: int, tokenizer: Any, taken: Collection[str]) -> Non
             values = row.get(name)
             whole = isinstance(values, Sequence) and all(isinstance(value, Integral) for value in values)
             if not whole or not values:
-                raise OptionError(
-                    f"row {number} has no list of whole numbers in '{name}'; give one of a text, or a text"
-                )
+                raise OptionError(f"row {number} has no list of whole numbers in '{name}'; give one, or a text")
             if len(values) != len(row[_IDS]):
                 raise OptionError(
                     f"row {number} has {len(values)} numbers in '{name}' and {len(row[_IDS])} in '{_IDS}'; give as many"
@@ -261,7 +258,7 @@ def _own(found: Any, length: int) -> Any:
 
 
 def _outputs(config: Any, outputs: Any, batch: Mapping[str, Tensor]) -> Sequence[Any]:
-    rows, width = batch[_IDS].shape
+    rows = len(batch[_IDS])
     tensors = {
         name: value.detach().cpu()
         for name, value in outputs.items()
@@ -269,13 +266,11 @@ def _outputs(config: Any, outputs: Any, batch: Mapping[str, Tensor]) -> Sequence
     }
     if not tensors:
         raise OptionError(f"{type(outputs).__name__} has no tensor with an entry for each row; give a function as keep")
-    labels = getattr(config, "num_labels", None)
     by_token = frozenset(
         name
         for name, value in tensors.items()
-        if value.ndim > 1 and value.shape[1] == width
-        # Scores of two axes are a class's, or a token's.
-        if value.ndim > 2 or name in _SPANS or (name == "logits" and labels != width)
+        # (Of two axes only scores can be those of tokens.)
+        if (value.ndim > 2 or is_score(name)) and is_by_token(config, batch, value)
     )
     return [_Outputs({name: value[row] for name, value in tensors.items()}, by_token) for row in range(rows)]
 
@@ -291,8 +286,7 @@ def _states(outputs: Any) -> Tensor:
 
 def _mean(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     states = _states(outputs)
-    mask = batch.get(_MASK, torch.ones_like(batch[_IDS])).to(states).unsqueeze(-1)
-    return (states * mask).sum(1) / mask.sum(1)
+    return token_means(states, batch.get(_MASK, torch.ones_like(batch[_IDS])).to(states.device))
 
 
 def _first(outputs: Any, _: Mapping[str, Tensor]) -> Tensor:

@@ -60,6 +60,11 @@ def line(*words: str | tuple[str, str], indent: int = 0) -> Line:
     return Line(words, indent)
 
 
+def data_words(batches: int, rows: int, tokens: int) -> str:
+    """How much data something is of."""
+    return f"{tokens} tokens in {rows} rows ({batches} batches)"
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table: its header, and whether its cells stand at the right and may take several lines."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from qdq_surgery.onnx_file.writer import replace_text, writable
 from qdq_surgery.rules.spec import RuleSet
-from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
+from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number
 
 __all__ = ["Step", "Tuning", "rule_file"]
 
@@ -93,7 +93,7 @@ class Tuning(Result):
         return {"schema": 1, **plain, "met": self.met, "steps": list(map(asdict, self.steps)), "rules": self.rules.text}
 
     def _title(self) -> Line:
-        data = f"{self.tokens} tokens in {self.rows} rows ({self.batches} batches)"
+        data = data_words(self.batches, self.rows, self.tokens)
         whole = f"{self.metric} at the output {_shown(self.start)} by '{self.base}', {_shown(self.error)} by these"
         parts = [f"{whole} rules, on {data}"]
         if self.held_out is not None:
