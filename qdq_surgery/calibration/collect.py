@@ -320,7 +320,7 @@ def _run(
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CalibrationError(f"batch {index}: {type(model).__name__} cannot run it: {error}") from error
         _check_finite(watched, watch.called, index)
-        watch.settle(_of_range(each) for each in watched.values())
+        watch.settle(each._calibrator for each in watched.values())
         rows, tokens = counted(inputs)
         counts[0], counts[1], counts[2] = counts[0] + 1, counts[1] + rows, counts[2] + tokens
     watch.seen.clear()

@@ -12,8 +12,8 @@ import operator
 import threading
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from pytorch_quantization import calib
@@ -56,10 +56,10 @@ class Watch:
 
     def settle(self, calibrators: Iterable[Any]) -> None:
         """The batch is over: whatever could not be decided while it ran is decided now."""
-        if not self.padding.active and self.padding.rows > 1:
-            for each in calibrators:
-                if isinstance(each, HistogramCalibrator):
-                    each.settle()
+        alike = not self.padding.active and self.padding.rows > 1
+        for each in calibrators:
+            if isinstance(each, _Watching):
+                each.end_batch(alike)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         return self
@@ -73,8 +73,10 @@ class _Watching:
         quantizer: Name of the quantizer that it belongs to.
         turn: How far it has come in the batch that runs; it is copied with the calibrator, when a block may have to
             start again.
+        counts: Whether it matters how often a tensor is in a batch.
     """
 
+    counts: ClassVar[bool] = True
     watch: Watch | None = None
     quantizer: str = ""
     turn: Turn | None = None
@@ -96,9 +98,25 @@ class _Watching:
         if place.slices is not None:
             return self._sum([(self._summarize(each.of(values), None), each.times) for each in place.slices]), 1
         made = self._shared(self.watch, values, place.invalid)
-        if not padding.active and padding.rows > 1:
+        if self.counts and not padding.active and padding.rows > 1:
             self.turn.seen.append((tuple(values.shape), made))
         return made, place.times
+
+    def end_batch(self, alike: bool) -> None:
+        """A batch is over.
+
+        Args:
+            alike: Whether it was of several rows without padding: what is the same for all rows counts once for each.
+        """
+        turn = self.turn
+        if turn is None or self.watch is None:
+            return
+        if alike and len({shape for shape, _ in turn.seen}) > 1:
+            repeats = self.watch.padding.repeats(self.quantizer, [shape for shape, _ in turn.seen])
+            for (_, made), times in zip(turn.seen, repeats, strict=False):
+                if times > 1:
+                    self._add(made, times - 1)
+        turn.seen.clear()
 
     def _shared(self, watch: Watch, values: Tensor, invalid: Tensor | None) -> Any:
         if values.is_inference():  # such a tensor does not tell whether it has been written to since
@@ -117,6 +135,9 @@ class _Watching:
     def _sum(self, found: list[tuple[Any, int]]) -> Any:
         raise NotImplementedError
 
+    def _add(self, made: Any, times: int) -> None:
+        raise NotImplementedError
+
     def _summarize(self, values: Tensor, invalid: Tensor | None) -> Any:
         raise NotImplementedError
 
@@ -124,6 +145,7 @@ class _Watching:
 class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
     """The largest magnitude, for the whole tensor or for each channel."""
 
+    counts = False
     _calib_amax: Tensor | None
 
     def collect(self, x: Tensor) -> None:
@@ -180,20 +202,11 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
 
     def collect(self, x: Tensor) -> None:
         """Count a tensor."""
-        made, times = self._summary(x)
+        self._add(*self._summary(x))
+
+    def _add(self, made: Histogram, times: int) -> None:
         made = made.repeated(times)
         self.histogram = made if self.histogram is None else self.histogram + made
-
-    def settle(self) -> None:
-        """At the end of a batch without padding: what is the same for all rows counts once for each of them."""
-        turn = self.turn
-        if self.watch is None or self.histogram is None or turn is None or len({shape for shape, _ in turn.seen}) < 2:
-            return
-        for (_, made), times in zip(
-            turn.seen, self.watch.padding.repeats(self.quantizer, [shape for shape, _ in turn.seen]), strict=False
-        ):
-            if times > 1:
-                self.histogram = self.histogram + made.repeated(times - 1)
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -262,7 +275,14 @@ class MomentCalibrator(_Watching):
     def collect(self, x: Tensor) -> None:
         """Add a tensor, whose last axis are the channels."""
         self.beside.collect(x)
-        made, times = self._summary(x)
+        self._add(*self._summary(x))
+
+    def end_batch(self, alike: bool) -> None:
+        """See the base."""
+        self.beside.end_batch(alike)
+        super().end_batch(alike)
+
+    def _add(self, made: Tensor, times: int) -> None:
         made = made * times if times != 1 else made
         self.moments = made if self.moments is None else self.moments + made
 
@@ -282,7 +302,8 @@ class MomentCalibrator(_Watching):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MomentCalibrator:
         made = copy.copy(self)  # the moments of a large model are not written to, so need no copy
-        made.beside, made.turn = copy.deepcopy(self.beside, memo), copy.deepcopy(self.turn, memo)
+        made.beside = copy.deepcopy(self.beside, memo)
+        made.turn = None if self.turn is None else replace(self.turn, seen=list(self.turn.seen))
         return made
 
 

@@ -20,6 +20,7 @@ import qdq_surgery as qs
 from qdq_surgery.calibration import rounding as module
 from qdq_surgery.checkpoint.report import report_of
 from qdq_surgery.errors import CalibrationError
+from qdq_surgery.numerics.adaptive_rounding import adapted_integers
 from qdq_surgery.quantize.linear import QuantLinear
 
 BATCHES = [batch_for(spoiled(), (8, length), mask=True) for length in (12, 9)]
@@ -133,6 +134,23 @@ def test_padding_counts_for_nothing() -> None:
     for name, value in roundings(wanted).items():
         # Moments are sums of float32 in another order.
         assert float((roundings(alone)[name] != value).float().mean()) < 0.05, name
+
+
+@pytest.mark.parametrize("lengths", [(8, 8, 8, 8), (8, 3, 6, 8)])
+def test_a_table_that_is_the_same_for_all_rows_counts_once_for_each(lengths: tuple[int, ...]) -> None:
+    """DeBERTa's linears see tokens, and a table of positions: rows together are as each alone."""
+    model = build("deberta-v2", "DebertaV2Model")
+    qmodel = qs.convert(model, "linear-only")
+    batch = batch_for(qmodel, (4, 8))
+    batch["attention_mask"] = torch.tensor([[1] * each + [0] * (8 - each) for each in lengths])
+    alone = [{name: value[row : row + 1, :each] for name, value in batch.items()} for row, each in enumerate(lengths)]
+    found, wanted = (qs.collect(qmodel, each, moments=True).seen for each in ([batch], alone))
+    for name, seen in wanted.items():
+        ours, theirs = found[name].moments, seen.moments
+        assert ours is not None
+        assert theirs is not None
+        # What a linear sees besides decides, not how much it is in all. Sums of float32 in another order.
+        torch.testing.assert_close(ours / ours.trace(), theirs / theirs.trace(), rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_one_pass_does_for_ranges_and_rounding() -> None:
@@ -343,21 +361,31 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
 
 
 def test_values_beyond_their_range_are_moved_from_where_they_are() -> None:
+    """The integers are those that were chosen, wherever the weight lies."""
     qmodel = calibrated()
     for name, quantizer in qs.quantizers(qmodel).items():
         if name.endswith("weight_quantizer"):
             assert quantizer.amax is not None
-            quantizer.amax = quantizer.amax * 0.4
-    qs.round_weights(qmodel, BATCHES)
-    farthest = 0
+            quantizer.amax = quantizer.amax * 0.7
+    statistics = qs.collect(qmodel, BATCHES, moments=True)
+    qs.round_weights(qmodel, statistics)
+    adapted = 0
     for name, linear in linears(qmodel).items():
-        quantizer = linear._weight_quantizer
+        quantizer, moments = linear._weight_quantizer, statistics.seen[f"{name}._input_quantizer"].moments
         assert quantizer is not None
-        assert quantizer.amax is not None
-        integers = quantizer.integers(quantizer.moved(linear.weight.detach()))
-        assert -128 <= float(integers.min()) <= float(integers.max()) <= 127, name
-        farthest = max(farthest, 0 if quantizer.rounding is None else int(quantizer.rounding.abs().max()))
-    assert farthest > 20  # from far outside to the inside of the range
+        assert moments is not None
+        assert quantizer.step_size is not None
+        if quantizer.rounding is not None:
+            adapted += 1
+            weight = linear.weight.detach()
+            wanted = adapted_integers(weight, moments, quantizer.step_size, -128, 127)
+            found = quantizer.integers(quantizer.moved(weight))
+            # Where a moved value lies half-way, the sum of weight and steps may fall on the other side; and there is
+            # no moving further than by 127 steps.
+            near = quantizer.rounding.abs() < 127
+            assert float((found != wanted)[near].float().mean()) < 2e-3, name
+            assert float(near.float().mean()) > 0.9, name
+    assert adapted > 4
 
 
 def test_an_unsigned_weight_stays_so() -> None:
