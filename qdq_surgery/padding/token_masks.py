@@ -27,6 +27,7 @@ __all__ = [
     "rows_of",
     "texts_of",
     "token_means",
+    "token_names",
     "trimmed",
     "with_padding",
 ]
@@ -248,14 +249,14 @@ def trimmed(batch: Mapping[str, Any], chunk: int = 1, labels: bool = True) -> di
     length = min(-(-(int(used.max()) + 1) // chunk) * chunk, text.length)
     if length == text.length:
         return dict(batch)
-    narrowed = set(text.names)
-    if labels:
-        narrowed.update(
-            name for name, value in batch.items() if is_label(name) and isinstance(value, Tensor)
-            if _like(value, text.shape)
-        )  # fmt: skip
-    axis = len(text.shape) - 1
+    narrowed, axis = token_names(batch, text) if labels else set(text.names), len(text.shape) - 1
     return {name: value.narrow(axis, 0, length) if name in narrowed else value for name, value in batch.items()}
+
+
+def token_names(batch: Mapping[str, Any], text: Text) -> set[str]:
+    """The arguments with an entry for each token of the text: labels that go with it, too."""
+    labels = {name for name, value in batch.items() if is_label(name) and isinstance(value, Tensor)}
+    return {*text.names, *(name for name in labels if _like(batch[name], text.shape))}
 
 
 def resized(batch: Mapping[str, Any], texts: tuple[Text, ...], rows: int, lengths: tuple[int, ...]) -> dict[str, Any]:

@@ -89,6 +89,10 @@ class Borrowed:
             (quantizer.let_go if name in free else quantizer.hold_off)(self._holder)
         return run_seeded(self._model, inputs, self._devices)
 
+    def run_plain(self, inputs: Mapping[str, Any]) -> Any:
+        """The float model's outputs."""
+        return self.run(inputs, ())
+
     def run_kept(self, inputs: Mapping[str, Any], chosen: Iterable[str]) -> tuple[Any, LayerOutputs]:
         """The same, and what the encoder layers gave."""
         with kept_outputs(self._layers) as kept:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
+from qdq_surgery.calibration.batches import NO_BATCHES, counted
 from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.sensitivity.borrowed import Borrowed, borrowed
 from qdq_surgery.sensitivity.layer_outputs import LayerOutputs
+from qdq_surgery.sensitivity.length_groups import length_groups
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops, Tokens, outliers
 from qdq_surgery.sensitivity.output_error import Judge, Metric, judge_of, token_mask
 from qdq_surgery.sensitivity.parts import KIND, LAYER, SITE, Part, parts_of, sees_channels, sites_of
@@ -46,7 +47,9 @@ def sensitivity(
     operand in all layers, such as ``residual-add(local)``), or an encoder layer. The errors of parts do not add up:
     what is to be left in float together has to be measured together. (Squared errors of the tensors at the sites would
     be quicker to have, and rank the sites wrongly.) What does not change is not run again: layers before the part give
-    what they gave, and weights are rounded once. The figures are those of whole runs, to the bit.
+    what they gave, and weights are rounded once: the figures are those of whole runs, to the bit. Rows run together
+    with others of their length, unless the model's outputs depend on the padding beside them, or the metric is the
+    user's.
 
     Args:
         qmodel: A converted, calibrated model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model.
@@ -116,28 +119,35 @@ class _Measurement:
     parts: list[Part]
     tokens: Tokens
     every: tuple[str, ...]
-    counts: list[int] = field(default_factory=lambda: [0, 0, 0])
+    rows: int = 0
+    tokens_seen: int = 0
+    batches: float = 0.0
 
     @property
     def names(self) -> list[str]:
         return [_FLOAT, _INT8, *(name for part in self.parts for name in (part.alone, part.left))]
 
     def figures_of(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[None]:
-        """Batch by batch, so that only one has its layers' outputs kept; comes back for each figure."""
-        for index, batch in enumerate(batches):
-            inputs = prepared(self.model, batch, index)
-            self.figures.begin(index, inputs)
+        """Group by group, so that only one has its layers' outputs kept; as often as there are figures of batches."""
+        done, said, index = 0.0, 0, -1
+        run = None if self.judge.own else self.trial.run_plain
+        for index, group in enumerate(length_groups(self.model, batches, run)):
+            self.figures.begin(index, group.inputs)
             try:
-                yield from self._batch(index, inputs)
+                for _ in self._group(index, group.inputs):
+                    done += group.batches
+                    yield from [None] * (round(done) - said)
+                    said = round(done)
             except CalibrationError as error:
-                raise CalibrationError(f"batch {index}: {error}") from error
-            rows, tokens = counted(inputs)
-            self.counts = [index + 1, self.counts[1] + rows, self.counts[2] + tokens]
-        if not self.counts[0]:
+                raise CalibrationError(f"{group.name}: {error}") from error
+            rows, tokens = counted(group.inputs)
+            self.batches += group.batches
+            self.rows, self.tokens_seen = self.rows + rows, self.tokens_seen + tokens
+        if index < 0:
             raise CalibrationError(NO_BATCHES)
-        self.figures.end(self.counts[0], self.names)
+        self.figures.end(index + 1, self.names)
 
-    def _batch(self, index: int, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def _group(self, index: int, inputs: Mapping[str, Any]) -> Iterator[None]:
         missing = set(self.figures.missing(index, self.names))
         self.tokens.mask = token_mask(self.model, inputs)
         outputs, plain = self.trial.run_float(inputs)
@@ -180,4 +190,5 @@ def _result(run: _Measurement, tops: Mapping[str, Any]) -> Sensitivity:
         gain = error(_INT8) - left
         costs.append(Cost(part.what, part.name, layer, len(part.quantizers), alone, left, gain, named))
     costs.sort(key=lambda cost: -cost.alone)
-    return Sensitivity(run.judge.name, tuple(costs), plain if run.judge.own else None, error(_INT8), *run.counts)
+    counts = round(run.batches), run.rows, run.tokens_seen
+    return Sensitivity(run.judge.name, tuple(costs), plain if run.judge.own else None, error(_INT8), *counts)

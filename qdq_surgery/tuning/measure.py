@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
+from qdq_surgery.calibration.batches import NO_BATCHES, counted
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.sensitivity.borrowed import gpus_of, run_seeded
+from qdq_surgery.sensitivity.length_groups import Group, length_groups
 from qdq_surgery.sensitivity.output_error import Judge, Metric, judge_of
 from qdq_surgery.surgery.model_state import quantization_disabled
 
@@ -42,34 +43,34 @@ class Measure:
     ) -> None:
         self._qmodel = qmodel
         self._devices = gpus_of(qmodel)
-        self._runs: list[tuple[dict[str, Any], Judge]] = []
+        self._runs: list[tuple[Group, Judge]] = []
         self.rows = self.tokens = 0
         sums = []
         with quantization_disabled(qmodel):
-            for index, batch in enumerate(batches):
-                inputs, judge = prepared(qmodel, batch, index), judge_of(metric)
-                sums.append(self._figure(index, inputs, functools.partial(judge.begin, qmodel, inputs)))
-                rows, tokens = counted(inputs)
+            for group in length_groups(qmodel, batches, None if judge_of(metric).own else self._run):
+                judge = judge_of(metric)
+                sums.append(self._figure(group, functools.partial(judge.begin, qmodel, group.inputs)))
+                rows, tokens = counted(group.inputs)
                 self.rows, self.tokens = self.rows + rows, self.tokens + tokens
-                self._runs.append((inputs, judge))
+                self._runs.append((group, judge))
         if not sums:
             raise CalibrationError(NO_BATCHES)
         judge = self._runs[0][1]
-        self.name, self.batches = judge.name, len(sums)
+        self.name, self.batches = judge.name, round(sum(group.batches for group, _ in self._runs))
         self.float_score = _mean(sums) if judge.own else None
 
     def error(self) -> float:
         """The metric against the float model; of a user's own, by how much it falls."""
-        value = _mean([self._figure(index, inputs, judge.figure) for index, (inputs, judge) in enumerate(self._runs)])
+        value = _mean([self._figure(group, judge.figure) for group, judge in self._runs])
         return value if self.float_score is None else self.float_score - value
 
-    def _figure(self, index: int, inputs: dict[str, Any], figure: Callable[[Any], tuple[float, float]]) -> Any:
+    def _figure(self, group: Group, figure: Callable[[Any], tuple[float, float]]) -> Any:
         try:
-            return figure(self._run(inputs))
+            return figure(self._run(group.inputs))
         except CalibrationError as error:
-            raise CalibrationError(f"batch {index}: {error}") from None
+            raise CalibrationError(f"{group.name}: {error}") from None
 
-    def _run(self, inputs: dict[str, Any]) -> Any:
+    def _run(self, inputs: Mapping[str, Any]) -> Any:
         with torch.no_grad():
             return run_seeded(self._qmodel, inputs, self._devices)
 
