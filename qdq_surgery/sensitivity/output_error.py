@@ -54,10 +54,11 @@ def squared_error(found: Tensor, wanted: Tensor) -> Sum:
 
 def cosine_distance(found: Tensor, wanted: Tensor) -> Sum:
     """1 - cosine of the rows, and their number."""
-    lengths = found.norm(dim=1) * wanted.norm(dim=1)
-    cosine = torch.where(lengths > 0, (found * wanted).sum(1) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
-    both_zero = (found.norm(dim=1) == 0) & (wanted.norm(dim=1) == 0)
-    return float((1.0 - cosine.masked_fill(both_zero, 1.0)).sum()), float(len(wanted))
+    ours, theirs = found.norm(dim=1), wanted.norm(dim=1)
+    lengths = ours * theirs
+    product = torch.linalg.vecdot(found, wanted)
+    cosine = torch.where(lengths > 0, product / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
+    return float((1.0 - cosine.masked_fill((ours == 0) & (theirs == 0), 1.0)).sum()), float(len(wanted))
 
 
 def divergence(found: Tensor, wanted: Tensor) -> Sum:
