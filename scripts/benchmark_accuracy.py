@@ -1,17 +1,19 @@
 """What INT8 costs on a real model: ours for each target against each runtime's own tools, as files that are deployed.
 
     python scripts/benchmark_accuracy.py [--texts 500] [--calibration 256] [--samples 3] [--only REGEX] [--markdown]
+    python scripts/benchmark_accuracy.py --model rxnfp --reactions schneider50k.tsv     # or --model rxnfp-masked
 
-The model is all-MiniLM-L6-v2, the texts are docstrings of Python's standard library. Each contender is calibrated on
-the same texts, once for each sample of them, and judged by the sentence embeddings of other texts against those of the
-float model: mean cosine, the share of texts whose nearest other text is the same one, and the cosine of the worst text.
-Figures are means over the samples, and the spread between the highest and the lowest mean cosine. What runs on a
-runtime runs there, the whole file; "fake quantization" is the PyTorch model.
+The model is all-MiniLM-L6-v2, the texts are docstrings of Python's standard library; or one of rxnfp's BERTs on
+reactions of US patents. Each contender is calibrated on the same texts, once for each sample of them, and judged by the
+embeddings of other texts against those of the float model: mean cosine, the share of texts whose nearest other text is
+the same one, and the cosine of the worst text; or by the masked tokens that it fills in. Figures are means over the
+samples, and the spread between the highest and the lowest first one. What runs on a runtime runs there, the whole file;
+"fake quantization" is the PyTorch model.
 
 "tuned" is :func:`qdq_surgery.tune` on the calibration texts, some minutes for each sample; ``--only`` leaves it out.
 
 Contenders whose packages are not installed are skipped with a word (``pip install onnx onnxscript onnxruntime openvino
-nncf`` has them all).
+nncf``, and with ``--no-deps`` torchao, nvidia-modelopt and what that asks for).
 """
 
 from __future__ import annotations
@@ -31,39 +33,39 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from qdq_surgery.cli.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
-from qdq_surgery.cli.folder import load_model
 from qdq_surgery.text.view import Column, Table, View, line, number
+from runtimes.judged import JUDGED, Batch, Judged
 from runtimes.subjects import INPUTS
+from runtimes.with_modelopt import quantize_by_modelopt
 from runtimes.with_onnxruntime import open_session, quantize_dynamic, quantize_static
 from runtimes.with_openvino import compile_model, quantize_by_nncf
-from runtimes.workspace import Missing, package, write_float_onnx
-
-Batch = dict[str, Tensor]
+from runtimes.with_torch import quantize_by_pt2e
+from runtimes.workspace import Missing, package
 
 
 @dataclass
 class Subject:
-    """The model, its tokenizer, and a folder to write to."""
+    """What is judged, and a folder to write to."""
 
-    model: PreTrainedModel
-    tokenizer: Any
+    judged: Judged
     folder: Path
 
-    def batches(self, texts: Sequence[str]) -> list[Batch]:
-        return list(token_batches(self.tokenizer, texts))
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.judged.model
 
     def float_onnx(self, batch: Batch) -> Path:
         """The float model as an ONNX file, made once."""
-        path = self.folder / "float.onnx"
-        if not path.is_file():
-            write_float_onnx(self.model, batch, path, ["last_hidden_state", "pooler_output"])
-        return path
+        return self.judged.float_onnx(batch, self.folder)
+
+    def states(self, run: Callable[[dict[str, Any]], Sequence[Any]]) -> _States:
+        """A runtime's own file, in the way in which a model is called."""
+        return _States(run, self.judged.outputs[0])
 
 
 def arrays(batches: list[Batch]) -> list[dict[str, Any]]:
@@ -74,12 +76,24 @@ def arrays(batches: list[Batch]) -> list[dict[str, Any]]:
 class _States:
     """What a runtime's own file gives, in the way in which a model gives it."""
 
-    def __init__(self, run: Callable[[dict[str, Any]], Sequence[Any]]) -> None:
-        self._run = run
+    def __init__(self, run: Callable[[dict[str, Any]], Sequence[Any]], output: str) -> None:
+        self._run, self._output = run, output
 
     def __call__(self, **batch: Tensor) -> Any:
         found = self._run({name: batch[name].numpy() for name in INPUTS if name in batch})
-        return argparse.Namespace(last_hidden_state=torch.from_numpy(np.asarray(found[0])))
+        return argparse.Namespace(**{self._output: torch.from_numpy(np.asarray(found[0]))})
+
+
+class _Positional(nn.Module):
+    """The model with positional inputs and a tuple of outputs, as ``torch.export`` gives it to PT2E."""
+
+    def __init__(self, model: PreTrainedModel, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.outputs = model, outputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(INPUTS, inputs, strict=True)))
+        return tuple(getattr(found, output) for output in self.outputs)  # of what gives nothing PT2E makes nothing
 
 
 #: From a subject and the calibration batches to what embeds.
@@ -128,13 +142,13 @@ def tuned(target: str) -> Make:
 
 def onnxruntime_dynamic(subject: Subject, batches: list[Batch]) -> Any:
     path = quantize_dynamic(subject.float_onnx(batches[0]), subject.folder / "ort-dynamic.onnx")
-    return _States(open_session(path, torch.get_num_threads()))
+    return subject.states(open_session(path, torch.get_num_threads()))
 
 
 def onnxruntime_static(subject: Subject, batches: list[Batch]) -> Any:
     path = subject.folder / "ort-static.onnx"
     quantize_static(subject.float_onnx(batches[0]), path, arrays(batches), ["MatMul"])
-    return _States(open_session(path, torch.get_num_threads()))
+    return subject.states(open_session(path, torch.get_num_threads()))
 
 
 def nncf(preset: str | None) -> Make:
@@ -144,9 +158,21 @@ def nncf(preset: str | None) -> Make:
         package("nncf")
         path = subject.folder / f"nncf-{preset}.xml"
         quantize_by_nncf(subject.float_onnx(batches[0]), path, arrays(batches), preset)
-        return _States(compile_model(path, torch.get_num_threads()))
+        return subject.states(compile_model(path, torch.get_num_threads()))
 
     return make
+
+
+def torchao(subject: Subject, batches: list[Batch]) -> Any:
+    """Torchao's static INT8: the integers of its own quantize and dequantize operators, without inductor."""
+    examples = [tuple(batch[name] for name in INPUTS) for batch in batches]
+    made = quantize_by_pt2e(_Positional(subject.model, subject.judged.outputs), examples)
+    return subject.states(lambda inputs: made(*(torch.from_numpy(inputs[name]) for name in INPUTS)))
+
+
+def modelopt(config: str, *without: str) -> Make:
+    """ModelOpt's fake quantization; by default it quantizes what a LayerNorm reads, too."""
+    return lambda subject, batches: quantize_by_modelopt(subject.model, batches, config, without)
 
 
 CONTENDERS: dict[str, tuple[str, Make]] = {
@@ -154,6 +180,13 @@ CONTENDERS: dict[str, tuple[str, Make]] = {
     "ort-static": ("ONNX Runtime's static INT8, MatMul only", onnxruntime_static),
     "nncf": ("NNCF's INT8 on OpenVINO", nncf(None)),
     "nncf-mixed": ("NNCF's INT8 on OpenVINO, preset MIXED", nncf("MIXED")),
+    "torchao": ("torchao's static INT8 (PT2E)", torchao),
+    "modelopt": ("ModelOpt's INT8, fake quantization", modelopt("INT8_DEFAULT_CFG")),
+    "modelopt-smoothquant": ("ModelOpt's SmoothQuant, fake quantization", modelopt("INT8_SMOOTHQUANT_CFG")),
+    "modelopt-smoothquant-linears": (
+        "the same without what LayerNorms read",
+        modelopt("INT8_SMOOTHQUANT_CFG", "*LayerNorm*"),
+    ),
     "qdqbert": ("QDQBERT's recipe, fake quantization", fake_quantized("qdqbert", rounded=False)),
     "qdqbert-scaled-nearest": ("with scales (`qdqbert-scaled`)", fake_quantized("qdqbert-scaled", rounded=False)),
     "qdqbert-scaled": ("with scales and adapted rounding", fake_quantized("qdqbert-scaled")),
@@ -177,25 +210,20 @@ def say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def judged(subject: Subject, make: Make, samples: Sequence[list[Batch]], texts: Sequence[str], wanted: Tensor) -> Any:
-    """Cosine, neighbours and the worst cosine, each for every sample."""
-    found = []
-    for batches in samples:
-        embeddings = embed(make(subject, batches), subject.tokenizer, texts, "a contender")
-        found.append((*agreement(wanted, embeddings), float((wanted * embeddings).sum(-1).min())))
+def judged(subject: Subject, make: Make, samples: Sequence[list[Batch]], held_out: Sequence[Batch]) -> Any:
+    """Each figure, for every sample."""
+    own = subject.judged
+    wanted = own.run(own.model, held_out)
+    found = [own.figures(list(held_out), wanted, own.run(make(subject, batches), held_out)) for batches in samples]
     return tuple(zip(*found, strict=True))
 
 
-def row(words: str, figures: Any) -> tuple[str, ...]:
-    cosines, neighbours, worst = figures
-    spread = max(cosines) - min(cosines)
-    return (
-        words,
-        f"{statistics.mean(cosines):.4f}",
-        f"{spread:.4f}",
-        f"{statistics.mean(neighbours):.3f}",
-        f"{min(worst):.4f}",
-    )
+def row(words: str, figures: Any, subject: Judged) -> tuple[str, ...]:
+    told = [
+        f"{min(each) if name in subject.worst else statistics.mean(each):.4f}"
+        for name, each in zip(subject.columns, figures, strict=True)
+    ]
+    return (words, told[0], f"{max(figures[0]) - min(figures[0]):.4f}", *told[1:])
 
 
 def main() -> None:
@@ -204,37 +232,39 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=256, help="texts of each sample (default 256)")
     parser.add_argument("--samples", type=int, default=3, help="samples of calibration texts (default 3)")
     parser.add_argument("--only", default="", help="contenders whose names match this regular expression")
+    parser.add_argument("--model", choices=JUDGED, default="minilm", help="what is judged (default minilm)")
+    parser.add_argument("--reactions", type=Path, metavar="FILE", help="for rxnfp: a table with a column rxn")
     parser.add_argument("--markdown", action="store_true", help="print a table for docs/accuracy.md")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    folder = checkpoint()
-    model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    everything = standard_library_texts(sys.maxsize)
-    held_out, rest = everything[: options.texts], everything[options.texts :]
+    try:
+        model = JUDGED[options.model](options)
+    except Missing as missing:
+        sys.exit(f"{options.model}: {missing}")
+    held_out, rest = model.data[: options.texts], model.data[options.texts :]
     if len(held_out) < 2 or len(rest) < options.calibration:
-        sys.exit(f"this Python's standard library has {len(everything)} texts: give fewer --texts or --calibration")
+        sys.exit(f"there are {len(model.data)} texts: give fewer --texts or --calibration")
     rows = []
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        subject = Subject(model, tokenizer, Path(temporary))
-        drawn = [random.Random(seed).sample(rest, options.calibration) for seed in range(options.samples)]
-        samples = [subject.batches(texts) for texts in drawn]
-        wanted = embed(model, tokenizer, held_out, "float model")
+        subject = Subject(model, Path(temporary))
+        drawn = [random.Random(seed).sample(list(rest), options.calibration) for seed in range(options.samples)]
+        samples, held = [model.batches(texts) for texts in drawn], model.batches(held_out)
         for name, (words, make) in CONTENDERS.items():
             if not re.search(options.only, name):
                 continue
             try:
-                rows.append(row(words, judged(subject, make, samples, held_out, wanted)))
+                rows.append(row(words, judged(subject, make, samples, held), model))
             except Missing as missing:
                 say(f"{name} is skipped: {missing}")
                 continue
             say(" | ".join(rows[-1]))
-    columns = ("", "cosine", "spread", "same nearest text", "worst text")
+    columns = ("", model.columns[0], "spread", *model.columns[1:])
     if options.markdown:
-        print("| " + " | ".join(columns) + " |\n|---|--:|--:|--:|--:|")
+        print("| " + " | ".join(columns) + " |\n|---" + "|--:" * (len(columns) - 1) + "|")
         print("\n".join("| " + " | ".join(each) + " |" for each in rows))
         return
-    title = f"{options.samples} samples of {options.calibration} texts, {len(held_out)} held-out texts"
+    title = f"{model.words}: {options.samples} samples of {options.calibration} texts, {len(held_out)} held-out texts"
     Console(highlight=False).print(View(line(title), (Table((Column(""), *map(number, columns[1:])), tuple(rows)),)))
 
 

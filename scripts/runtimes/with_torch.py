@@ -6,7 +6,7 @@ import contextlib
 import copy
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from runtimes.subjects import INPUTS, Batch
 from runtimes.workspace import Contender, Prepared, Workspace, package, quiet, tensors
 
-__all__ = ["CONTENDERS"]
+__all__ = ["CONTENDERS", "quantize_by_pt2e"]
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -64,20 +64,26 @@ def _inductor(folder: Path) -> Iterator[None]:
             os.environ[_CACHE] = before
 
 
-def _torchao(workspace: Workspace) -> Prepared:
+def quantize_by_pt2e(module: nn.Module, examples: Sequence[tuple[Tensor, ...]]) -> nn.Module:
+    """A module with torchao's static INT8 for inductor on x86, calibrated on ``examples`` of its positional inputs."""
     package("torchao")
     pt2e: Any = package("torchao.quantization.pt2e.quantize_pt2e")
     x86: Any = package("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     export: Any = torch.export.export
-    examples = [tuple(tensors(batch).values()) for batch in workspace.calibration]
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with quiet(), torch.no_grad():
-        exported = export(_Tuple(workspace.model), examples[0], dynamic_shapes=((free,) * len(INPUTS),))
+        exported = export(module, examples[0], dynamic_shapes=((free,) * len(examples[0]),))
         quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
         prepared = pt2e.prepare_pt2e(exported.module(), quantizer)
         for example in examples:
             prepared(*example)
-        converted = pt2e.convert_pt2e(prepared)
+        converted: nn.Module = pt2e.convert_pt2e(prepared)
+    return converted
+
+
+def _torchao(workspace: Workspace) -> Prepared:
+    examples = [tuple(tensors(batch).values()) for batch in workspace.calibration]
+    converted = quantize_by_pt2e(_Tuple(workspace.model), examples)
     compiled: Any = torch.compile(converted, dynamic=False)
     compiled_for: set[tuple[int, ...]] = set()
 
