@@ -8,6 +8,9 @@ the least of all turns, where other programs share the machine); what counts are
 counted as bytes that the model holds: of the whole model, and of its quantized linears. The agreement is that of the
 demo's checkpoint (scripts/demo.sh installs it): cosine of sentence embeddings to those of the float model, and the
 share of texts whose nearest other text is the same.
+
+With torchao installed (``pip install --no-deps --target FOLDER torchao``, and ``PYTHONPATH=FOLDER``) its static INT8
+for inductor takes part, compiled with frozen weights as it is meant to be.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +34,8 @@ import qdq_surgery as qs
 from qdq_surgery.cli.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
 from qdq_surgery.freeze.linear import IntegerLinear
 from qdq_surgery.quantize.linear import QuantLinear
+from runtimes.with_torch import inductor_in, quantize_by_pt2e
+from runtimes.workspace import Missing
 
 #: Seconds that are given to the machine after compiling, and calls that are not counted.
 _WARM = 2
@@ -97,7 +104,32 @@ def compiled(model: PreTrainedModel, batch: Batch) -> Callable[..., Any]:
     return made
 
 
-def compare(options: argparse.Namespace, console: Console) -> None:
+class _Positional(nn.Module):
+    """The model with positional inputs, as ``torch.export`` gives it to PT2E."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = self.model(**dict(zip(("input_ids", "attention_mask"), inputs, strict=True)))
+        return found.last_hidden_state, found.pooler_output
+
+
+def by_torchao(model: PreTrainedModel, batch: Batch, folder: Path) -> Callable[[], object]:
+    """torchao's static INT8 of ``model``, compiled for the shapes of ``batch``.
+
+    Raises:
+        Missing: It is not installed.
+    """  # noqa: D403
+    inputs, examples = tuple(batch.values()), [tuple(batch_of("2x128").values())]
+    made: Callable[..., Any] = torch.compile(quantize_by_pt2e(_Positional(model), examples), dynamic=False)
+    with inductor_in(folder), torch.no_grad():
+        made(*inputs)
+    return lambda: made(*inputs)
+
+
+def compare(options: argparse.Namespace, console: Console, folder: Path) -> None:
     """The table of times and of weights."""
     model = base_model(options.layers)
     half = copy.deepcopy(model).to(torch.bfloat16)
@@ -120,12 +152,19 @@ def compare(options: argparse.Namespace, console: Console) -> None:
             for name, each in models.items():
                 if not name.startswith("fake"):
                     actions[f"{name}, compiled"] = _caller(compiled(each, batch), batch)
+            try:
+                actions["torchao, compiled"] = by_torchao(model, batch, folder)
+            except Missing as missing:
+                console.print(f"torchao is left out: {missing}")
         times[shape] = in_turns(actions, options.runs, options.least)
     for name in times[options.shapes[0]]:
         cells = []
         for shape in options.shapes:
             seconds, float32 = times[shape][name], times[shape]["float32"]
             cells.append(f"{1e3 * seconds:.1f}  {float32 / seconds:.2f} x")
+        if name.startswith("torchao"):
+            table.add_row(name, *cells)
+            continue
         whole, own = sizes[name.removesuffix(", compiled")]
         part = f"{own / linears:.3f}" if name.startswith("frozen") else ""
         table.add_row(name, *cells, f"{whole / 1e6:.0f} MB  {whole / sizes['float32'][0]:.3f}", part)
@@ -176,7 +215,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console(width=160)
-    compare(options, console)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, console, Path(folder))
     if options.embeddings:
         embeddings(options.rules, console)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from runtimes.subjects import INPUTS, Batch
 from runtimes.workspace import Contender, Prepared, Workspace, package, quiet, tensors
 
-__all__ = ["CONTENDERS", "quantize_by_pt2e"]
+__all__ = ["CONTENDERS", "inductor_in", "quantize_by_pt2e"]
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -49,7 +49,7 @@ def _eager(workspace: Workspace) -> Prepared:
 
 
 @contextlib.contextmanager
-def _inductor(folder: Path) -> Iterator[None]:
+def inductor_in(folder: Path) -> Iterator[None]:
     """Inductor with frozen weights, without which it makes no INT8 kernels, and its files in ``folder``."""
     inductor: Any = importlib.import_module("torch._inductor.config")
     before = os.environ.get(_CACHE)
@@ -91,7 +91,7 @@ def _torchao(workspace: Workspace) -> Prepared:
         inputs = tuple(tensors(batch).values())
         shape = tuple(inputs[0].shape)
         new = shape not in compiled_for
-        with torch.no_grad(), _inductor(workspace.folder / "inductor") if new else contextlib.nullcontext():
+        with torch.no_grad(), inductor_in(workspace.folder / "inductor") if new else contextlib.nullcontext():
             found = compiled(*inputs)
         compiled_for.add(shape)
         return [each.numpy() for each in found]
