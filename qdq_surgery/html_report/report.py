@@ -129,7 +129,7 @@ def report(
         rounding,
         equalization,
         tuning,
-        times,
+        times or None,
     )
     check_kinds(given)
     model = unwrapped(qmodel)

@@ -198,14 +198,23 @@
     drawn.forEach((made) => made.then(paint));
   }
 
-  // Paper: everything open, and then as it was.
+  // Paper: whatever was changed is open, and then all is as it was.
 
   let folded = [];
   addEventListener("beforeprint", () => {
-    folded = all("details:not([open])");
+    folded = all("details:not([open])").filter((each) => each.matches(".long, .changed, :has(.changed)"));
     folded.forEach((each) => { each.open = true; });
   });
   addEventListener("afterprint", () => folded.forEach((each) => { each.open = false; }));
+
+  async function onPaper() {
+    const dark = root.dataset.theme === "dark";
+    if (dark) theme(false);
+    await Promise.all(drawn.values());
+    await new Promise((done) => requestAnimationFrame(() => setTimeout(done, 100))); // until the figures are painted
+    print();
+    if (dark) theme(true);
+  }
 
   // Who does what.
 
@@ -233,7 +242,7 @@
     }
   });
   $("close").addEventListener("click", close);
-  $("print").addEventListener("click", () => print());
+  $("print").addEventListener("click", onPaper);
   $("theme").addEventListener("click", () => theme(root.dataset.theme !== "dark"));
   $("filter").addEventListener("input", filter);
   $("filter").addEventListener("submit", (event) => event.preventDefault());
