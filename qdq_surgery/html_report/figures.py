@@ -108,7 +108,7 @@ def costs_figure(
     source = ColumnDataSource(columns, name=f"{name}-cells")
     mapper = _mapper([cell[2] for cell in cells], signed)
     drawn = plot.rect(
-        "layer", "site", 0.94, 0.88, source=source, line_color=None, fill_color={"field": "value", "transform": mapper}
+        "layer", "site", 0.98, 0.92, source=source, line_color=None, fill_color={"field": "value", "transform": mapper}
     )
     drawn.nonselection_glyph = None
     tips = [("site", "@site"), ("layer", "@layer"), (found.metric, "@value{0.00e+0}")]

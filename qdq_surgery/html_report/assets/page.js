@@ -24,6 +24,8 @@
     }
   }
 
+  const placeOf = (name) => document.querySelector(`[data-plot="${name}"]`) ?? $(name);
+
   async function draw(name, place) {
     if (!drawn.has(name)) {
       drawn.set(name, Bokeh.embed.embed_item(figures[name], place).then((views) => {
@@ -119,7 +121,8 @@
     const up = largest === null || what !== "values" ? "" : ` up to ${largest.toPrecision(5)}`;
     const range = mark === null ? "" : `; the red line is the range ${mark.toPrecision(5)}`;
     const scaled = mark === null || what === "values" ? "" : ", and channels beyond it have a scale";
-    const beyond = clipped === null ? "" : `, beyond it are ${(100 * clipped).toPrecision(3)} %`;
+    const share = clipped ? `${Number((100 * clipped).toPrecision(3))} % are` : "nothing is";
+    const beyond = clipped === null || mark === null ? "" : `, and ${share} beyond it`;
     return `${said}${up}${range}${scaled}${beyond}.`;
   }
 
@@ -195,7 +198,10 @@
     root.dataset.theme = dark ? "dark" : "light";
     $("theme").textContent = dark ? "light" : "dark";
     $("theme").setAttribute("aria-label", `change to ${dark ? "light" : "dark"}`);
-    drawn.forEach((made) => made.then(paint));
+    drawn.forEach((made, name) => made.then((doc) => {
+      paint(doc);
+      placeOf(name).dataset.painted = root.dataset.theme;
+    }));
   }
 
   // Paper: whatever was changed is open, and then all is as it was.
