@@ -54,11 +54,12 @@ def of_channels(tops: Tensor, words: str, mark: float | None = None) -> Bars:
     """How many channels have a number of which size.
 
     Args:
-        tops: Any shape, one number for each channel.
+        tops: Any shape, one number for each channel; those that are not finite are in no bar.
         words: What these numbers are.
     """
     flat = tops.detach().float().flatten().cpu()
-    top = float(flat.max())
+    flat = flat[flat.isfinite()]
+    top = float(flat.max()) if flat.numel() else 0.0
     width = top / _CHANNEL_BARS if top > 0 else 1.0
     place = (flat / width).long().clamp(max=_CHANNEL_BARS - 1)
     counts = tuple(torch.bincount(place, minlength=_CHANNEL_BARS).tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -160,29 +161,34 @@ def _figures(quantizer: TensorQuantizer, seen: Seen | None, how: Range | None, c
     top = None if amax is None else float(amax.detach().max())
     histogram = None if seen is None or amax is None or amax.numel() > 1 else seen.histogram
     error, clipped = None if how is None else how.error, None
-    if histogram is not None and top is not None:
+    if histogram is not None and top is not None and math.isfinite(top):
         error = relative_error(*histogram.table(), top, quantizer.grid)
         clipped = share_beyond(histogram, top)
     return Figures(
-        amax=top,
-        step=None if step is None else float(step.detach().max()),
+        amax=_finite(top),
+        step=None if step is None else _finite(float(step.detach().max())),
         channels=1 if amax is None else amax.numel(),
-        error=error,
+        error=_finite(error),
         clipped=clipped,
-        largest=None if seen is None else float(seen.amax.max()),
+        largest=None if seen is None else _finite(float(seen.amax.max())),
         values=None if seen is None or seen.histogram is None else seen.histogram.total,
-        alone=None if cost is None else cost.alone,
-        left=None if cost is None else cost.left,
-        gain=None if cost is None else cost.gain,
+        alone=None if cost is None else _finite(cost.alone),
+        left=None if cost is None else _finite(cost.left),
+        gain=None if cost is None else _finite(cost.gain),
     )
+
+
+def _finite(value: float | None) -> float | None:
+    """A number that JSON has."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _bars(quantizer: TensorQuantizer, seen: Seen | None) -> Bars | None:
     amax = quantizer.amax
     if seen is not None and seen.histogram is not None:
-        return of_values(seen.histogram, None if amax is None or amax.numel() > 1 else float(amax.detach()))
+        return of_values(seen.histogram, None if amax is None or amax.numel() > 1 else _finite(float(amax.detach())))
     if quantizer.scaled and seen is not None:
-        mark = None if amax is None else float(amax.detach().min())
+        mark = None if amax is None else _finite(float(amax.detach().min()))
         return of_channels(seen.amax, f"the largest magnitudes of {seen.amax.numel():,} channels", mark)
     if amax is not None and amax.numel() > 1:
         return of_channels(amax, f"the ranges of {amax.numel():,} channels")
@@ -215,12 +221,16 @@ def _facts(
 
 def _range_facts(quantizer: TensorQuantizer, figures: Figures, how: Range | None) -> Iterator[tuple[str, str]]:
     amax = quantizer.amax
-    if amax is None or figures.step is None:
+    if amax is None:
         yield "range", "none yet: it is found anew for each tensor, until the model is calibrated"
+        return
+    if figures.amax is None or figures.step is None:
+        yield "range", f"{float(amax.detach().max())}, with which it gives nothing: calibrate the model again"
         return
     if figures.channels > 1:
         low, high = (float(each) for each in torch.aminmax(amax.detach()))
-        yield "range", f"{low:.4g} to {high:.4g}, one for each of {figures.channels} channels"
+        spread = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+        yield "range", f"{spread}, one for each of {figures.channels} channels"
     else:
         yield "range", f"{figures.amax:.6g}, one for the tensor"
     what = "one step, and a scale for each channel" if quantizer.scaled else "the largest" * (figures.channels > 1)

@@ -160,9 +160,11 @@ def _labels(sites: Iterable[str]) -> dict[str, str]:
 def _cells(found: Sensitivity, cards: Sequence[Card], signed: bool) -> Iterable[tuple[str, str, float, int]]:
     """Layer, site, value and the place of the quantizer among all, -1 of a whole layer."""
     for cost in found.of(LAYER):
+        if not math.isfinite(cost.gain if signed else cost.alone):
+            continue
         yield str(cost.layers or layer_in(cost.name) or 0), _WHOLE, cost.gain if signed else cost.alone, -1
     for at, card in enumerate(cards):
-        value = card.figures.gain if signed else card.figures.alone
+        value = card.figures.gain if signed else card.figures.alone  # finite, or None
         if value is not None:
             yield _OUTSIDE if card.layer is None else str(card.layer), card.site, value, at
 

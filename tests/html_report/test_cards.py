@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from architectures import batch_for, build
@@ -113,6 +115,20 @@ def test_scales_per_channel_have_one_step_and_the_channels_magnitudes() -> None:
         assert card.figures.step == pytest.approx(float(step), rel=1e-6)  # two float32 divisions
         assert "a scale for each channel" in dict(card.facts)["step"]
         assert "channels, outliers above" in dict(card.facts)["scaled"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_odd_ranges_are_shown_and_written(value: float, tmp_path: Path) -> None:
+    qmodel = qs.convert(build("bert", "BertModel", num_hidden_layers=1))
+    seen = qs.collect(qmodel, [batch_for(qmodel, (2, 6))])
+    qs.calibrate(qmodel, seen)
+    for quantizer in qs.quantizers(qmodel).values():
+        assert quantizer.amax is not None
+        quantizer.amax.fill_(value)
+    qs.report(qmodel, tmp_path / "odd.html", statistics=seen)
+    for card in cards_of(qmodel, Given(statistics=seen)):
+        assert card.figures.amax == (0.0 if value == 0.0 else None)
+        assert ("calibrate the model again" in dict(card.facts)["range"]) is (value != 0.0)
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("albert", "AlbertModel"), ("modernbert", "ModernBertModel")])
