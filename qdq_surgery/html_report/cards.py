@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """What the page shows of it."""
         made = {"name": self.name, "site": self.site, "layer": self.layer, "facts": self.facts}
-        return {**made, "figures": asdict(self.figures), "bars": None if self.bars is None else asdict(self.bars)}
+        return {**made, "figures": vars(self.figures), "bars": None if self.bars is None else vars(self.bars)}
 
 
 @dataclass(frozen=True)
