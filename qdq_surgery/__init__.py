@@ -38,6 +38,7 @@ from qdq_surgery.errors import (
 )
 from qdq_surgery.freeze.freeze import freeze
 from qdq_surgery.freeze.receipt import frozen_receipt
+from qdq_surgery.html_report.report import Report, report
 from qdq_surgery.match.plan import Plan, Refusal, Site
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_graph.findings import Finding, Findings
@@ -105,6 +106,7 @@ __all__ = [
     "Receipt",
     "ReceiptError",
     "Refusal",
+    "Report",
     "Rounding",
     "RuleFileError",
     "RuleSet",
@@ -136,6 +138,7 @@ __all__ = [
     "quantizers",
     "recalibrate_weights",
     "receipt",
+    "report",
     "round_weights",
     "run_rows",
     "sensitivity",

@@ -15,6 +15,7 @@ from qdq_surgery.cli.files import add_export, add_lint, add_receipt
 from qdq_surgery.cli.models import add_calibrate, add_convert, add_evaluate, add_sensitivity, add_tune
 from qdq_surgery.cli.options import Commands, say
 from qdq_surgery.cli.quantize import add_quantize
+from qdq_surgery.cli.report import add_report
 from qdq_surgery.cli.views import add_diff, add_explain, add_plan, add_rules
 from qdq_surgery.cli.wording import in_words_of_the_command
 from qdq_surgery.errors import QdqSurgeryError
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         add_export,
         add_lint,
         add_receipt,
+        add_report,
         add_rules,
         _add_demo,
     )

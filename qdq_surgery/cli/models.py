@@ -20,6 +20,7 @@ from qdq_surgery.cli.options import (
     model_options,
     output_options,
     rounding_option,
+    runtime_of,
     show,
     text_options,
     texts_argument,
@@ -28,7 +29,6 @@ from qdq_surgery.convert import convert
 from qdq_surgery.errors import OptionError
 from qdq_surgery.numerics.range_choice import method_names, takes_percentile
 from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE
-from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.safety.whole_folder import check_new
 from qdq_surgery.sensitivity.evaluate import evaluate
 from qdq_surgery.sensitivity.measure import sensitivity
@@ -92,7 +92,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         bar.next("converting")
         check_rules(model, arguments)
         qmodel = model if quantizers(model) else convert(model, arguments.rules or RULES, inplace=True)
-    made, rounding = calibrated(qmodel, data, arguments, percentile=arguments.percentile)
+    made, rounding, _ = calibrated(qmodel, data, arguments, percentile=arguments.percentile)
     save_model(qmodel, arguments.output, source=tokenizer)
     print(made)
     if rounding is not None:
@@ -122,16 +122,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         model = load(arguments)
         plan_of(model)  # it is converted
         data = batches(arguments, samples, model)
-        file = None if arguments.onnx is None else load_onnx(arguments.onnx, _runtime(arguments))
+        file = None if arguments.onnx is None else load_onnx(arguments.onnx, runtime_of(arguments))
     found = evaluate(model if file is None else file, data, model, arguments.metric)
     show(found, arguments)
     check_loss(found, arguments)
-
-
-def _runtime(arguments: argparse.Namespace) -> str:
-    """The one that is asked for, or that the file was made for if it opens files here."""
-    made_for = str(open_exported(arguments.onnx).metadata.get("target"))
-    return arguments.runtime or (made_for if made_for in runtimes() else DEFAULT)
 
 
 def add_sensitivity(commands: Commands) -> None:

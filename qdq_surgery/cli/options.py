@@ -12,17 +12,19 @@ from typing import TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibration.collect import collect
+from qdq_surgery.calibration.collect import Statistics, collect
 from qdq_surgery.calibration.ranges import Calibration, calibrate
 from qdq_surgery.calibration.rounding import Rounding, round_weights
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
+from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.safety.interrupt import COMMAND
 from qdq_surgery.sensitivity.evaluate import Evaluation
 from qdq_surgery.sensitivity.output_error import DEFAULT as DEFAULT_METRIC
 from qdq_surgery.sensitivity.output_error import METRICS
 from qdq_surgery.surgery.model_state import quantizers
+from qdq_surgery.targets.registry import DEFAULT, runtimes
 from qdq_surgery.text.view import Result
 from qdq_surgery.texts.batches import text_batches
 from qdq_surgery.texts.samples import Sample
@@ -42,6 +44,7 @@ __all__ = [
     "model_options",
     "output_options",
     "rounding_option",
+    "runtime_of",
     "say",
     "show",
     "text_options",
@@ -69,11 +72,12 @@ def say(what: str, text: str) -> None:
     print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)
 
 
-def texts_argument(command: argparse.ArgumentParser) -> None:
+def texts_argument(command: argparse.ArgumentParser, optional: bool = False) -> None:
     """TEXTS."""
     command.add_argument(
         "texts",
         metavar="TEXTS",
+        nargs="?" if optional else None,
         help="a UTF-8 file: one text in each line, or .csv, .tsv or .jsonl with columns; .jsonl may have 'input_ids' "
         "(and 'attention_mask', 'token_type_ids') or 'tokens' in each row",
     )
@@ -109,13 +113,24 @@ def calibrated(
     data: list[dict[str, Tensor]],
     arguments: argparse.Namespace,
     percentile: float | None = None,
-) -> tuple[Calibration, Rounding | None]:
-    """Calibrate, and round the weights if :func:`rounding_option` says so, from one pass over the data."""
-    if not arguments.round_weights:
-        return calibrate(qmodel, data, arguments.method, percentile=percentile), None
-    statistics = collect(qmodel, data, moments=True)
+    keep: bool = False,
+) -> tuple[Calibration, Rounding | None, Statistics | None]:
+    """Calibrate, and round the weights if :func:`rounding_option` says so, from one pass over the data.
+
+    Args:
+        keep: Whether the statistics are wanted, with histograms, also where the ranges need none.
+    """
+    if not (arguments.round_weights or keep):
+        return calibrate(qmodel, data, arguments.method, percentile=percentile), None, None
+    statistics = collect(qmodel, data, moments=arguments.round_weights)
     made = calibrate(qmodel, statistics, arguments.method, percentile=percentile)
-    return made, round_weights(qmodel, statistics)
+    return made, round_weights(qmodel, statistics) if arguments.round_weights else None, statistics
+
+
+def runtime_of(arguments: argparse.Namespace) -> str:
+    """The runtime that is asked for, or that the file was made for if it opens files here."""
+    made_for = str(open_exported(arguments.onnx).metadata.get("target"))
+    return arguments.runtime or (made_for if made_for in runtimes() else DEFAULT)
 
 
 def loss_options(command: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qdq_surgery.calibration.collect import Statistics
 from qdq_surgery.calibration.ranges import Calibration
 from qdq_surgery.calibration.rounding import Rounding
 from qdq_surgery.checkpoint.report import report_of
@@ -32,10 +33,12 @@ from qdq_surgery.cli.options import (
     text_options,
     texts_argument,
 )
+from qdq_surgery.cli.report import check_report, diff_of
 from qdq_surgery.convert import convert
 from qdq_surgery.deployment.card import Deployed, base_name, card
 from qdq_surgery.deployment.folder import CARD, FILE, REPORT, deployed_folder, model_files, write_own_form, write_report
 from qdq_surgery.errors import AlreadyConvertedError, CalibrationError
+from qdq_surgery.html_report.report import report as write_page
 from qdq_surgery.numerics.range_choice import method_names
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.prove.receipt import Receipt, receipt
@@ -75,6 +78,7 @@ def add_quantize(commands: Commands) -> None:
     rounding_option(command, default=True)
     class_option(command)
     loss_options(command)
+    command.add_argument("--report", metavar="HTML", help="write all of it as a page, too: a new .html")
     text_options(command)
     output_options(command)
     command.set_defaults(run=_quantize)
@@ -84,6 +88,7 @@ def add_quantize(commands: Commands) -> None:
 class _Made:
     calibration: Calibration
     rounding: Rounding | None
+    statistics: Statistics | None
     export: Export
     receipt: Receipt | None
     loss: Evaluation
@@ -93,6 +98,8 @@ class _Made:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     check_new(arguments.output)
+    if arguments.report is not None:
+        check_report(arguments.report, overwrite=False)
     samples, others = _samples(arguments)
     rules = load_rules(arguments.rules or arguments.target)
     with steps(1) as bar:
@@ -126,7 +133,28 @@ def _quantize(arguments: argparse.Namespace) -> None:
         (draft / CARD).write_text(card(deployed), encoding="utf-8")
         report = _report(qmodel, made)
         write_report(draft, report)
+    if arguments.report is not None:
+        _write_page(qmodel, made, arguments)
     _print(made, report, arguments)
+
+
+def _write_page(qmodel: PreTrainedModel, made: _Made, arguments: argparse.Namespace) -> None:
+    file = Path(arguments.output) / FILE
+    with steps(2) as bar:
+        bar.next("comparing graphs")
+        graphs = diff_of(qmodel)
+        bar.next("writing the report")
+        write_page(
+            qmodel,
+            arguments.report,
+            diff=graphs,
+            statistics=made.statistics,
+            evaluation=made.loss,
+            export=replace(made.export, path=file),
+            receipt=None if made.receipt is None else replace(made.receipt, path=file),
+            rounding=made.rounding,
+            title=base_name(arguments.model),
+        )
 
 
 def _samples(arguments: argparse.Namespace) -> tuple[Sequence[Sample], Sequence[Sample]]:
@@ -151,7 +179,7 @@ def _write(
     arguments: argparse.Namespace,
 ) -> _Made:
     target = TARGETS[arguments.target]
-    calibration, rounding = calibrated(qmodel, data, arguments)
+    calibration, rounding, statistics = calibrated(qmodel, data, arguments, keep=arguments.report is not None)
     with steps(3) as bar:
         bar.next("exporting and comparing")
         example = {name: value[:2] for name, value in data[-1].items()}  # of the longest texts
@@ -165,7 +193,14 @@ def _write(
     # (It says the file's size, so while the file is there.)
     title = "\n".join(str(each.view().title) for each in (calibration, rounding, export) if each is not None)
     return _Made(
-        calibration, rounding, export, found, evaluate(served, held_out, qmodel, arguments.metric), judged, title
+        calibration,
+        rounding,
+        statistics,
+        export,
+        found,
+        evaluate(served, held_out, qmodel, arguments.metric),
+        judged,
+        title,
     )
 
 
@@ -187,3 +222,5 @@ def _print(made: _Made, report: dict[str, Any], arguments: argparse.Namespace) -
             print()
             show(each, arguments)
     print(f"\nwritten to {arguments.output}; the loss is that on {made.judged}, and {REPORT} has all figures")
+    if arguments.report is not None:
+        print(f"the page: {arguments.report}")

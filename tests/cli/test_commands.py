@@ -172,7 +172,9 @@ def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.Captu
     assert "usage: qdq-surgery" in capsys.readouterr().err
 
 
-COMMANDS = "quantize plan diff explain convert calibrate evaluate sensitivity tune export lint receipt rules demo"
+COMMANDS = (
+    "quantize plan diff explain convert calibrate evaluate sensitivity tune export lint receipt report rules demo"
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS.split()])

@@ -15,7 +15,7 @@ from pages import PAGES, Reader, blocks, furnish
 import qdq_surgery as qs
 
 #: What a page needs beside the package itself.
-OPTIONAL = "onnx openvino accelerate peft sentence_transformers".split()
+OPTIONAL = "onnx bokeh openvino accelerate peft sentence_transformers".split()
 LANGUAGES = {"python", "yaml", "bash", "text", "mermaid"}
 
 
@@ -27,6 +27,7 @@ def needs(page: str) -> list[str]:
     code = "\n".join(block.text for block in blocks(page))
     words = {
         "onnx": "export_onnx|qdq-surgery (export|quantize)",
+        "bokeh": r"qs\.report|qdq-surgery report",
         "openvino": 'runtime="openvino"',
         "accelerate": "QATTrainer",
     }

@@ -42,6 +42,7 @@ ORDER = [
     "prove",
     "freeze",
     "onnx_export",
+    "html_report",
     "deployment",
     "cli",
     "__init__",
@@ -54,6 +55,8 @@ HOMES = {
     "onnx": {"prove"},
     "onnx_ir": {"onnx_file", "onnx_graph", "export", "targets", "prove", "onnx_export"},
     "rich": {"text", "cli"},
+    "bokeh": {"html_report"},
+    "jinja2": {"html_report"},
 }
 
 #: Rooms that know neither Hugging Face's models nor their configs.

@@ -25,6 +25,7 @@ def test_the_wheel_carries_the_rules(tmp_path: Path) -> None:
         names = archive.namelist()
     assert {f"qdq_surgery/rules/shipped/{name}.yaml" for name in qs.shipped_rules()} <= set(names)
     assert "qdq_surgery/py.typed" in names
+    assert {f"qdq_surgery/html_report/assets/page.{kind}" for kind in ("css", "html.j2", "js")} <= set(names)
     assert not any(name.startswith(("tests", "scripts")) for name in names)
     code = (
         "import pathlib, sys, qdq_surgery as qs\n"

@@ -12,6 +12,8 @@ from architectures import batch_for, build
 from rich.console import Console
 
 import qdq_surgery as qs
+from qdq_surgery.html_report.report import Report
+from qdq_surgery.html_report.sections import Missing
 from qdq_surgery.onnx_export import Export
 from qdq_surgery.onnx_graph.findings import Finding, Findings
 from qdq_surgery.prove.parity import Check, Parity, SiteCheck
@@ -84,6 +86,7 @@ def results() -> dict[str, Result]:
         "Parity": parity,
         "Receipt": Receipt(file, "ort", "1", (1, 8), gemms, (Leftover("n", ("m.0.q",), "no kernel"),), ("s",), ("u",)),
         "Export": Export(file, "onnxruntime", 20, (), findings, parity),
+        "Report": Report(Path("r.html"), 1_500_000, 40, ("diff",), (Missing("tuning", "qs.tune(model, batches)"),)),
     }
 
 
@@ -99,7 +102,7 @@ def test_these_are_all_results(made: dict[str, Result]) -> None:
 
 NAMES = [
     *("Plan", "Diff", "Statistics", "Calibration", "Equalization", "Explanation", "Findings", "Parity", "Receipt"),
-    *("Export", "Sensitivity", "Evaluation", "Tuning", "Rounding"),
+    *("Export", "Sensitivity", "Evaluation", "Tuning", "Rounding", "Report"),
 ]
 
 
