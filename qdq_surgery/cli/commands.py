@@ -1,40 +1,82 @@
-"""The command line. Exit codes: 0 done, 1 the model or the rules cannot be used, 2 the command is wrong."""
+"""The command line. Exit codes: 0 done, 1 the model or the rules cannot be used, 2 the command is wrong.
+
+Only the command that is asked for is imported, and torch with it: ``--help`` is there at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
-from transformers.utils import logging as transformers_logging
-
-from qdq_surgery.cli.demo import DEMO_TEXTS, run_demo
-from qdq_surgery.cli.files import add_export, add_lint, add_receipt
-from qdq_surgery.cli.models import add_calibrate, add_convert, add_evaluate, add_sensitivity, add_tune
-from qdq_surgery.cli.options import Commands, say
-from qdq_surgery.cli.quantize import add_quantize
-from qdq_surgery.cli.report import add_report
-from qdq_surgery.cli.views import add_diff, add_explain, add_plan, add_rules
-from qdq_surgery.cli.wording import in_words_of_the_command
+from qdq_surgery.cli.wording import in_words_of_the_command, say
 from qdq_surgery.errors import QdqSurgeryError
 from qdq_surgery.safety.interrupt import COMMAND
+from qdq_surgery.text.optional_imports import require
 from qdq_surgery.texts.input_file import printable
 from qdq_surgery.version import __version__
 
-__all__ = ["main", "parser"]
+__all__ = ["COMMANDS", "add_completion", "main", "parser"]
+
+_SHELLS = ("bash", "zsh", "tcsh")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: What is typed.
+        help: What it is for.
+        module: The module of this package with a function ``add_NAME``, which gives a parser its arguments.
+    """
+
+    name: str
+    help: str
+    module: str
+
+    def add_to(self, command: argparse.ArgumentParser) -> None:
+        """Give a parser the command's arguments."""
+        module = importlib.import_module(f"qdq_surgery.cli.{self.module}")
+        add: Callable[[argparse.ArgumentParser], None] = getattr(module, f"add_{self.name}")
+        add(command)
+
+
+#: In the order of a user's way.
+COMMANDS = (
+    Command(
+        "quantize",
+        "the whole job: convert, calibrate, write a file for one runtime, prove it, measure the loss",
+        "quantize",
+    ),
+    Command("plan", "list the sites, the refusals and the counts; convert nothing", "views"),
+    Command("diff", "show each block's graph before and after", "views"),
+    Command("explain", "say which rule put a quantizer where, why, and what was refused", "views"),
+    Command("convert", "convert a model and write it with its rules and a report", "models"),
+    Command("calibrate", "find the ranges from texts and write the model with them", "models"),
+    Command("evaluate", "compare a calibrated model, or its file, with the float model", "models"),
+    Command("sensitivity", "measure what each site, kind of site and layer costs in INT8", "models"),
+    Command("tune", "find the ranges, scales and grids that keep a model's output best", "models"),
+    Command("export", "write a calibrated model as ONNX for one runtime, and check the file", "files"),
+    Command("lint", "say which fusion each Q/DQ pair of a file enables or blocks", "files"),
+    Command("receipt", "open a file on its runtime, and say what of it runs in INT8", "files"),
+    Command("report", "write all that is known of a converted model as one HTML file", "report"),
+    Command("rules", "list, show and check rule files", "views"),
+    Command("demo", "convert, calibrate, compare and export the real all-MiniLM-L6-v2", "demo"),
+    Command("completion", "print what makes a shell complete these commands and their options", "commands"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Mistakes of the user end in one line on standard error."""
-    commands = parser()
     words = sys.argv[1:] if argv is None else [*argv]
-    odd = next((word for word in words if "\0" in word), None)
-    if odd is not None:
-        commands.error(f"the argument {printable(odd)} holds a NUL character")
-    arguments = commands.parse_args(words)
     try:
+        arguments = _parsed(words)
         with _quiet():
             arguments.run(arguments)
     except QdqSurgeryError as error:
@@ -50,9 +92,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the command that the first word names; ends the process where that cannot be."""
+    chosen = next((word for word in words if not word.startswith("-")), "")
+    commands = parser(chosen)
+    odd = next((word for word in words if "\0" in word), None)
+    if odd is not None:
+        commands.error(f"the argument {printable(odd)} holds a NUL character")
+    names = [each.name for each in COMMANDS]
+    if chosen and chosen not in names:
+        commands.error(f"{printable(chosen)} is no command{_hint(chosen, names)}; there are {', '.join(names)}")
+    arguments, unknown = commands.parse_known_args(words)
+    if unknown:
+        named = " ".join(map(printable, unknown))
+        commands.error(f"unrecognized arguments: {named}{_hint(unknown[0].partition('=')[0], arguments.options)}")
+    return arguments
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What transformers would say, this command says itself; whoever calls it from Python has it back afterwards."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -64,43 +130,33 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands with their options, in the order of a user's way."""
+def parser(chosen: str | None = None) -> argparse.ArgumentParser:
+    """All commands, in the order of a user's way.
+
+    Args:
+        chosen: The command whose arguments are wanted, and imported; ``None``: those of all.
+    """
     made = argparse.ArgumentParser(
         prog=COMMAND, description="Put QDQBERT's quantizers into a Hugging Face encoder, by rule files."
     )
     made.add_argument("--version", action="version", version=f"{COMMAND} {__version__}")
     commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    added = (
-        add_quantize,
-        add_plan,
-        add_diff,
-        add_explain,
-        add_convert,
-        add_calibrate,
-        add_evaluate,
-        add_sensitivity,
-        add_tune,
-        add_export,
-        add_lint,
-        add_receipt,
-        add_report,
-        add_rules,
-        _add_demo,
-    )
-    for add in added:
-        add(commands)
+    wanted = [each for each in COMMANDS if chosen in (None, each.name)]
+    if wanted:
+        importlib.import_module("qdq_surgery.api")  # the whole package, in its order, as `import qdq_surgery` does
+    for each in COMMANDS:
+        command = commands.add_parser(each.name, help=each.help)
+        if each in wanted:
+            each.add_to(command)
+            command.set_defaults(options=re.findall(r"--[\w-]+", command.format_help()))
     return made
 
 
-def _add_demo(commands: Commands) -> None:
-    command = commands.add_parser("demo", help="convert, calibrate, compare and export the real all-MiniLM-L6-v2")
-    command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
-    command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
-    command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
-    command.set_defaults(run=_demo)
+def add_completion(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    command.add_argument("shell", metavar="SHELL", choices=_SHELLS, help=", ".join(_SHELLS))
+    command.set_defaults(run=_completion)
 
 
-def _demo(arguments: argparse.Namespace) -> None:
-    onnx = None if arguments.onnx is None else Path(arguments.onnx)
-    run_demo(texts=arguments.texts, onnx=onnx, overwrite=arguments.overwrite)
+def _completion(arguments: argparse.Namespace) -> None:
+    print(require("shtab", "completion", "completion").complete(parser(), arguments.shell))

@@ -6,6 +6,7 @@ English that comes with Python: the docstrings of its standard library.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import importlib.util
@@ -51,6 +52,19 @@ DEMO_TEXTS = 400
 
 _CALIBRATION_TEXTS = 128
 _BATCH = 16
+
+
+def add_demo(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
+    command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
+    command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
+    command.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    onnx = None if arguments.onnx is None else Path(arguments.onnx)
+    run_demo(texts=arguments.texts, onnx=onnx, overwrite=arguments.overwrite)
 
 
 def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bool = False) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from qdq_surgery.cli.folder import load_model
-from qdq_surgery.cli.options import Commands, output_options, show
+from qdq_surgery.cli.options import output_options, show
 from qdq_surgery.errors import OptionError
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.onnx_file.writer import writable
@@ -19,8 +19,8 @@ from qdq_surgery.text.progress import steps
 __all__ = ["add_export", "add_lint", "add_receipt"]
 
 
-def add_export(commands: Commands) -> None:
-    command = commands.add_parser("export", help="write a calibrated model as ONNX for one runtime, and check the file")
+def add_export(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote")
     command.add_argument("output", metavar="FILE", help="the ONNX file to write")
     command.add_argument("--target", choices=TARGETS, default=DEFAULT, help="(default: %(default)s)")
@@ -81,8 +81,8 @@ def _export_json(made: Export, arguments: argparse.Namespace) -> None:
         print(json.dumps(shown, indent=2))
 
 
-def add_lint(commands: Commands) -> None:
-    command = commands.add_parser("lint", help="say which fusion each Q/DQ pair of a file enables or blocks")
+def add_lint(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("file", metavar="FILE", help="an ONNX file with Q/DQ pairs, of export or of another tool")
     command.add_argument("--target", choices=TARGETS, help="(default: the one that the file was exported for)")
     output_options(command)
@@ -93,8 +93,8 @@ def _lint(arguments: argparse.Namespace) -> None:
     show(lint(arguments.file, arguments.target), arguments)
 
 
-def add_receipt(commands: Commands) -> None:
-    command = commands.add_parser("receipt", help="open a file on its runtime, and say what of it runs in INT8")
+def add_receipt(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("file", metavar="FILE", help="an ONNX file that export wrote")
     command.add_argument("--target", choices=TARGETS, help="(default: the one that the file was exported for)")
     command.add_argument("--layers", metavar="JSON", help="for tensorrt: what trtexec --exportLayerInfo wrote")

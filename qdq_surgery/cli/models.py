@@ -9,7 +9,6 @@ from qdq_surgery.cli.folder import save_model
 from qdq_surgery.cli.options import (
     FOLDER_HELP,
     RULES,
-    Commands,
     batches,
     calibrated,
     check_loss,
@@ -45,8 +44,8 @@ from qdq_surgery.tuning.search import tune
 __all__ = ["add_calibrate", "add_convert", "add_evaluate", "add_sensitivity", "add_tune"]
 
 
-def add_convert(commands: Commands) -> None:
-    command = commands.add_parser("convert", help="convert a model and write it with its rules and a report")
+def add_convert(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     model_options(command, converted=False)
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
     command.set_defaults(run=_convert)
@@ -64,8 +63,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {arguments.output}; its ranges are not calibrated yet")
 
 
-def add_calibrate(commands: Commands) -> None:
-    command = commands.add_parser("calibrate", help="find the ranges from texts and write the model with them")
+def add_calibrate(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", metavar="MODEL_DIR", help=f"{FOLDER_HELP}, with its tokenizer; converted or not")
     texts_argument(command)
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder")
@@ -100,8 +99,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {arguments.output}")
 
 
-def add_evaluate(commands: Commands) -> None:
-    command = commands.add_parser("evaluate", help="compare a calibrated model, or its file, with the float model")
+def add_evaluate(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote, with its tokenizer")
     texts_argument(command)
     class_option(command)
@@ -128,8 +127,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check_loss(found, arguments)
 
 
-def add_sensitivity(commands: Commands) -> None:
-    command = commands.add_parser("sensitivity", help="measure what each site, kind of site and layer costs in INT8")
+def add_sensitivity(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote, with its tokenizer")
     texts_argument(command)
     class_option(command)
@@ -164,8 +163,8 @@ def _sensitivity(arguments: argparse.Namespace) -> None:
     show(made.folded() if arguments.fold else made, arguments)
 
 
-def add_tune(commands: Commands) -> None:
-    command = commands.add_parser("tune", help="find the ranges, scales and grids that keep a model's output best")
+def add_tune(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", metavar="MODEL_DIR", help=f"{FOLDER_HELP}, with its tokenizer; not converted")
     texts_argument(command)
     command.add_argument("output", metavar="RULES_FILE", help="the rule file to write, a new .yaml")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,10 +14,10 @@ from qdq_surgery.calibration.collect import Statistics, collect
 from qdq_surgery.calibration.ranges import Calibration, calibrate
 from qdq_surgery.calibration.rounding import Rounding, round_weights
 from qdq_surgery.cli.folder import load_model
+from qdq_surgery.cli.wording import say
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import ModelError
 from qdq_surgery.onnx_file.opened import open_exported
-from qdq_surgery.safety.interrupt import COMMAND
 from qdq_surgery.sensitivity.evaluate import Evaluation
 from qdq_surgery.sensitivity.output_error import DEFAULT as DEFAULT_METRIC
 from qdq_surgery.sensitivity.output_error import METRICS
@@ -32,7 +30,6 @@ from qdq_surgery.texts.samples import Sample
 __all__ = [
     "FOLDER_HELP",
     "RULES",
-    "Commands",
     "batches",
     "calibrated",
     "check_loss",
@@ -45,7 +42,6 @@ __all__ = [
     "output_options",
     "rounding_option",
     "runtime_of",
-    "say",
     "show",
     "text_options",
     "texts_argument",
@@ -59,17 +55,6 @@ _WIDEST = 10_000
 
 class _Implied(str):
     """What an option is that nobody gave."""
-
-
-#: Where a command is added to.
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
-def say(what: str, text: str) -> None:
-    """A line on standard error, under the command's name."""
-    # Without anything that a terminal obeys: names and texts of others may be in it.
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)
 
 
 def texts_argument(command: argparse.ArgumentParser, optional: bool = False) -> None:

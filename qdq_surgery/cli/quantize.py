@@ -19,7 +19,6 @@ from qdq_surgery.calibration.rounding import Rounding
 from qdq_surgery.checkpoint.report import report_of
 from qdq_surgery.cli.options import (
     FOLDER_HELP,
-    Commands,
     batches,
     calibrated,
     check_loss,
@@ -28,12 +27,12 @@ from qdq_surgery.cli.options import (
     loss_options,
     output_options,
     rounding_option,
-    say,
     show,
     text_options,
     texts_argument,
 )
 from qdq_surgery.cli.report import check_report, diff_of
+from qdq_surgery.cli.wording import say
 from qdq_surgery.convert import convert
 from qdq_surgery.deployment.card import Deployed, base_name, card
 from qdq_surgery.deployment.folder import CARD, FILE, REPORT, deployed_folder, model_files, write_own_form, write_report
@@ -60,10 +59,8 @@ _EVERY = 5
 _FEW = 10
 
 
-def add_quantize(commands: Commands) -> None:
-    command = commands.add_parser(
-        "quantize", help="the whole job: convert, calibrate, write a file for one runtime, prove it, measure the loss"
-    )
+def add_quantize(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", metavar="MODEL_DIR", help=f"{FOLDER_HELP}, with its tokenizer; not converted")
     texts_argument(command)
     command.add_argument("output", metavar="OUTPUT_DIR", help="a new folder, as runtimes and other tools load it")

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.calibration.collect import collect
 from qdq_surgery.cli.options import (
-    Commands,
     batches,
     class_option,
     load,
@@ -80,8 +79,8 @@ def diff_of(qmodel: PreTrainedModel) -> Diff:
     return diff(copy.deepcopy(qmodel).dequantize(), qmodel)
 
 
-def add_report(commands: Commands) -> None:
-    command = commands.add_parser("report", help="write all that is known of a converted model as one HTML file")
+def add_report(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     command.add_argument("model", metavar="MODEL_DIR", help="a folder that calibrate wrote, with its tokenizer")
     command.add_argument("output", metavar="HTML", help="the file to write, a new .html")
     texts_argument(command, optional=True)

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from qdq_surgery.cli.options import (
     RULES,
-    Commands,
     check_rules,
     class_option,
     load,
@@ -30,8 +29,8 @@ from qdq_surgery.text.view import Column, Table
 __all__ = ["add_diff", "add_explain", "add_plan", "add_rules"]
 
 
-def add_plan(commands: Commands) -> None:
-    command = commands.add_parser("plan", help="list the sites, the refusals and the counts; convert nothing")
+def add_plan(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     model_options(command)
     output_options(command)
     command.set_defaults(run=_plan)
@@ -47,8 +46,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     show(made, arguments)
 
 
-def add_diff(commands: Commands) -> None:
-    command = commands.add_parser("diff", help="show each block's graph before and after")
+def add_diff(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     model_options(command)
     output_options(command)
     command.set_defaults(run=_diff)
@@ -69,8 +68,8 @@ def _diff(arguments: argparse.Namespace) -> None:
     show(made, arguments)
 
 
-def add_explain(commands: Commands) -> None:
-    command = commands.add_parser("explain", help="say which rule put a quantizer where, why, and what was refused")
+def add_explain(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     model_options(command)
     command.add_argument("path", metavar="MODULE", nargs="?", default="", help="such as encoder.layer.0 (default: all)")
     output_options(command)
@@ -84,8 +83,8 @@ def _explain(arguments: argparse.Namespace) -> None:
     show(explain(qmodel, arguments.path), arguments)
 
 
-def add_rules(commands: Commands) -> None:
-    command = commands.add_parser("rules", help="list, show and check rule files")
+def add_rules(command: argparse.ArgumentParser) -> None:
+    """Its arguments."""
     actions = command.add_subparsers(title="actions", required=True, metavar="ACTION")
     action = actions.add_parser("list", help="the rule sets that come with the package")
     action.set_defaults(run=_rules_list)

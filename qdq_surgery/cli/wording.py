@@ -1,8 +1,12 @@
-"""Advice of errors in the words of the command line: what to type there, in place of arguments that Python has."""
+"""What the command line says beside its results, and advice of errors in its words: what to type, not Python."""
 
 from __future__ import annotations
 
-__all__ = ["ADVICE", "in_words_of_the_command"]
+import sys
+
+from qdq_surgery.safety.interrupt import COMMAND
+
+__all__ = ["ADVICE", "in_words_of_the_command", "say"]
 
 _EXAMPLES = "the command makes its example inputs from config.json: correct that, or convert the model in Python"
 _CALIBRATE = "qdq-surgery calibrate MODEL_DIR TEXTS OUTPUT_DIR"
@@ -27,3 +31,10 @@ def in_words_of_the_command(message: str) -> str:
     for python, words in ADVICE.items():
         message = message.replace(python, words)
     return message
+
+
+def say(what: str, text: str) -> None:
+    """A line on standard error, under the command's name."""
+    # Without anything that a terminal obeys: names and texts of others may be in it.
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)

@@ -9,7 +9,7 @@ import sys
 from pathlib import PurePath
 from types import TracebackType
 
-__all__ = ["COMMAND", "is_command", "quiet_interrupt"]
+__all__ = ["COMMAND", "IS_COMMAND", "is_command", "quiet_interrupt"]
 
 COMMAND = "qdq-surgery"
 
@@ -35,5 +35,8 @@ def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Trac
         sys.__excepthook__(kind, error, trace)
 
 
-if is_command(getattr(sys, "argv", []), sys.orig_argv):
+#: Of this process.
+IS_COMMAND = is_command(getattr(sys, "argv", []), sys.orig_argv)
+
+if IS_COMMAND:
     sys.excepthook = quiet_interrupt

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import BertForTokenClassification, GPT2Config, GPT2Model
 
 import qdq_surgery as qs
-from qdq_surgery.cli.commands import main
+from qdq_surgery.cli.commands import COMMANDS, main
 from qdq_surgery.cli.folder import load_model, save_model
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.text import progress
@@ -172,12 +172,69 @@ def test_a_wrong_command_exits_with_2(arguments: list[str], capsys: pytest.Captu
     assert "usage: qdq-surgery" in capsys.readouterr().err
 
 
-COMMANDS = (
-    "quantize plan diff explain convert calibrate evaluate sensitivity tune export lint receipt report rules demo"
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["quantise", "x"], "'quantise' is no command (did you mean quantize?); there are quantize, plan, "),
+        (["xyz"], "'xyz' is no command; there are quantize, plan, "),
+        (["plan", "x", "--rulse", "y"], "unrecognized arguments: '--rulse' 'y' (did you mean --rules?)"),
+        (["plan", "x", "--jsno=1"], "unrecognized arguments: '--jsno=1' (did you mean --json?)"),
+        (["plan", "x", "y"], "unrecognized arguments: 'y'\n"),
+    ],
 )
+def test_what_is_misspelt_is_told_what_was_meant(
+    arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert meant in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS.split()])
+@pytest.mark.parametrize("words", ["--help", "--version", "nothing-of-the-kind"])
+def test_torch_is_not_imported_for_what_needs_no_command(words: str) -> None:
+    """A process that is the command, whose first argument is its own name."""
+    code = (
+        "import sys; sys.argv = ['qdq-surgery', *sys.argv[1:]]\n"
+        "from qdq_surgery.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    print(*sys.modules.keys() & {'torch', 'transformers', 'numpy'})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("\n")
+    assert done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.slow
+def test_as_the_command_the_package_is_whole(folder: Path) -> None:
+    """What runs in it imports names of the package as everybody does, and loads folders that are converted."""
+    code = (
+        "import sys; sys.argv = ['qdq-surgery', *sys.argv[1:]]\n"
+        "from qdq_surgery.cli import main\n"
+        "assert main() == 0\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "print('qdq_surgery' in AUTO_QUANTIZER_MAPPING)\n"
+    )
+    command = [sys.executable, "-c", code, "plan", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "40 quantizers by rule set qdqbert" in done.stdout
+    assert done.stdout.splitlines()[-1] == "True"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_options(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    printed = capsys.readouterr().out
+    assert all(each.name in printed for each in COMMANDS)
+    assert "round-weights" in printed
+    if shell == "bash":
+        done = subprocess.run(
+            ["bash", "-c", f"{printed}\ncomplete -p qdq-surgery"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.rstrip().endswith("qdq-surgery")
+
+
+@pytest.mark.parametrize("command", ["", *(each.name for each in COMMANDS)])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
