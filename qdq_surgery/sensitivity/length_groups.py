@@ -22,8 +22,8 @@ __all__ = ["Group", "length_groups"]
 #: A row of a batch.
 _Row: TypeAlias = tuple[RowBatch, int]
 
-#: Batches that are looked at together.
-_WINDOW = 64
+#: Batches that are looked at together, and the bytes after which no more of them are read ahead.
+_WINDOW, _BYTES = 64, 1 << 28
 
 #: Tokens of a group, where the user's own batches are smaller.
 _TOKENS = 2048
@@ -74,14 +74,26 @@ def length_groups(
     """
     numbered = ((index, prepared(model, batch, index)) for index, batch in enumerate(batches))
     free = run is not None and not getattr(model.config, "is_encoder_decoder", False)
-    while window := list(itertools.islice(numbered, _WINDOW if free else 1)):
+    while window := _read_ahead(numbered) if free else list(itertools.islice(numbered, 1)):
         groups = _by_length(model, [inputs for _, inputs in window], run) if free and run is not None else None
         if groups is None:
             yield from (Group(inputs, f"batch {index}") for index, inputs in window)
             continue
         first, last = window[0][0], window[-1][0]
-        name = f"batch {first}" if first == last else f"batches {first} to {last}, rows sorted by length"
-        yield from (Group(inputs, name, len(window) / len(groups)) for inputs in groups)
+        name = f"batch {first}" if first == last else f"batches {first} to {last}"
+        yield from (Group(inputs, f"{name}, rows sorted by length", len(window) / len(groups)) for inputs in groups)
+
+
+def _read_ahead(numbered: Iterator[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    found: list[tuple[int, dict[str, Any]]] = []
+    held = 0
+    while len(found) < _WINDOW and held < _BYTES:
+        each = next(numbered, None)
+        if each is None:
+            break
+        found.append(each)
+        held += sum(value.nbytes for value in each[1].values() if isinstance(value, Tensor))
+    return found
 
 
 def _by_length(

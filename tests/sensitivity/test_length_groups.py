@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -134,6 +134,33 @@ def test_the_figures_are_those_of_the_batches(head: str, monkeypatch: pytest.Mon
 
 def real(batch: Mapping[str, Tensor]) -> int:
     return int(batch["attention_mask"].sum())
+
+
+def test_what_is_large_is_not_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = build("bert", "BertModel").eval(), []
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for index, each in enumerate(batches_of(rows=64)):
+            read.append(index)
+            yield each
+
+    monkeypatch.setattr(MODULE, "_BYTES", 1)
+    groups = length_groups(model, batches(), lambda inputs: model(**inputs))
+    assert next(groups).name == "batch 0, rows sorted by length"
+    assert read == [0]
+    assert {each.name.partition(",")[0] for each in groups} == {"batch 0", "batch 1", "batch 2"}
+
+
+@pytest.mark.parametrize("metric", ["mse", "kl"])
+def test_scores_of_tokens_have_the_same_figures(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel = qs.convert(build("bert", "BertForQuestionAnswering"))
+    batches = batches_of()
+    qs.calibrate(qmodel, batches)
+    found = qs.sensitivity(qmodel, batches, metric, sites=False, kinds=False)
+    monkeypatch.setattr(MODULE, "_LEAST", 10**9)
+    wanted = qs.sensitivity(qmodel, batches, metric, sites=False, kinds=False)
+    assert found.to_json() != wanted.to_json()
+    assert found.int8 == pytest.approx(wanted.int8, rel=0.02)
 
 
 def test_a_metric_of_the_user_s_sees_the_user_s_batches() -> None:
