@@ -30,6 +30,7 @@ from qdq_surgery.checkpoint.reconcile import (
     check_known,
     check_ranges,
     check_sites,
+    refused_tables,
     roundings_of,
     take_state,
 )
@@ -183,7 +184,9 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         names = Names(model, found)
         ranges = {names.loaded(name): value for name, value in self._stored.ranges.items()}
         record = self.quantization_config.record
-        check_known(found, ranges, model)
+        record_class = None if record is None else record.model
+        left = refused_tables(plan_of(model)) if record_class != type(model).__name__ else set()
+        check_known(found, ranges, model, left)
         check_fits(self._implants, ranges, self._stored.zeros)
         roundings = roundings_of(self._implants, ranges, self._stored.roundings, record, names)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None

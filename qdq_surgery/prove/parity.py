@@ -318,9 +318,9 @@ class _Forced:
         """The same of the rows that are looked up in a table."""
         site = self._site(name, output)
         theirs = torch.from_numpy(self._values[site.value].astype(np.float32)).reshape(output.shape)
-        scale = _scale(embedding._weight_quantizer, embedding.ranges_of(rows))
-        given = functional.embedding(rows, embedding.weight).float().cpu()
-        self.checks.append(self._compare(name, scale, given, output.float().cpu(), theirs, site))
+        given = functional.embedding(rows, embedding.weight)
+        scale = _scale(embedding._weight_quantizer, embedding.ranges_of(rows, given))
+        self.checks.append(self._compare(name, scale, given.float().cpu(), output.float().cpu(), theirs, site))
         return theirs.to(output)
 
     def _site(self, name: str, output: Tensor) -> Site:

@@ -40,19 +40,25 @@ class QuantEmbedding(nn.Embedding):
             self._check_rows()
         if _by_row(quantizer, self.weight):
             rows: Tensor = super().forward(input)
-            return quantizer._rounded(rows, self.ranges_of(input))
+            return quantizer._rounded(rows, self.ranges_of(input, rows))
         table: Tensor = quantizer(self.weight)
         return functional.embedding(
             input, table, self.padding_idx, None, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse
         )
 
-    def ranges_of(self, rows: Tensor) -> Tensor:
-        """The range of each of ``rows``, (..., 1); where there is one for all of them, or for each column, that."""
+    def ranges_of(self, input: Tensor, rows: Tensor) -> Tensor:  # noqa: A002
+        """The range of each of ``rows``, (..., 1); where there is one for all of them, or for each column, that.
+
+        Args:
+            input: Their numbers.
+        """
         quantizer = self._weight_quantizer
+        if quantizer.amax is None and quantizer.axes == (0,):
+            return rows.detach().abs().amax(-1, keepdim=True) * (quantizer._scale_amax or 1.0)
         amax: Tensor = quantizer._get_amax(self.weight)
         if quantizer.learns and torch.is_grad_enabled():
             amax.data.clamp_(min=SMALLEST_LEARNED)  # an optimizer knows of no limit
-        return functional.embedding(rows, amax) if amax.ndim == 2 and amax.shape[0] > 1 else amax
+        return functional.embedding(input, amax) if amax.ndim == 2 and amax.shape[0] > 1 else amax
 
     def _check_rows(self) -> None:
         """Whether there is a range for each row: a table may have been made longer."""
