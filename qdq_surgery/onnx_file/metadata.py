@@ -29,7 +29,7 @@ _LARGEST = 2**40
 
 @dataclass
 class Site:
-    """One pair of QuantizeLinear and DequantizeLinear, an int8 weight and its DequantizeLinear, or a lookup of int8 rows.
+    """One pair of QuantizeLinear and DequantizeLinear; or an int8 weight, or looked up int8 rows, dequantized.
 
     Attributes:
         quantizers: Qualified names of the PyTorch quantizers that it stands for: more than one where they read one

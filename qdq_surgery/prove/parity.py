@@ -15,7 +15,7 @@ they differ by no more than half of that, or are as near to the float model's as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -291,7 +291,8 @@ class _Forced:
 
     def __enter__(self) -> _Forced:
         for name, sites in self._sites.items():
-            module, replace = self._modules[name], self._replace
+            module: nn.Module = self._modules[name]
+            replace: Callable[..., Tensor] = self._replace
             if sites[0].rows is not None:
                 module, replace = self._model.get_submodule(name.rpartition(".")[0]), self._replace_rows
             hook = module.register_forward_hook(

@@ -74,7 +74,7 @@ class QuantEmbedding(nn.Embedding):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}weight" in state_dict:
             self._weight_quantizer.set_rounding(None)  # as in a linear
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         name = f"{prefix}_weight_quantizer._amax"
         amax, steps = state_dict.get(name), state_dict.get(f"{prefix}_weight_quantizer._rounding")
         if amax is not None and amax.ndim > 0:

@@ -167,7 +167,7 @@ def test_a_list_of_sites_that_is_of_another_graph_is_refused(
         assert open_exported(tmp_path / "changed.onnx").sites
 
 
-def test_what_has_no_form_is_refused(written: dict[str, Any], tmp_path: Path) -> None:
+def test_what_has_no_form_is_refused(tmp_path: Path) -> None:
     qmodel = calibrated(rules="openvino", vocab_size=1100, num_hidden_layers=1)
     for name, each in qs.quantizers(qmodel).items():
         if name != WORDS:
