@@ -11,7 +11,11 @@ import qdq_surgery.safety.interrupt
 
 # isort: split
 # Before what else imports pytorch-quantization.
-import qdq_surgery.safety.upstream  # noqa: F401
+import qdq_surgery.safety.upstream
+
+# isort: split
+# What transformers loads frozen models by.
+import qdq_surgery.load_frozen  # noqa: F401
 
 # isort: split
 from qdq_surgery.calibration.collect import Statistics, collect

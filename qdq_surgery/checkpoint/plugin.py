@@ -49,7 +49,7 @@ from qdq_surgery.surgery.apply import Implant, implant, prepare, restore
 from qdq_surgery.surgery.model_state import is_converted, plan_of, quantizers
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 
-__all__ = ["QDQQuantizer", "adopt"]
+__all__ = ["Patterns", "QDQQuantizer", "adopt"]
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ logger = logging.get_logger(__name__)
 _OWN_ATTENTION = (None, "eager", QDQ_ATTENTION)
 
 
-class _Patterns(list[str]):
+class Patterns(list[str]):
     """Early versions of transformers 5 add lists of patterns, later ones unite sets."""
 
     def __or__(self, other: Iterable[str]) -> set[str]:
@@ -139,7 +139,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
             ignored = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, STATE_PATTERN])
+            model._keys_to_ignore_on_load_unexpected = Patterns([*ignored, STATE_PATTERN])
         return model
 
     def _prepare_by_lock(self, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> bool:
