@@ -184,7 +184,7 @@ def _read(file: Any, key: str, shape: tuple[int, int]) -> Tensor:
     found = tuple(part.get_shape())
     if part.get_dtype() != "I8" or found != shape:
         raise ModelError(
-            f"the checkpoint has {quoted(key)} as {part.get_dtype()} of the shape {quoted(found)}, wanted int8 of "
+            f"the checkpoint has {quoted(key)} as {part.get_dtype()} of the shape {str(found)[:80]}, wanted int8 of "
             f"{shape}; {_CHANGED}"
         )
     tensor: Tensor = file.get_tensor(key)
@@ -228,7 +228,8 @@ def _state_in(metadata: Mapping[str, str], model: PreTrainedModel, origin: Froze
         epilogues = tuple(_epilogue(item, model) for item in notes["epilogues"].items())
         if len({each.linear for each in epilogues} | {each.function for each in epilogues}) < 2 * len(epilogues):
             notes["epilogues"].refuse("each linear and each function once")
-        shared = {block: _groups(item, block, model) for block, item in notes["shared"].entries().items()}
+        modules = dict(model.named_modules())
+        shared = {block: _groups(item, block, modules) for block, item in notes["shared"].entries().items()}
     except DamagedError as error:
         logger.warning(f"{error}; the model is looked at anew, which needs none")
         return None
@@ -245,15 +246,15 @@ def _epilogue(item: Item, model: nn.Module) -> Epilogue:
     return made
 
 
-def _groups(item: Item, block: str, model: nn.Module) -> tuple[tuple[str, ...], ...]:
+def _groups(item: Item, block: str, modules: Mapping[str, nn.Module]) -> tuple[tuple[str, ...], ...]:
     """Groups of linears that lie in one block."""
     made = tuple(
         tuple(path.text(pattern=MODULE_PATH, wanted="the path of a module") for path in group.items())
         for group in item.items()
     )
-    paths = [path for group in made for path in group]
-    modules = dict(model.named_modules())
-    fits = all(path.startswith(f"{block}.") and isinstance(modules.get(path), IntegerLinear) for path in paths)
-    if not made or not fits or block not in modules or isinstance(modules[block], nn.ModuleList):
+    inside = all(
+        path.startswith(f"{block}.") and isinstance(modules.get(path), IntegerLinear) for g in made for path in g
+    )
+    if not made or not inside or block not in modules or isinstance(modules[block], nn.ModuleList):
         item.refuse(f"integer linears in the block {quoted(block)}")
     return made
