@@ -2,9 +2,10 @@
 
     python scripts/benchmark_load.py [--runs 15] [--processes 5] [--frozen]
 
-Float and quantized (``--frozen``: frozen by the rules ``pytorch``) take turns in one process; what counts is the ratio of the medians. Then the same with a fresh
+Float and quantized take turns in one process; what counts is the ratio of the medians. Then the same with a fresh
 process for each loading (imports not counted), and the first forward after loading, in which the quantized model
-records its graphs. Both are loaded by the auto class from files that the operating system has in memory.
+records its graphs. Both are loaded by the auto class from files that the operating system has in memory. ``--frozen``:
+the other model is frozen, by the rules ``pytorch``.
 """
 
 from __future__ import annotations
