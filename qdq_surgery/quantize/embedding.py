@@ -90,7 +90,6 @@ def _by_row(quantizer: TensorQuantizer, table: Tensor) -> bool:
     """Whether rows can be rounded after they were looked up, and nobody wants to see the whole table."""
     watched = quantizer._if_calib or quantizer._forward_hooks or quantizer._forward_pre_hooks
     odd = quantizer._modules or not quantizer._fake_quant or quantizer.use_fb_fake_quant  # clips, integers, no rows
-    fixed = quantizer.amax is not None and quantizer.rounding is None
-    return (
-        quantizer.quantizes and fixed and not odd and not watched and not is_tagged() and not exporting_to_onnx(table)
-    )
+    by_row = quantizer.rounding is None and (quantizer.amax is not None or quantizer.axes == (0,))
+    inside = is_tagged() or exporting_to_onnx(table)
+    return quantizer.quantizes and by_row and not odd and not watched and not inside

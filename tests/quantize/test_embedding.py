@@ -59,8 +59,9 @@ def test_rows_are_those_of_a_rounded_table(axis: int | None, amax: Any, options:
     assert not torch.equal(embedding(IDS), functional.embedding(IDS, embedding.weight))
 
 
-def test_the_whole_table_is_not_rounded_for_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    embedding, sizes = swapped(table()), []
+@pytest.mark.parametrize("amax", ["own", None], ids=["fixed", "none"])
+def test_the_whole_table_is_not_rounded_for_a_few_rows(amax: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding, sizes = swapped(table(), amax=amax), []
     rounded = TensorQuantizer._rounded
 
     def counted(self: TensorQuantizer, inputs: Tensor, amax: Tensor | None = None) -> Tensor:
@@ -68,6 +69,8 @@ def test_the_whole_table_is_not_rounded_for_a_few_rows(monkeypatch: pytest.Monke
         return rounded(self, inputs, amax)
 
     monkeypatch.setattr(TensorQuantizer, "_rounded", counted)
+    if amax is None:
+        monkeypatch.setattr(TensorQuantizer, "_get_amax", None)
     embedding(IDS)
     assert sizes == [(*IDS.shape, COLUMNS)]
 
