@@ -49,9 +49,9 @@ class PackedWeight:
     @property
     def packed(self) -> Tensor:
         """In oneDNN's layout; the plain ones are given up for it."""
-        packed, plain = self._packed, self._plain
+        # Two threads may both do it. The plain ones are looked at first, and go last: whoever finds none finds the others.
+        plain, packed = self._plain, self._packed
         if packed is None:
-            # (Two threads may both do it: each assigns the packed ones before the plain ones go.)
             assert plain is not None
             packed = self._packed = torch.ops.onednn.qlinear_prepack(plain.contiguous(), None)
             self._plain = None
