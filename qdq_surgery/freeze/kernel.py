@@ -49,7 +49,7 @@ class PackedWeight:
     @property
     def packed(self) -> Tensor:
         """In oneDNN's layout; the plain ones are given up for it."""
-        # Two threads may both do it. The plain ones are looked at first, and go last: whoever finds none finds the others.
+        # Two threads may both do it. The plain ones are looked at first, and go last: who finds none finds the others.
         plain, packed = self._plain, self._packed
         if packed is None:
             assert plain is not None
