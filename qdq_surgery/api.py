@@ -4,7 +4,11 @@ Only the command line begins without: it answers ``--help`` at once.
 """
 
 # Before what else imports pytorch-quantization.
-import qdq_surgery.safety.upstream  # noqa: F401
+import qdq_surgery.safety.upstream
+
+# isort: split
+# What transformers loads frozen models by.
+import qdq_surgery.load_frozen  # noqa: F401
 
 # isort: split
 from qdq_surgery.calibration.collect import Statistics, collect

@@ -1,10 +1,11 @@
-"""Time from_pretrained of a quantized, calibrated BERT-base against that of the float model.
+"""Time from_pretrained of a quantized BERT-base, or of a frozen one, against that of the float model.
 
-    python scripts/benchmark_load.py [--runs 15] [--processes 5]
+    python scripts/benchmark_load.py [--runs 15] [--processes 5] [--frozen]
 
 Float and quantized take turns in one process; what counts is the ratio of the medians. Then the same with a fresh
 process for each loading (imports not counted), and the first forward after loading, in which the quantized model
-records its graphs. Both are loaded by the auto class from files that the operating system has in memory.
+records its graphs. Both are loaded by the auto class from files that the operating system has in memory. ``--frozen``:
+the other model is frozen, by the rules ``pytorch``.
 """
 
 from __future__ import annotations
@@ -69,21 +70,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=15, help="loadings of each in one process")
     parser.add_argument("--processes", type=int, default=5, help="loadings of each in a process of its own")
+    parser.add_argument("--frozen", action="store_true", help="a frozen model in place of a quantized one")
     arguments = parser.parse_args()
+    other = "frozen" if arguments.frozen else "quantized"
     absl_logging.set_verbosity(absl_logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     batch = {"input_ids": torch.randint(1000, 20000, (8, 128)), "attention_mask": torch.ones(8, 128, dtype=torch.long)}
     with tempfile.TemporaryDirectory() as temporary:
-        plain, quantized = Path(temporary) / "float", Path(temporary) / "quantized"
+        plain, quantized = Path(temporary) / "float", Path(temporary) / other
         model = BertForSequenceClassification(BertConfig()).eval()
         model.save_pretrained(plain)
-        qs.convert(model, inplace=True)
+        qs.convert(model, "pytorch" if arguments.frozen else "qdqbert", inplace=True)
         qs.calibrate(model, [batch])
+        if arguments.frozen:
+            qs.freeze(model, inplace=True)
         model.save_pretrained(quantized)
         del model
-        folders = {"float": plain, "quantized": quantized}
+        folders = {"float": plain, other: quantized}
         load(plain), load(quantized)
         warm: dict[str, list[float]] = {name: [] for name in folders}
         for _ in range(arguments.runs):
@@ -117,7 +122,7 @@ def main() -> None:
     table.add_row(
         "files",
         *(f"{size / 1e6:.1f} MB" for size in sizes.values()),
-        f"{sizes['quantized'] / sizes['float']:.3f}",
+        f"{sizes[other] / sizes['float']:.3f}",
     )
     Console(width=120).print(table)
 

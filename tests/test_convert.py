@@ -143,7 +143,7 @@ def test_inplace_changes_the_model_itself_and_shares_everything() -> None:
     assert fired == [1]
 
 
-@pytest.mark.parametrize("after", ["_own_configs", "_swap_linear", "_rewrite"])
+@pytest.mark.parametrize("after", ["_own_configs", "_swap_module", "_rewrite"])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_failure_half_way_leaves_the_model_as_it_was(
     after: str, inplace: bool, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from qdq_surgery.numerics.range_choice import PERCENTILES, RANGE_METHODS, choose
 from qdq_surgery.numerics.range_methods import relative_error
 from qdq_surgery.padding.call_padding import Padding
 from qdq_surgery.quantize.calibrators import HistogramCalibrator, MaxCalibrator, MomentCalibrator, Watch
+from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random
@@ -36,6 +37,7 @@ from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, numbe
 __all__ = [
     "Seen",
     "Statistics",
+    "Weighted",
     "activation_quantizers",
     "collect",
     "only_borrower",
@@ -43,6 +45,9 @@ __all__ = [
     "unwrapped",
     "weight_quantizers",
 ]
+
+#: A module whose weight has a quantizer of its own.
+Weighted: TypeAlias = QuantLinear | QuantEmbedding
 
 #: Seed of the dropout that rules may ask for.
 _SEED = 0
@@ -209,12 +214,12 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     return model
 
 
-def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, QuantLinear]]:
-    """The quantizers of linears' weights that are enabled, each with its linear."""
+def weight_quantizers(model: nn.Module) -> dict[str, tuple[TensorQuantizer, Weighted]]:
+    """The quantizers of linears' weights and of embeddings' tables that are enabled, each with its module."""
     return {
         f"{name}._weight_quantizer": (module._weight_quantizer, module)
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and module._weight_quantizer is not None
+        if isinstance(module, (QuantLinear, QuantEmbedding)) and module._weight_quantizer is not None
         if module._weight_quantizer.enabled
     }
 
@@ -225,7 +230,7 @@ def planned_name(name: str, quantizer: TensorQuantizer) -> str:
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
-    """The quantizers that are enabled and see something when the model runs: all but those of linears' weights.
+    """The quantizers that are enabled and see something when the model runs: all but those of weights of modules.
 
     Among them is a constant that a block multiplies by; its role is a weight's, too.
     """
@@ -239,7 +244,7 @@ def _channels(model: PreTrainedModel, watched: Mapping[str, TensorQuantizer]) ->
     return {
         names[id(linear._input_quantizer)]: linear.in_features
         for _, linear in weight_quantizers(model).values()
-        if id(linear._input_quantizer) in names
+        if isinstance(linear, QuantLinear) and id(linear._input_quantizer) in names
     }
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.calibration.collect import (
     Seen,
     Statistics,
+    Weighted,
     activation_quantizers,
     collect,
     planned_name,
@@ -180,9 +181,9 @@ def find_ranges(
     data: Statistics,
     activations: Mapping[str, TensorQuantizer],
     methods: Mapping[str, CalibratorSpec],
-    weights: Mapping[str, tuple[TensorQuantizer, QuantLinear]],
+    weights: Mapping[str, tuple[TensorQuantizer, Weighted]],
 ) -> dict[str, FoundRange]:
-    """The ranges of ``activations`` from the statistics, then those of ``weights`` from the linears.
+    """The ranges of ``activations`` from the statistics, then those of ``weights`` from the modules.
 
     A weight is rounded after its columns took the scales of its input, the new ones where they are found here.
 
@@ -198,9 +199,9 @@ def find_ranges(
     for name, quantizer in track(activations.items(), "computing ranges", len(activations)):
         found[name] = _activation_range(name, quantizer, data.seen[name], methods[name], linears.get(id(quantizer)))
     scales = {id(each.quantizer): channel_scale(each.amax) for each in found.values() if each.quantizer.scaled}
-    for name, (quantizer, linear) in track(weights.items(), "weights", None):
-        scale = scales.get(id(linear._input_quantizer), linear.channel_scale)
-        found[name] = weight_range(name, quantizer, linear.weight, scale)
+    for name, (quantizer, module) in track(weights.items(), "weights", None):
+        scale = scales.get(id(module._input_quantizer), module.channel_scale)
+        found[name] = weight_range(name, quantizer, module.weight, scale)
     return found
 
 

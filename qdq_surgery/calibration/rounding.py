@@ -104,7 +104,9 @@ def round_weights(qmodel: nn.Module, batches: Iterable[Mapping[str, Any]] | Stat
         ModelError: The model is not converted.
     """
     model = unwrapped(qmodel)
-    weights, names = weight_quantizers(model), {id(each): name for name, each in activation_quantizers(model).items()}
+    # (What an embedding looks up is multiplied by nothing: nearest is best.)
+    weights = {n: (q, each) for n, (q, each) in weight_quantizers(model).items() if isinstance(each, QuantLinear)}
+    names = {id(each): name for name, each in activation_quantizers(model).items()}
     inputs = {name: names.get(id(linear._input_quantizer)) for name, (_, linear) in weights.items()}
     if not any(inputs.values()):
         raise CalibrationError("no linear has a quantizer on its weight and one on its input that are both enabled")

@@ -57,7 +57,7 @@ def fix_ranges(qmodel: nn.Module) -> None:
 
 
 def recalibrate_weights(qmodel: nn.Module) -> None:
-    """Find the ranges of all linears' weights again, from the weights as they are now.
+    """Find the ranges of all weights of linears and embeddings again, from the weights as they are now.
 
     Training has moved them, or merging adapters has.
 
@@ -70,8 +70,8 @@ def recalibrate_weights(qmodel: nn.Module) -> None:
     """
     model = unwrapped(qmodel)
     found = {
-        name: weight_range(name, quantizer, linear.weight, linear.channel_scale)
-        for name, (quantizer, linear) in weight_quantizers(model).items()
+        name: weight_range(name, quantizer, module.weight, module.channel_scale)
+        for name, (quantizer, module) in weight_quantizers(model).items()
         if not quantizer.learns
     }
     share_ranges_found(model, found)

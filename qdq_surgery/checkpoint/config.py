@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qdq_surgery.checkpoint.quantizer_states import Record
+from qdq_surgery.checkpoint.quantizer_states import Folded, Record, expanded_names, folded_names
 from qdq_surgery.errors import ModelError, RuleFileError
 from qdq_surgery.rules.json_data import rules_from_data, rules_to_data
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.rules.yaml_file import load_rules, shipped_rules
 from qdq_surgery.safety.untrusted import DamagedError, Item, quoted
 
-__all__ = ["QUANT_METHOD", "QDQConfig"]
+__all__ = ["FROZEN_METHOD", "QUANT_METHOD", "FrozenConfig", "QDQConfig"]
 
 #: The name under which transformers knows this kind of quantization.
 QUANT_METHOD = "qdq_surgery"
+
+#: The same of models whose weights are integers: a release before them says that it does not know it.
+FROZEN_METHOD = "qdq_surgery_frozen"
 
 #: Version of the form in ``config.json``.
 _SCHEMA = 1
@@ -41,8 +44,10 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         RuleFileError: The rules are wrong.
     """
 
+    method: ClassVar[str] = QUANT_METHOD
+
     def __init__(self, rules: str | Path | RuleSet = "qdqbert", record: Record | None = None) -> None:
-        super().__init__(QUANT_METHOD)
+        super().__init__(self.method)
         self.rules = load_rules(rules)
         self.record = record
         #: Called when a config with this one in it is written, once.
@@ -75,8 +80,12 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"{_SCHEMA}; install the release that wrote it"
             )
         rules = data.pop("rules", "qdqbert")
-        made = cls(_rules(rules), _record(data) if data else None)
+        made = cls._made(_rules(rules), data)
         return (made, kwargs) if return_unused_kwargs else made
+
+    @classmethod
+    def _made(cls, rules: RuleSet, data: dict[str, Any]) -> QDQConfig:
+        return cls(rules, _record(data) if data else None)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
@@ -84,7 +93,50 @@ class QDQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if written is not None:
             written()
         record = {} if self.record is None else self.record.to_data()
-        return {"quant_method": QUANT_METHOD, "schema": _SCHEMA, "rules": rules_to_data(self.rules), **record}
+        return {"quant_method": self.method, "schema": _SCHEMA, "rules": rules_to_data(self.rules), **record}
+
+
+@register_quantization_config(FROZEN_METHOD)
+class FrozenConfig(QDQConfig):
+    """What a frozen model was: how it was converted, and which weights are integers in its files.
+
+    Args:
+        rules, record: As of the quantized model.
+        integers: The quantizers of these weights, folded.
+
+    Raises:
+        ModelError: It is not of a saved model.
+    """
+
+    method: ClassVar[str] = FROZEN_METHOD
+
+    def __init__(
+        self, rules: str | Path | RuleSet = "qdqbert", record: Record | None = None, integers: Folded | None = None
+    ) -> None:
+        super().__init__(rules, record)
+        if record is None or not integers:
+            raise ModelError(
+                f"a quantization_config with '{FROZEN_METHOD}' is what a saved frozen model has; to freeze a model, "
+                "call qdq_surgery.freeze"
+            )
+        self.integers = integers
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able data."""
+        return {**super().to_dict(), "integers": dict(self.integers)}
+
+    @classmethod
+    def _made(cls, rules: RuleSet, data: dict[str, Any]) -> FrozenConfig:
+        stated = Item(data.pop("integers", {}), "quantization_config.integers")
+        record = _record(data) if data else None
+        try:
+            integers = folded_names(stated)
+            unknown = set(expanded_names(stated, integers)) - set(() if record is None else record.names())
+            if unknown:
+                raise DamagedError(f"{stated.where} has {quoted(min(unknown))}, which is not in sites")
+        except DamagedError as error:
+            raise ModelError(f"config.json is damaged: {error}; save the model again") from None
+        return cls(rules, record, integers)
 
 
 def _rules(given: Any) -> RuleSet:

@@ -24,9 +24,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from qdq_surgery.graph.operators import is_plain_linear
+from qdq_surgery.graph.operators import is_plain_embedding, is_plain_linear
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.match.plan_data import folded_sites, known_from_data, known_to_data, plan_from_data, plan_to_data
+from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.json_data import rules_to_data
@@ -61,6 +62,9 @@ _BESIDE = (
     "quantization_config",
     "transformers_version",
 )
+
+#: What a module was before it took quantizers.
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {QuantLinear: nn.Linear, QuantEmbedding: nn.Embedding}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def fingerprint(model: PreTrainedModel, rules: RuleSet, modules: Mapping[str, nn
 def _plain_class(module: nn.Module) -> str | None:
     if isinstance(module, TensorQuantizer):
         return None
-    cls = nn.Linear if type(module) is QuantLinear else base_class(type(module))
+    cls = _PLAIN.get(type(module)) or base_class(type(module))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -175,7 +179,8 @@ def _checked(
         raise DamagedError(f"the stored plan is of {quoted(plan.model)} ({quoted(plan.model_type)})")
     for site in plan.sites:
         module = modules[site.owner]
-        if (site.routine == "module") != is_plain_linear(module):
+        swapped = "linear" if is_plain_linear(module) else "embedding" if is_plain_embedding(module) else None
+        if (site.operator if site.routine == "module" else None) != swapped:
             raise DamagedError(f"the stored plan puts {site.quantizer} into a {type(module).__name__}")
     known = known_from_data(fields["known"])
     for owner, _ in known:

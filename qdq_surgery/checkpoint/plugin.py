@@ -30,6 +30,7 @@ from qdq_surgery.checkpoint.reconcile import (
     check_known,
     check_ranges,
     check_sites,
+    refused_tables,
     roundings_of,
     take_state,
 )
@@ -48,7 +49,7 @@ from qdq_surgery.surgery.apply import Implant, implant, prepare, restore
 from qdq_surgery.surgery.model_state import is_converted, plan_of, quantizers
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 
-__all__ = ["QDQQuantizer", "adopt"]
+__all__ = ["Patterns", "QDQQuantizer", "adopt"]
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ logger = logging.get_logger(__name__)
 _OWN_ATTENTION = (None, "eager", QDQ_ATTENTION)
 
 
-class _Patterns(list[str]):
+class Patterns(list[str]):
     """Early versions of transformers 5 add lists of patterns, later ones unite sets."""
 
     def __or__(self, other: Iterable[str]) -> set[str]:
@@ -138,7 +139,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._files:
             # The ranges are no weights that transformers could place: their shapes are known from the file alone.
             ignored = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, STATE_PATTERN])
+            model._keys_to_ignore_on_load_unexpected = Patterns([*ignored, STATE_PATTERN])
         return model
 
     def _prepare_by_lock(self, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> bool:
@@ -183,7 +184,9 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         names = Names(model, found)
         ranges = {names.loaded(name): value for name, value in self._stored.ranges.items()}
         record = self.quantization_config.record
-        check_known(found, ranges, model)
+        record_class = None if record is None else record.model
+        left = refused_tables(plan_of(model)) if record_class != type(model).__name__ else set()
+        check_known(found, ranges, model, left)
         check_fits(self._implants, ranges, self._stored.zeros)
         roundings = roundings_of(self._implants, ranges, self._stored.roundings, record, names)
         one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None

@@ -23,7 +23,7 @@ from qdq_surgery.surgery.model_state import plan_of, quantizers
 from qdq_surgery.text.layer_names import expand, fold
 from qdq_surgery.version import __version__
 
-__all__ = ["Record", "misfit", "record_of", "versions"]
+__all__ = ["Folded", "Record", "expanded_names", "folded_names", "misfit", "record_of", "versions"]
 
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
@@ -80,8 +80,8 @@ class Record:
         names: dict[str, Folded] = {}
         known: frozenset[str] = frozenset()
         for what in ("sites", *(each for each in _TESTS if each in fields)):
-            names[what] = _folded(fields[what])
-            listed = frozenset(_expanded(fields[what], names[what]))
+            names[what] = folded_names(fields[what])
+            listed = frozenset(expanded_names(fields[what], names[what]))
             known = listed if what == "sites" else known
             if not listed <= known:
                 raise DamagedError(f"{fields[what].where} has {min(listed - known)}, which is not in sites")
@@ -108,7 +108,12 @@ class Record:
         return replace(Defaults.now(), **self.descriptors) if self.descriptors else None
 
 
-def _folded(item: Item) -> Folded:
+def folded_names(item: Item) -> Folded:
+    """Names of quantizers, starred, with their layers.
+
+    Raises:
+        DamagedError: They are none.
+    """
     return {
         Item(name, f"a name in {item.where}").text(pattern=QUANTIZER_PATH, wanted="the path of a quantizer"): None
         if layers.value is None
@@ -117,7 +122,8 @@ def _folded(item: Item) -> Folded:
     }
 
 
-def _expanded(item: Item, folded: Folded) -> list[str]:
+def expanded_names(item: Item, folded: Folded) -> list[str]:
+    """The names in full; errors are those of :func:`folded_names`."""
     try:
         return expand(folded)
     except ValueError as error:

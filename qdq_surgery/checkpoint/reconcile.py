@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor
@@ -21,7 +21,16 @@ from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.apply import Implant
 from qdq_surgery.text.layer_names import fold, layer_in
 
-__all__ = ["Names", "check_fits", "check_known", "check_ranges", "check_sites", "roundings_of", "take_state"]
+__all__ = [
+    "Names",
+    "check_fits",
+    "check_known",
+    "check_ranges",
+    "check_sites",
+    "refused_tables",
+    "roundings_of",
+    "take_state",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +65,8 @@ def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
     """Whether the rules still find the sites that were saved.
 
     In another class than the saved one (the bare model of a head, a head on a bare model), sites in modules that it
-    lacks go with them, and sites that the saved one did not have are new.
+    lacks go with them, so do tables that it shares with a linear in float, and sites that the saved one did not have
+    are new.
 
     Raises:
         MatchError: They do not; names the sites.
@@ -66,7 +76,7 @@ def check_sites(record: Record, plan: Plan, model: PreTrainedModel) -> None:
     saved = {names.here(name) for name in record.names()}
     lost, new = saved - layers.keys(), layers.keys() - saved
     if record.model != type(model).__name__:
-        modules = {name for name, _ in model.named_modules()}
+        modules = {name for name, _ in model.named_modules()} - refused_tables(plan)
         lost = {name for name in lost if name.rpartition(".")[0] in modules}
         new = set()
     if lost or new:
@@ -90,8 +100,21 @@ def _listed(sites: set[str], layers: Mapping[str, int | None]) -> list[str]:
     return [*listed[:6], f"and {len(listed) - 6} more kinds"] if len(listed) > 6 else listed
 
 
-def check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tensor], model: PreTrainedModel) -> None:
+def refused_tables(plan: Plan) -> set[str]:
+    """The embeddings of a plan whose tables stay in float although a rule is about them."""
+    return {each.path for each in plan.refusals if each.operator == "embedding" and each.rule is not None}
+
+
+def check_known(
+    found: Mapping[str, TensorQuantizer],
+    ranges: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    left: Collection[str] = (),
+) -> None:
     """Whether the rules make a quantizer for each range; of modules that the model lacks, such as another head, none.
+
+    Args:
+        left: Paths of modules whose quantizers were left out knowingly.
 
     Raises:
         ModelError: They do not; names the first range.
@@ -99,7 +122,7 @@ def check_known(found: Mapping[str, TensorQuantizer], ranges: Mapping[str, Tenso
     beyond = ranges.keys() - found.keys()
     if not beyond:
         return
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, _ in model.named_modules()}.difference(left)
     unknown = sorted(name for name in beyond if name.rpartition(".")[0] in modules)
     if unknown:
         raise ModelError(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from qdq_surgery.match.site_names import STATE_SUFFIXES
+from qdq_surgery.match.site_names import INTEGERS_SUFFIX, STATE_SUFFIXES
 
 __all__ = ["keep_ranges_apart"]
 
@@ -39,5 +39,5 @@ def keep_ranges_apart(model: PreTrainedModel) -> None:
     if not converters or any(isinstance(op, _Keep) for each in converters for op in each.operations):
         return
     # The last is the first one backwards.
-    apart = [WeightConverter([suffix], [suffix], [_Keep()]) for suffix in STATE_SUFFIXES]
+    apart = [WeightConverter([suffix], [suffix], [_Keep()]) for suffix in (*STATE_SUFFIXES, INTEGERS_SUFFIX)]
     model._weight_conversions = [*conversions, *apart]

@@ -59,7 +59,7 @@ def build(
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     graph.sort()
-    name_nodes(graph)
+    name_nodes(graph, {pair.site.rows for pair in pairs if pair.site.rows is not None})
     sites = tuple(pair.site for pair in pairs)
     model.producer_name, model.producer_version = "qdq_surgery", __version__
     model.doc_string = None

@@ -17,6 +17,7 @@ from qdq_surgery.match.site_names import LINEAR_NAMES
 from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
 from qdq_surgery.numerics.grid import Grid
+from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import quantizers
@@ -49,6 +50,7 @@ class QParams:
             be.
         rounding: int8, shape of the weight: how many steps each of its values is moved by before it is rounded;
             ``None``: by none.
+        table: Whether it is of an embedding's table, whose rows are looked up.
     """
 
     name: str
@@ -60,6 +62,7 @@ class QParams:
     channels: NDArray[np.float32] | None = None
     taken_back: bool = False
     rounding: NDArray[np.int8] | None = None
+    table: bool = False
 
     def scale(self, amax: NDArray[np.float32]) -> NDArray[np.float32]:
         """ONNX's scale for ``amax``, float32, same shape, > 0."""
@@ -121,7 +124,27 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
     for name, linear in qmodel.named_modules():
         if isinstance(linear, QuantLinear):
             _pass_scale(found, f"{name}.{LINEAR_NAMES['input']}", f"{name}.{LINEAR_NAMES['weight']}", linear)
-    return found
+    tables = [f"{n}.{LINEAR_NAMES['weight']}" for n, each in qmodel.named_modules() if isinstance(each, QuantEmbedding)]
+    return {**found, **{name: _of_table(found[name], target) for name in tables if name in found}}
+
+
+def _of_table(qparams: QParams, target: Target) -> QParams:
+    """The same, of an embedding's table.
+
+    Raises:
+        ExportError: The target has no form for its rows.
+    """
+    if not target.int8_rows:
+        raise ExportError(
+            f"{qparams.name} is of an embedding's table, and {target.name} takes tables in float only; disable it for "
+            f"the export, or convert by the rules {target.name}"
+        )
+    if qparams.axis not in (None, -2):
+        raise ExportError(
+            f"{qparams.name} has a range for each column of an embedding's table, and files have one for each row; "
+            "write axis: 0 in its spec"
+        )
+    return replace(qparams, table=True)
 
 
 def _pass_scale(found: dict[str, QParams], activation: str, weight: str, linear: QuantLinear) -> None:

@@ -1,4 +1,4 @@
-"""What can be frozen: refusals of whole models, and the linears that stay as they are, each with its reason."""
+"""What can be frozen: refusals of whole models, and linears and tables that stay as they are, each with its reason."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.freeze.kernel import unsupported
+from qdq_surgery.hf.tied_weights import tied_names
+from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "reasons_kept"]
 
 _MOST_NAMED = 5
 
@@ -24,11 +26,13 @@ class Choice:
 
     Attributes:
         integer: Their paths.
-        kept: Of each quantized linear that stays in float, why.
+        kept: Of each quantized linear, and each quantized embedding, that stays in float, why.
+        tables: Paths of the embeddings whose tables become integers.
     """
 
     integer: tuple[str, ...]
     kept: dict[str, str]
+    tables: tuple[str, ...] = ()
 
 
 def choose(qmodel: PreTrainedModel) -> Choice:
@@ -42,8 +46,7 @@ def choose(qmodel: PreTrainedModel) -> Choice:
     plan_of(qmodel)
     _check_place(qmodel)
     _check_ranges(qmodel)
-    linears = {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
-    found = {name: _why_not(linear, name) for name, linear in linears.items()}
+    linears, found = _linears(qmodel)
     integer = tuple(name for name, reason in found.items() if reason is None)
     kept = {name: reason for name, reason in found.items() if reason is not None}
     if not integer:
@@ -58,7 +61,49 @@ def choose(qmodel: PreTrainedModel) -> Choice:
                 f"this {type(qmodel).__name__} cannot be frozen: {problem}; use it with fake quantization, or "
                 "qdq_surgery.export_onnx"
             )
-    return Choice(integer, kept)
+    tables = _tables(qmodel)
+    kept |= {name: reason for name, reason in tables.items() if reason is not None}
+    return Choice(integer, kept, tuple(name for name, reason in tables.items() if reason is None))
+
+
+def reasons_kept(model: PreTrainedModel) -> dict[str, str]:
+    """Of each quantized linear and embedding that a frozen model still has, why; of a model that was loaded."""
+    found = {**_linears(model)[1], **_tables(model)}
+    return {name: reason or "its weight was float when the model was saved" for name, reason in found.items()}
+
+
+def _linears(qmodel: PreTrainedModel) -> tuple[dict[str, QuantLinear], dict[str, str | None]]:
+    linears = {name: module for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)}
+    return linears, {name: _why_not(linear, name) for name, linear in linears.items()}
+
+
+def _tables(qmodel: PreTrainedModel) -> dict[str, str | None]:
+    embeddings = {name: each for name, each in qmodel.named_modules() if isinstance(each, QuantEmbedding)}
+    return {name: _why_no_rows(qmodel, name, each) for name, each in embeddings.items()}
+
+
+def _why_no_rows(qmodel: PreTrainedModel, name: str, embedding: QuantEmbedding) -> str | None:
+    """Why the table of a quantized embedding stays as it is; ``None`` if it does not."""
+    quantizer, amax = embedding._weight_quantizer, embedding._weight_quantizer.amax
+    if not quantizer.quantizes:
+        return "the quantizer of its table is disabled"
+    if (
+        quantizer._modules
+        or not quantizer._fake_quant
+        or quantizer.use_fb_fake_quant
+        or quantizer._scale_amax is not None
+    ):
+        return "the quantizer of its table clips, scales, or rounds by a formula of torch's own"
+    if quantizer.grid.bits != 8 or quantizer.grid.unsigned:
+        return f"its table is on another grid than int8 ({quantizer.grid})"
+    if quantizer.rounding is not None:
+        return "the rounding of its table is adapted"
+    if amax is not None and amax.numel() != 1 and tuple(amax.shape) != (embedding.num_embeddings, 1):
+        return "its table has ranges along another axis than that of the rows"
+    others = tied_names(qmodel, f"{name}.weight")
+    if others:
+        return f"its table is {others[0]}, too"
+    return "it has a forward of its own, set on the instance" if "forward" in vars(embedding) else None
 
 
 def _check_place(qmodel: PreTrainedModel) -> None:

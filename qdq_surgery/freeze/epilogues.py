@@ -23,7 +23,7 @@ from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.match.subgraph import Value
 
-__all__ = ["Done", "Epilogue", "find_epilogues", "fuse"]
+__all__ = ["Done", "Epilogue", "can_fuse", "find_epilogues", "fuse"]
 
 #: What oneDNN computes in an epilogue: its words, and the function.
 _POST_OPS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
@@ -136,6 +136,12 @@ def _post_op(module: nn.Module | None) -> tuple[str, str] | None:
         if torch.allclose(found, function(_PROBE), rtol=1e-6, atol=_ALIKE)
     )
     return next(near, None)
+
+
+def can_fuse(model: nn.Module, epilogue: Epilogue) -> bool:
+    """Whether there are such an integer linear and such a function, whoever says so."""
+    linear, function = _module(model, epilogue.linear), _module(model, epilogue.function)
+    return isinstance(linear, IntegerLinear) and _post_op(function) is not None
 
 
 def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> None:

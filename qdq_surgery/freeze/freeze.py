@@ -14,12 +14,14 @@ from qdq_surgery.errors import ModelError, QdqSurgeryError
 from qdq_surgery.freeze.checks import Choice, choose
 from qdq_surgery.freeze.epilogues import find_epilogues, fuse
 from qdq_surgery.freeze.forward import FrozenForward
-from qdq_surgery.freeze.frozen_state import FrozenState, declare
+from qdq_surgery.freeze.frozen_state import FrozenOrigin, FrozenState, declare
 from qdq_surgery.freeze.linear import make_integer
 from qdq_surgery.freeze.shared_inputs import groups, makes
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.hf.example_inputs import SHAPES, checked_examples, make_examples, resized, without_mask
 from qdq_surgery.match.analyze import mark_baked_sizes
+from qdq_surgery.quantize.embedding import QuantEmbedding
+from qdq_surgery.quantize.integer_embedding import make_integer_embedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.safety.transaction import all_or_nothing
@@ -29,7 +31,7 @@ from qdq_surgery.surgery.quantized_forward import CompiledGraphs
 from qdq_surgery.trace.attention import QUANTIZED_FORWARDS
 from qdq_surgery.trace.units import Survey, structure, survey
 
-__all__ = ["freeze"]
+__all__ = ["assemble", "assemble_as", "freeze"]
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
@@ -60,30 +62,59 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
     choice = choose(qmodel)
     target = qmodel if inplace else _copied(qmodel, choice)
     with all_or_nothing(target), kept_random([]), torch.no_grad():
-        plan = plan_of(target)
+        origin = FrozenOrigin.of(target, (*choice.integer, *choice.tables))
         target.eval()
         for name in choice.integer:
             linear = target.get_submodule(name)
             assert isinstance(linear, QuantLinear)
             make_integer(linear)
-        calls = _calls(target, example_inputs)
-        surveys = [survey(target, inputs) for inputs in calls]
-        _mark_baked_sizes(target, surveys[0], calls[0], example_inputs is None)
-        units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
-        fused = tuple(find_epilogues(target, units))
-        fuse(target, fused)
-        shared = _share(target, list(surveys[0].graphs()))
-        declare(target, FrozenState(plan, choice.kept, fused, shared))
-        # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
-        for inputs in calls:
-            _run(target, inputs)
-    target.requires_grad_(False)
+        for name in choice.tables:
+            embedding = target.get_submodule(name)
+            assert isinstance(embedding, QuantEmbedding)
+            make_integer_embedding(embedding)
+        assemble(target, choice.kept, origin, example_inputs)
     return target
+
+
+def assemble(
+    target: PreTrainedModel, kept: dict[str, str], origin: FrozenOrigin, example_inputs: Mapping[str, Any] | None
+) -> None:
+    """All that freezing is, once weights are integers: look at the model, and say what it is.
+
+    Args:
+        target: In eval mode; it is changed.
+        kept: Of what stays in float, why.
+
+    Raises:
+        ModelError: It does not run on the examples.
+    """
+    plan, calls = plan_of(target), _calls(target, example_inputs)
+    surveys = [survey(target, inputs) for inputs in calls]
+    _mark_baked_sizes(target, surveys[0], calls[0], example_inputs is None)
+    units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
+    fused = tuple(find_epilogues(target, units))
+    fuse(target, fused)
+    shared = _share(target, list(surveys[0].graphs()))
+    declare(target, FrozenState(plan, kept, fused, shared, origin))
+    # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
+    for inputs in calls:
+        _run(target, inputs)
+    target.requires_grad_(False)
+
+
+def assemble_as(target: PreTrainedModel, state: FrozenState) -> None:
+    """The same by what was found before, of the same model: it is looked at when it is first called."""
+    fuse(target, state.epilogues)
+    made: dict[tuple[Any, ...], CompiledGraphs] = {}
+    for block in state.shared:
+        _rewrite(target.get_submodule(block), made)
+    declare(target, state)
+    target.requires_grad_(False)
 
 
 def _copied(qmodel: _Model, choice: Choice) -> _Model:
     """A copy that shares with ``qmodel`` only the weights that it is about to lose."""
-    lost = {f"{name}.weight" for name in choice.integer}
+    lost = {f"{name}.weight" for name in (*choice.integer, *choice.tables)}
     holders: dict[int, list[str]] = {}
     for name, parameter in qmodel.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name)

@@ -27,6 +27,9 @@ _PACKED: weakref.WeakValueDictionary[int, PackedWeight] = weakref.WeakValueDicti
 class PackedWeight:
     """The integers of a linear's weight in oneDNN's own layout. They never change, so that copies share them.
 
+    They are packed when they are first multiplied by. What is loaded from a file is then not read before it is needed,
+    as a float model's weights are not.
+
     Args:
         integers: int8, (out_features, in_features).
 
@@ -37,13 +40,28 @@ class PackedWeight:
 
     def __init__(self, integers: Tensor) -> None:
         self.shape = (int(integers.shape[0]), int(integers.shape[1]))
-        self.packed = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None)
+        self._plain: Tensor | None = integers
+        self._packed: Tensor | None = None
         self.zeros = torch.zeros(self.shape[0], dtype=torch.int64)
         self.number = next(_NUMBERS)
         _PACKED[self.number] = self
 
+    @property
+    def packed(self) -> Tensor:
+        """In oneDNN's layout; the plain ones are given up for it."""
+        # Two threads may both do it. The plain ones are looked at first, and go last: who finds none finds the others.
+        plain, packed = self._plain, self._packed
+        if packed is None:
+            assert plain is not None
+            packed = self._packed = torch.ops.onednn.qlinear_prepack(plain.contiguous(), None)
+            self._plain = None
+        return packed
+
     def integers(self) -> Tensor:
         """The integers as they were given, a new tensor."""
+        plain = self._plain
+        if plain is not None:
+            return plain.clone(memory_format=torch.contiguous_format)
         dense: Tensor = self.packed.to_dense()
         return dense.t().contiguous()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.input_grid import InputGrid
 from qdq_surgery.freeze.kernel import DTYPES, PackedWeight, integer_linear, unsupported
+from qdq_surgery.match.site_names import INTEGERS_SUFFIX
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
 from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.quantize.quantizer import TensorQuantizer
 
 __all__ = ["FROZEN", "IntegerLinear", "hooked", "make_integer", "to_integers"]
 
@@ -30,6 +32,7 @@ class IntegerLinear(nn.Linear):
         scale: What an integer of each row is worth, float32, (out_features,).
         post_op, algorithm: What is done to the sums in the product's epilogue, in oneDNN's words.
         dtype: Of the results.
+        ranges: Those of its two quantizers, by their names in a state dict.
     """
 
     weight: None  # type: ignore[assignment]
@@ -40,6 +43,7 @@ class IntegerLinear(nn.Linear):
     post_op: str
     algorithm: str
     dtype: torch.dtype
+    ranges: Mapping[str, Tensor]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
         """(..., in_features), float or uint8, to (..., out_features).
@@ -99,10 +103,10 @@ class IntegerLinear(nn.Linear):
         self.dtype = dtype
         return self
 
-    def _save_to_state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        raise ModelError(
-            f"{FROZEN}, and its integers have no form in files; save the quantized model, then freeze after loading"
-        )
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}_weight{INTEGERS_SUFFIX}"] = self.packed.integers()
+        destination.update({f"{prefix}{name}": amax for name, amax in self.ranges.items()})
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         raise ModelError(f"{FROZEN}: its weights are fixed; load into the quantized model, and freeze it again")
@@ -131,32 +135,46 @@ def to_integers(linear: QuantLinear) -> tuple[Tensor, Tensor]:
     Returns:
         int8, (out_features, in_features), and what an integer of each row is worth, float32, (out_features,).
     """
-    quantizer = linear._weight_quantizer
+    quantizer, scale = linear._weight_quantizer, linear.channel_scale
     assert quantizer is not None
-    amax = quantizer.amax
-    assert amax is not None
-    scale = linear.channel_scale
     weight = linear.weight.detach().float()
     if scale is not None:
         weight = weight * scale
-    amax, integers = amax.detach().float(), quantizer.integers(quantizer.moved(weight))
+    integers = quantizer.integers(quantizer.moved(weight))
+    return integers.to(torch.int8), _steps(quantizer, weight.shape[0])
+
+
+def _steps(quantizer: TensorQuantizer, rows: int) -> Tensor:
+    """What an integer of each row is worth, float32, (rows,)."""
+    assert quantizer.amax is not None
+    amax = quantizer.amax.detach().float()
     steps = torch.where(amax <= SMALLEST_AMAX, torch.ones_like(amax), quantizer.grid.step(amax))
-    return integers.to(torch.int8), steps.reshape(-1).expand(weight.shape[0]).contiguous()
+    return steps.reshape(-1).expand(rows).contiguous()
 
 
-def make_integer(linear: QuantLinear) -> IntegerLinear:
-    """Make ``linear`` an integer linear, in place."""
+def make_integer(linear: QuantLinear, integers: Tensor | None = None) -> IntegerLinear:
+    """Make ``linear`` an integer linear, in place.
+
+    Args:
+        integers: Those of its weight, int8, (out_features, in_features); rounded from the weight if left out.
+    """
     assert linear._input_quantizer is not None
-    integers, scale = to_integers(linear)
-    grid, packed = InputGrid(linear._input_quantizer), PackedWeight(integers)
+    assert linear._weight_quantizer is not None
     dtype = linear.weight.dtype
+    if integers is None:
+        integers, scale = to_integers(linear)
+    else:
+        scale = _steps(linear._weight_quantizer, linear.out_features)
+    both = {"_input_quantizer": linear._input_quantizer, "_weight_quantizer": linear._weight_quantizer}
+    ranges = {f"{name}._amax": each.amax.detach() for name, each in both.items() if each.amax is not None}
+    grid, packed = InputGrid(linear._input_quantizer), PackedWeight(integers)
     object.__setattr__(linear, "__class__", IntegerLinear)
     assert isinstance(linear, IntegerLinear)
-    for name in ("_input_quantizer", "_weight_quantizer"):
+    for name in both:
         linear._modules.pop(name, None)
     linear._parameters["weight"] = None
     linear._modules["input_grid"] = grid
-    own = {"packed": packed, "dtype": dtype, "post_op": "none", "algorithm": ""}
+    own = {"packed": packed, "dtype": dtype, "post_op": "none", "algorithm": "", "ranges": ranges}
     linear.__dict__.update(own)
     buffers = {"scale": scale, "number": torch.tensor(packed.number)}
     linear._buffers.update(buffers)

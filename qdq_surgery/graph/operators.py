@@ -16,6 +16,7 @@ __all__ = [
     "callable_name",
     "function_operator",
     "is_leaf",
+    "is_plain_embedding",
     "is_plain_linear",
     "module_operator",
 ]
@@ -125,6 +126,16 @@ def is_plain_linear(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         # A parametrized weight (weight norm, for one) is computed by the class that would be replaced.
         and "weight" in module._parameters
+    )
+
+
+def is_plain_embedding(module: nn.Module) -> bool:
+    """The same of ``nn.Embedding``; one whose table is changed by looking things up (``max_norm``) is none."""
+    return (
+        type(module) is nn.Embedding
+        and "forward" not in vars(module)
+        and "weight" in module._parameters
+        and module.max_norm is None
     )
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
 from torch.fx import Node
 from transformers import PreTrainedModel
 
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
-from qdq_surgery.graph.operators import is_plain_linear
+from qdq_surgery.graph.operators import is_plain_embedding, is_plain_linear
+from qdq_surgery.hf.tied_weights import tied_names
 from qdq_surgery.match.coverage import CoverageCount
 from qdq_surgery.match.decisions import Decisions, ModulePaths, UnitDecisions, inner_path
 from qdq_surgery.match.expectations import check_expectations
@@ -48,6 +50,7 @@ def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
         matcher = _UnitMatcher(model, rules, paths, decisions, unit)
         matcher.run(unit.tree)
         coverage.add(unit, unit.tree, matcher.decided)
+    _leave_shared_tables(model, decisions)
     names = sorted({site.name for site in decisions.sites.values()})
     check_expectations(rules, decisions.tally, found, model, names)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
@@ -65,6 +68,25 @@ def match(model: PreTrainedModel, found: Survey, rules: RuleSet) -> Plan:
         attention=QDQ_ATTENTION if any(site.routine == "attention" for site in sites) else None,
         shared=share_ranges(rules, sites),
     )
+
+
+def _leave_shared_tables(model: PreTrainedModel, decisions: Decisions) -> None:
+    """Refuse tables that are the weights of linears, too, if these stay in float.
+
+    A file would hold both, the integers and the float weight, and be larger than without the integers.
+    """
+    tables = [site for site in decisions.sites.values() if site.operator == "embedding" and site.routine == "module"]
+    for site in tables:
+        for name in tied_names(model, f"{site.owner}.weight"):
+            path = name.rpartition(".")[0]
+            quantizer = f"{path}.{LINEAR_NAMES['weight']}"
+            if isinstance(model.get_submodule(path), nn.Linear) and quantizer not in decisions.sites:
+                reason = (
+                    f"its table is the weight of {path}, too, which stays in float: integers would come on top of it"
+                )
+                decisions.refuse(site.owner, site.operator, reason, site.layer, site.rule, site.source)
+                decisions.sites.pop(site.quantizer, None)
+                break
 
 
 class _UnitMatcher:
@@ -92,7 +114,7 @@ class _UnitMatcher:
         attempt, value = Attempt(), Value(graph, node)
         if rule.unless is not None and value.is_a(rule.unless.operators[0]) and fit(rule.unless, value, Attempt()):
             return
-        if fit(rule.pattern, value, attempt):
+        if fit(rule.pattern, value, attempt) and self._has_rows(rule, graph, node, attempt):
             self.decisions.tally.fit(rule, unit, (unit.path, place))
             self._apply(rule, attempt.captured)
             return
@@ -147,12 +169,40 @@ class _UnitMatcher:
         operator = slot.node.meta["op"]
         if not slot.of_module:
             return slot.graph.baked_size
+        if operator == "embedding":
+            return self._unfit_table(slot, self.model.get_submodule(owner))
         if operator != "linear":
-            return f"only linears are swapped, and this is a {operator}"
+            return f"only linears and embeddings are swapped, and this is a {operator}"
         module = self.model.get_submodule(owner)
         if not is_plain_linear(module):
             return f"{type(module).__name__} is no plain nn.Linear: it has a class, a forward or a weight of its own"
         return next((_RENAME.format("linear", name) for name in LINEAR_NAMES.values() if hasattr(module, name)), None)
+
+    def _unfit_table(self, slot: Slot, module: nn.Module) -> str | None:
+        """The same of an embedding's table."""
+        if slot.position != "weight":
+            return "what an embedding is given are integers already; quantize its table: embedding(_, w)"
+        if not is_plain_embedding(module):
+            return (
+                f"{type(module).__name__} is no plain nn.Embedding: it has a class, a forward, a weight or a max_norm "
+                "of its own"
+            )
+        name = LINEAR_NAMES["weight"]
+        return _RENAME.format("embedding", name) if hasattr(module, name) else None
+
+    def _has_rows(self, rule: Rule, graph: BlockGraph, node: Node, attempt: Attempt) -> bool:
+        """Whether the table that an embedding looks up has as many rows as the rule asks for."""
+        if rule.rows is None:
+            return True
+        module = (
+            self.model.get_submodule(self.paths.of_node(self.unit, graph, node)) if node.op == "call_module" else None
+        )
+        rows = getattr(module, "num_embeddings", None)
+        if rows is not None and rule.rows.holds(rows):
+            return True
+        found = "no table of its own" if rows is None else f"a table of {rows} rows"
+        attempt.reason = f"this embedding has {found}, and the rule is for {rule.rows}"
+        return False
 
     def _unique_name(self, rule: Rule, capture: str, slot: Slot, owner: str) -> str:
         """The quantizer's name, numbered where its block has several of that name."""

@@ -101,7 +101,8 @@ def _sites(entry: Item, rules: RuleSet, order: Callable[[str], int]) -> Iterator
     words = {"operator": operator.one_of(OPERATORS), "capture": capture.value, "rule": by.name, "source": source.text()}
     part = role.one_of(tuple(LINEAR_NAMES))
     if kind == "module":
-        fits = name == LINEAR_NAMES[part] and words["operator"] == "linear"
+        swapped = {"linear"} | ({"embedding"} if part == "weight" else set())
+        fits = name == LINEAR_NAMES[part] and words["operator"] in swapped
     else:
         fits = may_name(name, place, words["operator"], capture.value)
     if not fits or not is_site_name(name):

@@ -6,13 +6,25 @@ import re
 
 from qdq_surgery.rules.spec import Place
 
-__all__ = ["LINEAR_NAMES", "MODULE_PATH", "QUANTIZER_PATH", "STATE_SUFFIXES", "is_site_name", "may_name", "site_name"]
+__all__ = [
+    "INTEGERS_SUFFIX",
+    "LINEAR_NAMES",
+    "MODULE_PATH",
+    "QUANTIZER_PATH",
+    "STATE_SUFFIXES",
+    "is_site_name",
+    "may_name",
+    "site_name",
+]
 
 #: The quantizers of a linear, by role: pytorch-quantization's names.
 LINEAR_NAMES = {"input": "_input_quantizer", "weight": "_weight_quantizer"}
 
 #: How the names in a state dict end that are quantizers' own: ranges, and what weights are moved by.
 STATE_SUFFIXES = ("_quantizer._amax", "_quantizer._rounding")
+
+#: How the name of a weight's integers ends, which stand in the place of the weight in files of frozen models.
+INTEGERS_SUFFIX = "_quantizer._integers"
 
 #: What the path of a module, or of a quantizer, looks like; the number of its layer may be starred. Whether there is
 #: one of that name is another question.

@@ -19,6 +19,9 @@ from qdq_surgery.trace.units import RESIDUAL
 
 __all__ = ["Attempt", "Slot", "Value", "fit", "operand_of", "place_of"]
 
+#: Modules that have a weight as second operand.
+_WEIGHTED = ("linear", "conv1d", "embedding")
+
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -85,11 +88,11 @@ def operand_of(node: Node, position: int | str) -> Any:
 
 
 def _slots(value: Value) -> list[Slot]:
-    """The tensor operands of a node, in order. A linear module has its weight as second operand."""
+    """The tensor operands of a node, in order. A linear, and an embedding, has its weight as second operand."""
     node = value.node
     slots = [Slot(value.graph, node, i) for i, argument in enumerate(node.args) if _is_tensor(argument)]
     slots += [Slot(value.graph, node, key) for key, argument in node.kwargs.items() if _is_tensor(argument)]
-    if node.op == "call_module" and node.meta.get("op") in ("linear", "conv1d"):
+    if node.op == "call_module" and node.meta.get("op") in _WEIGHTED:
         slots.insert(1, Slot(value.graph, node, "weight"))
     return slots
 

@@ -29,19 +29,21 @@ _LARGEST = 2**40
 
 @dataclass
 class Site:
-    """One pair of QuantizeLinear and DequantizeLinear, or an int8 weight and its DequantizeLinear.
+    """One pair of QuantizeLinear and DequantizeLinear; or an int8 weight, or looked up int8 rows, dequantized.
 
     Attributes:
         quantizers: Qualified names of the PyTorch quantizers that it stands for: more than one where they read one
             tensor with one scale.
         role: ``"input"`` or ``"weight"``.
-        quantize: Name of the QuantizeLinear; ``None`` for a weight, which is stored as integers.
+        quantize: Name of the QuantizeLinear; ``None`` for a weight or a table, which is stored as integers.
         dequantize: Name of the DequantizeLinear.
-        value: Name of what the DequantizeLinear gives.
+        value: Name of what the DequantizeLinear gives; see ``rows``.
         factor: That value is ``factor`` times the fake-quantized value of PyTorch: not 1 where a scale of the
             attention was folded in.
         transposed: Whether a weight is stored as (in, out) rather than PyTorch's (out, in).
         scaled: Whether that value is the fake-quantized one divided by a scale for each channel.
+        rows: Of a table of int8 rows that are looked up and dequantized then: name of the Mul by the rows' scales,
+            behind the DequantizeLinear, which gives the value. ``None`` of all else.
     """
 
     quantizers: list[str]
@@ -52,6 +54,7 @@ class Site:
     factor: float = 1.0
     transposed: bool = field(default=False)
     scaled: bool = False
+    rows: str | None = None
 
     @property
     def name(self) -> str:
@@ -62,8 +65,9 @@ class Site:
 def dump_sites(sites: Sequence[Site]) -> str:
     """As JSON, for the file's metadata."""
     entries = [asdict(site) for site in sites]
-    # Releases before the scales read what has none.
-    return json.dumps([{key: value for key, value in each.items() if key != "scaled" or value} for each in entries])
+    # Releases before the scales, and before tables, read what has none.
+    later = ("scaled", "rows")
+    return json.dumps([{key: value for key, value in each.items() if key not in later or value} for each in entries])
 
 
 def load_sites(text: str, where: str = "the list of sites") -> list[Site]:
@@ -96,7 +100,12 @@ def check_sites(sites: Sequence[Site], nodes: Mapping[str, tuple[str, Sequence[s
     """
     taken: set[str] = set()
     for site in sites:
-        for name, wanted in ((site.quantize, "QuantizeLinear"), (site.dequantize, "DequantizeLinear")):
+        gives = site.dequantize if site.rows is None else site.rows
+        for name, wanted in (
+            (site.quantize, "QuantizeLinear"),
+            (site.dequantize, "DequantizeLinear"),
+            (site.rows, "Mul"),
+        ):
             if name is None:
                 continue
             if name in taken:
@@ -108,7 +117,7 @@ def check_sites(sites: Sequence[Site], nodes: Mapping[str, tuple[str, Sequence[s
                     f"{where} has the node {quoted(name)} as a {wanted}, and it is {quoted(operator)}; export the "
                     "model again"
                 )
-            if name == site.dequantize and site.value not in outputs:
+            if name == gives and site.value not in outputs:
                 raise ExportError(
                     f"{where} has {quoted(site.value)} as what the node {quoted(name)} makes, and it makes something "
                     "else; export the model again"
@@ -193,5 +202,6 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "factor": _is_factor,
     "transposed": lambda value: isinstance(value, bool),
     "scaled": lambda value: isinstance(value, bool),
+    "rows": lambda value: value is None or _is_name(value),
 }
-_REQUIRED = _FIELDS.keys() - {"factor", "transposed", "scaled"}
+_REQUIRED = _FIELDS.keys() - {"factor", "transposed", "scaled", "rows"}

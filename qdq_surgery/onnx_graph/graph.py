@@ -84,7 +84,7 @@ class OnnxGraph:
         known = {site.dequantize: site for site in file.sites}
         self.pairs = tuple(_pair(node, known) for node in self.graph if node.op_type == "DequantizeLinear")
         self._by_value = {pair.value: pair for pair in self.pairs}
-        # What gives each channel back its scale belongs to the pair.
+        # What gives each channel, or each row of a table, back its scale belongs to the pair.
         self._scales = {
             use.node
             for pair in self.pairs
@@ -92,6 +92,7 @@ class OnnxGraph:
             for use in pair.value.uses()
             if use.node.op_type == "Mul" and use.idx == 0 and stored(use.node.inputs[1])
         }
+        self._scales.update(self.nodes[site.rows] for site in self.sites if site.rows in self.nodes)
 
     def readers(self, pair: Pair) -> tuple[Reader, ...]:
         """What reads the pair in the end."""

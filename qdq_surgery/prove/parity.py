@@ -15,7 +15,7 @@ they differ by no more than half of that, or are as near to the float model's as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ExportError, ParityError
 from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_file.opened import OnnxFile, open_exported
+from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
@@ -233,7 +235,11 @@ def _site_by_site(
     runtime: Runtime,
 ) -> Check:
     values = list(
-        dict.fromkeys(site.value for site in file.sites if site.role != "weight" or site.quantize is not None)
+        dict.fromkeys(
+            site.value
+            for site in file.sites
+            if site.role != "weight" or site.quantize is not None or site.rows is not None
+        )
     )
     found = {**probe(file, arrays, values, runtime), **file.weights}
     forced = _Forced(qmodel, file.sites, found)
@@ -273,7 +279,8 @@ class _Forced:
     """While it holds, every quantizer returns what the runtime has in its place, and is held against it."""
 
     def __init__(self, qmodel: PreTrainedModel, sites: Sequence[Site], values: Mapping[str, NDArray[Any]]) -> None:
-        self._modules, self._values, self._kind = quantizers(qmodel), values, _precision(qmodel)
+        self._model, self._modules = qmodel, quantizers(qmodel)
+        self._values, self._kind = values, _precision(qmodel)
         self._sites: dict[str, list[Site]] = {}
         for site in sites:
             for name in site.quantizers:
@@ -283,9 +290,13 @@ class _Forced:
         self.checks: list[SiteCheck] = []
 
     def __enter__(self) -> _Forced:
-        for name in self._sites:
-            hook = self._modules[name].register_forward_hook(
-                lambda module, inputs, output, name=name: self._replace(name, module, inputs[0], output)
+        for name, sites in self._sites.items():
+            module: nn.Module = self._modules[name]
+            replace: Callable[..., Tensor] = self._replace
+            if sites[0].rows is not None:
+                module, replace = self._model.get_submodule(name.rpartition(".")[0]), self._replace_rows
+            hook = module.register_forward_hook(
+                lambda module, inputs, output, name=name, replace=replace: replace(name, module, inputs[0], output)
             )
             self._hooks.append(hook)
         return self
@@ -300,7 +311,17 @@ class _Forced:
         theirs = torch.from_numpy(value.T.copy() if site.transposed else value).reshape(output.shape)
         if site.scaled and quantizer.channel_scale is not None:
             theirs = theirs * quantizer.channel_scale.cpu()
-        self.checks.append(self._compare(name, quantizer, inputs.float().cpu(), output.float().cpu(), theirs, site))
+        scale = _scale(quantizer, quantizer._get_amax(inputs))
+        self.checks.append(self._compare(name, scale, inputs.float().cpu(), output.float().cpu(), theirs, site))
+        return theirs.to(output)
+
+    def _replace_rows(self, name: str, embedding: QuantEmbedding, rows: Tensor, output: Tensor) -> Tensor:
+        """The same of the rows that are looked up in a table."""
+        site = self._site(name, output)
+        theirs = torch.from_numpy(self._values[site.value].astype(np.float32)).reshape(output.shape)
+        given = functional.embedding(rows, embedding.weight)
+        scale = _scale(embedding._weight_quantizer, embedding.ranges_of(rows, given))
+        self.checks.append(self._compare(name, scale, given.float().cpu(), output.float().cpu(), theirs, site))
         return theirs.to(output)
 
     def _site(self, name: str, output: Tensor) -> Site:
@@ -316,10 +337,7 @@ class _Forced:
         self._calls[name, size] += 1
         return fitting[min(call, len(fitting) - 1)]
 
-    def _compare(
-        self, name: str, quantizer: TensorQuantizer, inputs: Tensor, ours: Tensor, theirs: Tensor, site: Site
-    ) -> SiteCheck:
-        scale = _scale(quantizer, inputs)
+    def _compare(self, name: str, scale: Tensor, inputs: Tensor, ours: Tensor, theirs: Tensor, site: Site) -> SiteCheck:
         steps = (theirs - ours) / scale
         whole = steps.round()
         on_grid = (steps - whole).abs() <= _OFF_GRID[self._kind]
@@ -333,8 +351,8 @@ class _Forced:
         )
 
 
-def _scale(quantizer: TensorQuantizer, inputs: Tensor) -> Tensor:
-    amax: Tensor = quantizer._get_amax(inputs).detach().float().cpu()
+def _scale(quantizer: TensorQuantizer, ranges: Tensor) -> Tensor:
+    amax = ranges.detach().float().cpu()
     return quantizer.grid.step(amax).clamp(min=float(np.finfo(np.float32).tiny))
 
 

@@ -42,10 +42,10 @@ from qdq_surgery.quantize.misfits import range_misfit, scales_misfit
 from qdq_surgery.quantize.provenance import Provenance
 from qdq_surgery.rules.quant_spec import QuantSpec
 
-__all__ = ["TensorQuantizer"]
+__all__ = ["SMALLEST_LEARNED", "TensorQuantizer"]
 
 #: A learned range does not fall below this.
-_SMALLEST = 1e-6
+SMALLEST_LEARNED = 1e-6
 
 #: What every module has of its own: tables of parameters, children and hooks, and their types.
 _TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set))}
@@ -425,11 +425,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         moved = self.moved(inputs)
         return self._rounded(inputs) if moved is inputs else self._rounded(moved).to(inputs.dtype)
 
-    def _rounded(self, inputs: Tensor) -> Tensor:
+    def _rounded(self, inputs: Tensor, amax: Tensor | None = None) -> Tensor:
         if self._learn_amax:
             inputs = self.clip(inputs)
             amax = torch.max(-self.clip.clip_value_min, self.clip.clip_value_max).detach()
-        else:
+        elif amax is None:
             amax = self._get_amax(inputs)
         if not self._fake_quant:
             outputs, self._scale = tensor_quant.tensor_quant(inputs, amax, self._num_bits, self._unsigned)
@@ -444,7 +444,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             return onnx_fake_quant(inputs, amax, grid)
         if self._learns and amax.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             # An optimizer knows of no limit. (Through .data: a layer that runs twice has saved the range by then.)
-            amax.data.clamp_(min=_SMALLEST)
+            amax.data.clamp_(min=SMALLEST_LEARNED)
             return learned_fake_quant(inputs, amax, grid)
         if self.use_fb_fake_quant:
             return native_fake_quant(inputs, amax, grid)

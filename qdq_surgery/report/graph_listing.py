@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from qdq_surgery.graph.block_graph import SELF, BlockGraph
+from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.provenance import Provenance
 from qdq_surgery.quantize.quantizer import TensorQuantizer
@@ -78,6 +79,11 @@ def _lines(routine: BlockGraph, node: Node, names: dict[Node, str]) -> Iterator[
         shown[0] = _short(f"{node.target}._input_quantizer") if module._input_quantizer is not None else shown[0]
         if module._weight_quantizer is not None:
             shown.append(_short(f"{node.target}._weight_quantizer"))
+    if isinstance(module, QuantEmbedding):
+        path = f"{node.target}._weight_quantizer"
+        provenance = module._weight_quantizer.provenance
+        yield Line(f"{_short(path)} = quantize({node.target}.weight)", f"quantize {path}", path, provenance)
+        shown.append(_short(path))
     if op == "block":
         callee = node.meta.get("callee")
         what = type(module).__name__ if module is not None else getattr(callee, "function", "attention")

@@ -114,7 +114,12 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "optional": Key("flag"),
         "expect": Key("section", "expectation"),
     },
-    "match": {"pattern": Key("pattern", stored=_ALWAYS), "unless": Key("pattern"), **_SCOPE},
+    "match": {
+        "pattern": Key("pattern", stored=_ALWAYS),
+        "unless": Key("pattern"),
+        "rows": Key("count", "count"),
+        **_SCOPE,
+    },
     "place": {
         "operand": Key("text", stored=_ONLY),
         "spec": Key("text", stored=_ALWAYS),

@@ -179,6 +179,7 @@ class Rule:
         unless: Where this pattern fits, too, the rule does not.
         optional: Whether the rule may match nothing.
         source: The file and line that it was read from, as ``file:line``.
+        rows: How many rows the table of the embedding that the pattern names has; ``None``: any number.
     """
 
     name: str
@@ -190,11 +191,17 @@ class Rule:
     optional: bool = False
     source: str = ""
     unless: Pattern | None = None
+    rows: Count | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "the name of a rule")
         check_text(self.why, "why")
         _check_source(self.source)
+        if self.rows is not None and self.pattern.operators != ("embedding",):
+            raise RuleFileError(
+                f"rule '{self.name}' counts rows, and its pattern is about a {self.pattern.operators[0]}",
+                "remove rows, or write pattern: embedding(_, w)",
+            )
         if not self.quantize:
             raise RuleFileError(f"rule '{self.name}' quantizes nothing", "name at least one capture of its pattern")
         captures = self.pattern.captures()

@@ -24,6 +24,7 @@ from qdq_surgery.hf.config_facts import attention_of, set_attention
 from qdq_surgery.match.edits import Edit, Origin
 from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.site_names import is_site_name
+from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.factory import Defaults, Maker, device_of
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
@@ -130,7 +131,7 @@ class _Surgeon:
             sites.setdefault((site.owner, site.routine), []).append(site)
         for (owner, kind), own in sites.items():
             if kind == "module":
-                self._swap_linear(self.modules[owner], own)
+                self._swap_module(self.modules[owner], own)
         for (owner, kind), own in sites.items():
             if kind != "module":
                 self._rewrite(owner, kind, own)
@@ -148,12 +149,16 @@ class _Surgeon:
                     set_attention(own, attention)
                 vars(module)["config"] = own
 
-    def _swap_linear(self, linear: nn.Module, sites: list[Site]) -> None:
-        _set_class(linear, QuantLinear)
+    def _swap_module(self, module: nn.Module, sites: list[Site]) -> None:
         by_role = {site.role: site for site in sites}
-        device = self._device_of(linear)
-        self._add(linear, "_input_quantizer", by_role.get("input"), device)
-        self._add(linear, "_weight_quantizer", by_role.get("weight"), device)
+        device = self._device_of(module)
+        if isinstance(module, nn.Embedding):
+            self._add(module, "_weight_quantizer", by_role["weight"], device)
+            _set_class(module, QuantEmbedding)
+            return
+        _set_class(module, QuantLinear)
+        self._add(module, "_input_quantizer", by_role.get("input"), device)
+        self._add(module, "_weight_quantizer", by_role.get("weight"), device)
 
     def _rewrite(self, owner: str, kind: str, sites: list[Site]) -> None:
         block = self.modules[owner]
@@ -222,6 +227,8 @@ def restore(model: PreTrainedModel) -> None:
             for name in ("_input_quantizer", "_weight_quantizer"):
                 module._modules.pop(name, None)  # None where a rule quantizes one operand only
             _set_class(module, nn.Linear)
+        elif isinstance(module, QuantEmbedding):
+            _set_class(module, nn.Embedding)
         elif (base := base_class(type(module))) is not type(module):
             _set_class(module, base)
             for name in QUANTIZED_FORWARDS.values():

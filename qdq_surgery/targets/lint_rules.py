@@ -19,6 +19,9 @@ __all__ = ["LintRules", "Verdict"]
 #: Verdict, fusion, reason and remedy of a :class:`~qdq_surgery.onnx_graph.findings.Finding`.
 Verdict = tuple[str, str, str, str]
 
+#: What is said of a table, of any runtime that has such files.
+_ROWS = "int8 rows", "a quarter of the table is stored, and only rows that are looked up are dequantized"
+
 
 class LintRules(ABC):
     """The rules of one runtime, for one graph.
@@ -57,6 +60,9 @@ class LintRules(ABC):
 
     def site(self, pair: Pair) -> Iterator[Finding]:
         """What is to be said of one pair."""
+        if pair.site.rows is not None:
+            yield Finding("enables", *_ROWS, sites=pair.names, nodes=(pair.site.rows,))
+            return
         refusal = self.refusal(pair)
         if refusal is not None:
             yield Finding("blocks", *refusal, pair.names)

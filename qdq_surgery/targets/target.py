@@ -70,6 +70,7 @@ class Target:
             leaving a product in float for the sake of a ReLU behind it.
         plain_skip_norm: Keep the runtime from fusing a residual add and the LayerNorm behind it.
         scales_apart: Keep the runtime from fusions that drop an activation's scales, or an embedding's factor.
+        int8_rows: Whether tables of embeddings can be stored as int8 rows, dequantized behind the lookup.
         own_form: What else a deployed folder has for tools that load no ONNX on this runtime; ``None``: nothing.
     """
 
@@ -87,6 +88,7 @@ class Target:
     plain_bias: bool = False
     plain_skip_norm: bool = False
     scales_apart: bool = False
+    int8_rows: bool = True
     own_form: OwnForm | None = None
 
     def rules(self) -> type[LintRules]:

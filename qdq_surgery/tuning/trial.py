@@ -243,9 +243,9 @@ class _Work:
         return keep
 
     def of(self, qmodel: nn.Module, sites: Sequence[Site]) -> int:
-        """Of the operator whose operands these are; 0 of an add."""
+        """Of the operator whose operands these are; 0 of an add, and of a lookup."""
         first = sites[0]
-        if first.operator == "add":
+        if first.operator in ("add", "embedding"):
             return 0
         if first.routine == "module":
             linear = qmodel.get_submodule(first.owner)

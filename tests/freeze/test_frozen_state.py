@@ -42,17 +42,18 @@ def test_what_needs_quantizers_says_that_it_is_frozen(call: Callable[[Any], obje
 
 @pytest.mark.parametrize("rules", ["linear-only", "qdqbert"])
 def test_it_is_not_converted_again(rules: str) -> None:
-    with pytest.raises(qs.ModelError, match=r"quantized by the method 'qdq_surgery' already|holds quantizers already"):
+    with pytest.raises(
+        qs.ModelError, match=r"quantized by the method 'qdq_surgery_frozen' already|holds quantizers already"
+    ):
         qs.convert(frozen("bert", rules))
 
 
-def test_it_is_not_saved(tmp_path: Path) -> None:
+def test_states_are_read_and_not_loaded() -> None:
     model = frozen()
-    with pytest.raises(qs.ModelError, match="save the quantized model, then freeze after loading"):
-        model.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    with pytest.raises(qs.ModelError, match="save the quantized model, then freeze after loading"):
-        model.state_dict()
+    state = model.state_dict()
+    assert state["encoder.layer.0.output.dense._weight_quantizer._integers"].dtype == torch.int8
+    with pytest.raises(qs.ModelError, match="its weights are fixed; load into the quantized model"):
+        model.load_state_dict(state)
 
 
 def test_saved_before_and_frozen_after_loading(tmp_path: Path) -> None:

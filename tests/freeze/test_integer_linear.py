@@ -141,9 +141,13 @@ def test_other_places_and_types_are_refused() -> None:
     assert linear.scale.dtype == torch.float32
 
 
-def test_files_are_refused() -> None:
+def test_states_are_read_and_not_loaded() -> None:
     linear = an_integer_linear()
-    with pytest.raises(qs.ModelError, match="save the quantized model, then freeze after loading"):
-        linear.state_dict()
+    state = linear.state_dict()
+    assert torch.equal(state["_weight_quantizer._integers"], linear.packed.integers())
+    assert {name for name in state if name.endswith("_amax")} == {
+        "_input_quantizer._amax",
+        "_weight_quantizer._amax",
+    }
     with pytest.raises(qs.ModelError, match="load into the quantized model"):
         linear.load_state_dict({})

@@ -147,7 +147,7 @@ def test_unnamed_places_get_names_of_their_own(write: Write) -> None:
     )
     # An activation module is no block and no linear: nothing can go in front of it, and that is said.
     [reason] = {r.reason for r in made.refusals if r.rule == "gate"}
-    assert reason == "only linears are swapped, and this is a gelu"
+    assert reason == "only linears and embeddings are swapped, and this is a gelu"
 
 
 # --- exclusions and refusals

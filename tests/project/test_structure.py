@@ -41,6 +41,7 @@ ORDER = [
     "export",
     "prove",
     "freeze",
+    "load_frozen",
     "onnx_export",
     "html_report",
     "api",

@@ -43,7 +43,7 @@ def test_what_may_be_left_out_has_a_default(section: str, name: str, key: Key) -
 def test_every_field_has_a_key(section: str) -> None:
     said = {(key.field or name).partition(".")[0] for name, key in SECTIONS[section].items() if key.field != ""}
     if section == "rule":
-        said |= {"scope", "pattern", "unless"}  # what its match says
+        said |= {"scope", "pattern", "unless", "rows"}  # what its match says
     beside = {name for of, name in BESIDE if of == section}
     made = {field.name for field in fields(schema._MAKES[section])}
     assert said - beside | UNSAID.get(section, set()) == made

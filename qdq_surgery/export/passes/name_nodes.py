@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -13,14 +14,18 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _KEPT = ("QuantizeLinear", "DequantizeLinear")
 
 
-def name_nodes(graph: ir.Graph) -> None:
+def name_nodes(graph: ir.Graph, kept: Collection[str] = ()) -> None:
     """Name every node ``<module path>/<operator>``, numbered from the second; Q/DQ pairs have their quantizer's name.
 
     What the exporter noted on the nodes goes: paths of the machine it ran on, and lines of the model's code.
+
+    Args:
+        kept: Names that stay, beside those of Q/DQ pairs.
     """
-    taken = Counter[str](node.name for node in graph if node.op_type in _KEPT and node.name)
+    own = {str(node.name) for node in graph if node.name and (node.op_type in _KEPT or node.name in kept)}
+    taken = Counter[str](own)
     for node in graph:
-        if not (node.op_type in _KEPT and node.name):
+        if str(node.name) not in own:
             module = _module(node)
             base = f"{module}/{node.op_type}" if module else node.op_type
             taken[base] += 1

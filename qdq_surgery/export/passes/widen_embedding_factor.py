@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qdq_surgery.export.passes.lower_qdq import ROWS
+
 __all__ = ["widen_embedding_factors"]
 
 
@@ -27,8 +29,12 @@ def widen_embedding_factors(graph: ir.Graph) -> int:
 
 
 def _width(value: ir.Value | None) -> int | None:
-    """The width of the table that a value was looked up in."""
+    """The width of the table that a value was looked up in, whether rows or integers."""
     source = None if value is None else value.producer()
+    if source is not None and str(source.name).endswith(ROWS):
+        integers = source.inputs[0].producer() if source.inputs[0] is not None else None
+        looked_up = None if integers is None else integers.inputs[0]
+        source = None if looked_up is None else looked_up.producer()
     if source is None or source.op_type != "Gather" or source.inputs[0] is None:
         return None
     table = source.inputs[0].const_value

@@ -108,6 +108,9 @@ class _Optimized:
     def leftover(self) -> Iterator[Leftover]:
         """Q/DQ that no integer kernel needs."""
         for node in self.nodes:
+            site = self._site(node) if node.op_type == _DEQUANTIZE else None
+            if site is not None and site.rows is not None:
+                continue  # the rows of a table: there is nothing else to do with them
             if node.op_type == _DEQUANTIZE:
                 yield self._left(node)
             elif node.op_type == _QUANTIZE:

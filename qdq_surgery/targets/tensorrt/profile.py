@@ -19,4 +19,5 @@ TENSORRT = Target(
     unchecked="which needs an engine; scripts/benchmark_tensorrt.sh builds one",
     precisions=("float32", "float16"),
     unsigned=False,
+    int8_rows=False,
 )
