@@ -26,16 +26,31 @@ from fuzzing.outcome import Outcome
 from qdq_surgery.checkpoint.plan_cache import DIGEST, METADATA
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.errors import QdqSurgeryError
-from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.freeze.frozen_state import NOTES
+from qdq_surgery.freeze.kernel import unsupported
+from qdq_surgery.surgery.model_state import FROZEN_ATTRIBUTE, plan_of
 
 __all__ = ["KINDS", "run"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_REPORT = "qdq_report.json"
 _RANGE = "._amax"
 _ROUNDING = "._rounding"
+_INTEGERS = "._integers"
+
+#: For frozen models: tables in INT8, too.
+_TABLES = """schema: 1
+name: tables
+extends: pytorch
+rules:
+  - name: embeddings
+    why: the fuzzing's tables are small
+    match: {pattern: "embedding(_, w)", rows: {min: 2}}
+    quantize: {w: table}
+"""
 
 #: What must be the same for a model to compute the same: of the config's own record only this.
-_MATTERS = ("rules", "descriptors", "disabled", "quant_disabled", "learned", "without_range", "rounded")
+_MATTERS = ("rules", "descriptors", "disabled", "quant_disabled", "learned", "without_range", "rounded", "integers")
 
 
 def run(count: int, seed: int) -> Outcome:
@@ -43,9 +58,11 @@ def run(count: int, seed: int) -> Outcome:
     random_ = random.Random(seed)
     outcome = Outcome()
     with TemporaryDirectory() as temporary:
-        base = _Base.make(Path(temporary))
+        bases = [_Base.make(Path(temporary) / "quantized", frozen=False)]
+        if unsupported(torch.float32) is None:
+            bases.append(_Base.make(Path(temporary) / "frozen", frozen=True))
         for index in range(count):
-            kind = random_.choice([*KINDS])
+            kind, base = random_.choice([*KINDS]), random_.choice(bases)
             folder = Path(temporary) / "case"
             shutil.copytree(base.sharded if kind == "index" else base.whole, folder)
             KINDS[kind](random_, folder)
@@ -65,18 +82,21 @@ class _Base:
     output: Tensor
 
     @classmethod
-    def make(cls, folder: Path) -> _Base:
+    def make(cls, folder: Path, frozen: bool) -> _Base:
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
         model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=16, **sizes)).eval()
-        qmodel = qs.convert(model, "qdqbert-scaled", inplace=True)
+        folder.mkdir()
+        (folder / "tables.yaml").write_text(_TABLES)
+        qmodel = qs.convert(model, folder / "tables.yaml" if frozen else "qdqbert-scaled", inplace=True)
         statistics = qs.collect(qmodel, [_batch(), _batch(1)], moments=True)
         qs.calibrate(qmodel, statistics)
         qs.round_weights(qmodel, statistics)
+        qmodel = qs.freeze(qmodel) if frozen else qmodel
         qmodel.save_pretrained(folder / "whole")
         qmodel.save_pretrained(folder / "sharded", max_shard_size=8_000)
         config = json.loads((folder / "whole" / "config.json").read_text())
-        return cls(folder / "whole", folder / "sharded", config, _essence(plan_of(qmodel)), _output(qmodel))
+        return cls(folder / "whole", folder / "sharded", config, _essence(_plan(qmodel)), _output(qmodel))
 
     def check(self, folder: Path) -> str:
         """What is wrong with the model that a folder gives; ``""`` if nothing."""
@@ -110,7 +130,12 @@ class _Base:
             return ""  # other rules
         if not torch.equal(_output(model), self.output):
             return "the outputs are others"
-        return "" if _essence(plan_of(model)) == self.sites else "the sites are others"
+        return "" if _essence(_plan(model)) == self.sites else "the sites are others"
+
+
+def _plan(model: PreTrainedModel) -> qs.Plan:
+    state = getattr(model, FROZEN_ATTRIBUTE, None)
+    return plan_of(model) if state is None else state.plan
 
 
 def _essence(plan: qs.Plan) -> tuple[Any, ...]:
@@ -167,6 +192,18 @@ def _lock(random_: random.Random, folder: Path) -> None:
     save_file(load_file(folder / _WEIGHTS), folder / _WEIGHTS, metadata=metadata)
 
 
+def _notes(random_: random.Random, folder: Path) -> None:
+    """What was found when a model was frozen."""
+    metadata = _metadata_of(folder)
+    if NOTES not in metadata:
+        return _lock(random_, folder)
+    text = json.dumps(mutated(random_, json.loads(metadata[NOTES])))
+    if random_.random() < 0.2:
+        text = random_.choice(("[" * 200_000, text[: random_.randrange(len(text))], "", "null", text + " "))
+    metadata[NOTES] = text.encode(errors="replace").decode()
+    save_file(load_file(folder / _WEIGHTS), folder / _WEIGHTS, metadata=metadata)
+
+
 def _forged_name(random_: random.Random, folder: Path) -> None:
     """A name or an operand of the stored plan, with the digest that belongs to it."""
     metadata = _metadata_of(folder)
@@ -199,7 +236,7 @@ def _forged_name(random_: random.Random, folder: Path) -> None:
 
 def _ranges(random_: random.Random, folder: Path) -> None:
     tensors = load_file(folder / _WEIGHTS)
-    names = sorted(name for name in tensors if name.endswith((_RANGE, _ROUNDING)))
+    names = sorted(name for name in tensors if name.endswith((_RANGE, _ROUNDING, _INTEGERS)))
     for _ in range(random_.choice((1, 1, 3))):
         name = random_.choice(names)
         made = _range(random_, tensors.get(name, torch.ones(())))
@@ -208,7 +245,7 @@ def _ranges(random_: random.Random, folder: Path) -> None:
         else:
             tensors[name] = made.clone().contiguous()
     if random_.random() < 0.1:
-        owner, end = random_.choice(("bert", "x", "bert.pooler.dense")), random_.choice((_RANGE, _ROUNDING))
+        owner, end = random_.choice(("bert", "x", "bert.pooler.dense")), random_.choice((_RANGE, _ROUNDING, _INTEGERS))
         tensors[f"{owner}._input_quantizer{end}"] = torch.ones(())
     save_file(tensors, folder / _WEIGHTS, metadata=_metadata_of(folder))
 
@@ -236,7 +273,7 @@ def _range(random_: random.Random, value: Tensor) -> Tensor | None:
 
 def _bytes(random_: random.Random, folder: Path) -> None:
     """Anywhere in one of the files; of the weights in the header."""
-    file = folder / random_.choice(("config.json", _WEIGHTS, "qdq_report.json"))
+    file = random_.choice([file for name in ("config.json", _WEIGHTS, _REPORT) if (file := folder / name).exists()])
     content = bytearray(file.read_bytes())
     end = min(len(content), 8 + int.from_bytes(content[:8], "little")) if file.name == _WEIGHTS else len(content)
     change = random_.randrange(4)
@@ -262,8 +299,8 @@ def _index(random_: random.Random, folder: Path) -> None:
 
 
 def _report(random_: random.Random, folder: Path) -> None:
-    path = folder / "qdq_report.json"
-    if random_.random() < 0.3:
+    path = folder / _REPORT
+    if random_.random() < 0.3 or not path.exists():
         path.write_bytes(random_.choice((b"\xff\xfe", b"[" * 200_000, b"", b"null", bytes(1000))))
     else:
         path.write_text(json.dumps(mutated(random_, json.loads(path.read_text()))))
@@ -271,7 +308,7 @@ def _report(random_: random.Random, folder: Path) -> None:
 
 def _special(random_: random.Random, folder: Path) -> None:
     """Something that is no file, in the place of one."""
-    path = folder / random_.choice(("config.json", _WEIGHTS, "qdq_report.json", "generation_config.json"))
+    path = folder / random_.choice(("config.json", _WEIGHTS, _REPORT, "generation_config.json"))
     path.unlink(missing_ok=True)
     change = random_.randrange(4)
     if change == 0:
@@ -287,6 +324,7 @@ KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     "config.json": _model_config,
     "plan": _lock,
     "forged plan": _forged_name,
+    "notes": _notes,
     "ranges": _ranges,
     "bytes": _bytes,
     "index": _index,
