@@ -63,8 +63,8 @@ def texts_argument(command: argparse.ArgumentParser, optional: bool = False) -> 
         "texts",
         metavar="TEXTS",
         nargs="?" if optional else None,
-        help="a UTF-8 file: one text in each line, or .csv, .tsv or .jsonl with columns; .jsonl may have 'input_ids' "
-        "(and 'attention_mask', 'token_type_ids') or 'tokens' in each row",
+        help="a UTF-8 file: one text in each line, or .csv, .tsv or .jsonl with columns; or a folder that datasets "
+        "saved; their rows, and .jsonl's, may have 'input_ids' (and 'attention_mask', 'token_type_ids') or 'tokens'",
     )
 
 

@@ -1,4 +1,4 @@
-"""Samples for calibration from a file: texts, pairs of texts, tokens or token ids, by the format that its name says."""
+"""Samples for calibration from a file or a datasets folder: texts, pairs of texts, tokens or token ids."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qdq_surgery.errors import CalibrationError
+from qdq_surgery.text.optional_imports import require
 from qdq_surgery.texts.input_file import printable, read_lines, read_text
 
 __all__ = ["Sample", "read_samples"]
@@ -61,19 +62,24 @@ class Sample:
 
 
 def read_samples(path: str | Path, columns: Sequence[str] = ()) -> list[Sample]:
-    """The rows of a file. ``.jsonl``, ``.csv`` and ``.tsv`` have columns; in any other file each line is a text.
+    """The rows of a file, or of a folder that ``Dataset.save_to_disk`` of datasets wrote.
+
+    ``.jsonl``, ``.csv``, ``.tsv`` and datasets have columns; in any other file each line is a text.
 
     Args:
-        columns: One, or two for pairs of texts. Left out: ``text`` or ``sentence``, and of ``.jsonl`` also
+        columns: One, or two for pairs of texts. Left out: ``text`` or ``sentence``, and of ``.jsonl`` and datasets also
             ``input_ids`` (with ``attention_mask`` and ``token_type_ids``) or ``tokens``.
 
     Raises:
         CalibrationError: The file or a row cannot be used, says which and why.
+        ModelError: It is a folder, and datasets is not installed.
     """
     if len(columns) > 2:
         raise CalibrationError(f"{len(columns)} columns are named; name one, or two for pairs of texts")
     suffix = Path(path).suffix.lower()
-    if suffix in _ROWS:
+    if Path(path).is_dir():
+        found = list(_dataset(path, columns))
+    elif suffix in _ROWS:
         found = list(_json_rows(path, columns))
     elif suffix in _TABLES:
         found = list(_table(path, _TABLES[suffix], columns))
@@ -133,15 +139,38 @@ def _json_rows(path: str | Path, columns: Sequence[str]) -> Iterator[Sample]:
             raise CalibrationError(f"{place} is no JSON: {getattr(error, 'msg', 'nested too deep')}") from None
         if not isinstance(row, dict):
             raise CalibrationError(f'{place} is no JSON object such as {{"text": ...}}, but {printable(line)}')
-        if not columns and "input_ids" in row:
-            yield Sample(place, inputs=_token_ids(place, row))
-        elif not columns and _TOKENS in row:
-            yield Sample(place, tokens=_tokens(place, row[_TOKENS]))
-        else:
-            names = _chosen(place, list(row), columns)
-            texts = _texts(place, {name: row[name] for name in names})
-            if texts:
-                yield Sample(place, texts=texts)
+        yield from _sample(place, row, columns)
+
+
+def _sample(place: str, row: Mapping[str, Any], columns: Sequence[str]) -> Iterator[Sample]:
+    if not columns and "input_ids" in row:
+        yield Sample(place, inputs=_token_ids(place, row))
+    elif not columns and _TOKENS in row:
+        yield Sample(place, tokens=_tokens(place, row[_TOKENS]))
+    else:
+        names = _chosen(place, list(row), columns)
+        texts = _texts(place, {name: row[name] for name in names})
+        if texts:
+            yield Sample(place, texts=texts)
+
+
+def _dataset(path: str | Path, columns: Sequence[str]) -> Iterator[Sample]:
+    datasets = require("datasets", f"the folder {path}", "datasets")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever pyarrow and datasets make of files that are damaged
+        said = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"{path} is a folder that datasets cannot load ({printable(said)}); give one that Dataset.save_to_disk "
+            "wrote, or a file"
+        ) from None
+    if not isinstance(found, datasets.Dataset):
+        raise CalibrationError(f"{path} has several parts: {', '.join(map(printable, found))}; give the folder of one")
+    known = {*(columns or (*_COLUMNS, *_INPUTS, _TOKENS))}
+    if not known.isdisjoint(found.column_names):  # what else there is, such as sounds, is not decoded
+        found = found.select_columns([name for name in found.column_names if name in known])
+    for number, row in enumerate(found.with_format(None)):
+        yield from _sample(f"{path}[{number}]", row, columns)
 
 
 def _table(path: str | Path, separator: str, columns: Sequence[str]) -> Iterator[Sample]:

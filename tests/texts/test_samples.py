@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.texts.samples import Sample, read_samples
 
 IDS = '{"input_ids": [2, 7, 3, 0], "attention_mask": [1, 1, 1, 0], "token_type_ids": [0, 0, 0, 0]}'
@@ -97,3 +99,70 @@ def test_what_cannot_be_used_is_named_with_its_line(
 ) -> None:
     with pytest.raises(CalibrationError, match=found):
         read_samples(written(tmp_path, name, content), columns)
+
+
+def saved(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "wanted"),
+    [
+        ([{"n": 1, "text": "a"}, {"n": 2, "text": " "}, {"n": 3, "text": "b"}], [], [("a",), ("b",)]),
+        ([{"q": "a", "p": "b", "input_ids": [1]}], ["p", "q"], [("b", "a")]),
+    ],
+)
+def test_folders_of_datasets(
+    tmp_path: Path, rows: list[dict[str, Any]], columns: list[str], wanted: list[tuple[str, ...]]
+) -> None:
+    found = read_samples(saved(tmp_path / "data", rows), columns)
+    assert [sample.texts for sample in found] == wanted
+    assert found[-1].place == f"{tmp_path / 'data'}[{len(rows) - 1}]"
+
+
+def test_tokenized_datasets_of_any_format(tmp_path: Path) -> None:
+    """Also one that gives tensors to those who load it."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    row = {"input_ids": [2, 7, 3, 0], "attention_mask": [1, 1, 1, 0], "label": 1}
+    datasets.Dataset.from_list([row]).with_format("numpy").save_to_disk(tmp_path / "data")
+    (found,) = read_samples(tmp_path / "data")
+    assert found.inputs == {"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "found"),
+    [
+        ([{"q": "a"}], [], r"data\[0\]: no column is called text or sentence"),
+        ([{"text": "a"}], ["x"], r"data\[0\]: no column called 'x'; its columns are 'text'"),
+        ([{"text": "a"}, {"text": None}], [], r"data\[1\]: 'text' is no text, but 'null'"),
+    ],
+)
+def test_rows_of_datasets_that_cannot_be_used(
+    tmp_path: Path, rows: list[dict[str, Any]], columns: list[str], found: str
+) -> None:
+    with pytest.raises(CalibrationError, match=found):
+        read_samples(saved(tmp_path / "data", rows), columns)
+
+
+def test_folders_that_are_no_dataset(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    with pytest.raises(CalibrationError, match=r"is a folder that datasets cannot load .*save_to_disk"):
+        read_samples(tmp_path)
+    part = datasets.Dataset.from_list([{"text": "a"}])
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "all")
+    with pytest.raises(CalibrationError, match="all has several parts: 'train', 'test'; give the folder of one"):
+        read_samples(tmp_path / "all")
+    (tmp_path / "all" / "train" / "data-00000-of-00001.arrow").write_bytes(b"nonsense")
+    with pytest.raises(CalibrationError, match="train is a folder that datasets cannot load"):
+        read_samples(tmp_path / "all" / "train")
+
+
+def test_a_folder_needs_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModelError, match=r"the folder .* needs datasets, which is not installed; pip install"):
+        read_samples(tmp_path)
