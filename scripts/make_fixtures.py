@@ -41,7 +41,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.cli import main as command_line
+from qdq_surgery.cli.commands import parser
 
 _BERT: dict[str, Any] = {
     "vocab_size": 24,
@@ -138,27 +138,6 @@ def write_export(target: str, options: dict[str, Any]) -> None:
     write_json(Path(f"exports/{target}.json"), shown)
 
 
-class _FoundError(Exception):
-    """Raised in the place of reading a command line; has the parser."""
-
-
-def parser_of_the_command() -> argparse.ArgumentParser:
-    """What ``qdq-surgery`` reads its arguments with, whatever it is called in the package."""
-
-    def found(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        raise _FoundError(parser)
-
-    read, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, found  # type: ignore[assignment]
-    try:
-        command_line([])
-    except _FoundError as error:
-        parser: argparse.ArgumentParser = error.args[0]
-        return parser
-    finally:
-        argparse.ArgumentParser.parse_args = read  # type: ignore[method-assign]
-    raise RuntimeError("the command reads no arguments")
-
-
 def commands(parser: argparse.ArgumentParser, words: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every command with its options and places: names, values to choose from, defaults."""
     options: dict[str, Any] = {}
@@ -220,7 +199,7 @@ def main(folder: Path) -> None:
     Path("models/pickled.pt.gz").write_bytes(gzip.compress(pickled.getvalue(), mtime=0))
     for target, options in EXPORTS.items():
         write_export(target, options)
-    write_json(Path("interface.json"), {**public_names(), "commands": dict(commands(parser_of_the_command()))})
+    write_json(Path("interface.json"), {**public_names(), "commands": dict(commands(parser()))})
     write_json(Path("versions.json"), _versions())
 
 

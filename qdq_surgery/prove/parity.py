@@ -318,7 +318,8 @@ class _Forced:
     def _replace_rows(self, name: str, embedding: QuantEmbedding, rows: Tensor, output: Tensor) -> Tensor:
         """The same of the rows that are looked up in a table."""
         site = self._site(name, output)
-        theirs = torch.from_numpy(self._values[site.value].astype(np.float32)).reshape(output.shape)
+        value = self._values[site.value].astype(np.float32)
+        theirs = torch.from_numpy(value).reshape(output.shape)
         given = functional.embedding(rows, embedding.weight)
         scale = _scale(embedding._weight_quantizer, embedding.ranges_of(rows, given))
         self.checks.append(self._compare(name, scale, given.float().cpu(), output.float().cpu(), theirs, site))

@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from make_fixtures import EXPORTS, MODELS, commands, computed, parser_of_the_command, public_names, ranges
+from make_fixtures import EXPORTS, MODELS, commands, computed, public_names, ranges
 from qdq_surgery.checkpoint import plan_cache
+from qdq_surgery.cli.commands import parser
 from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.surgery.model_state import plan_of
 
@@ -270,7 +271,7 @@ def test_the_public_names_are_still_there() -> None:
 
 
 def test_the_commands_have_their_options() -> None:
-    now, then = dict(commands(parser_of_the_command())), data("interface.json")["commands"]
+    now, then = dict(commands(parser())), data("interface.json")["commands"]
     assert then.keys() <= now.keys()
     for command, options in then.items():
         for option, wanted in options.items():
