@@ -6,12 +6,14 @@ import copy
 import inspect
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,38 @@ def test_copies_open_the_file_again(spans: Path, files: Files) -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.threads == 1
         assert torch.equal(other(**files.batch()).start_logits, model(**files.batch()).start_logits)
+
+
+@pytest.mark.slow
+def test_a_pickle_is_loaded_wherever_the_file_is(
+    spans: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened by a path from the working directory, and loaded in a process that has another one."""
+    monkeypatch.chdir(spans.parent)
+    models = [load(Path(spans.name), runtime, threads=1) for runtime in RUNTIMES]
+    pickled = tmp_path / "models.pickle"
+    pickled.write_bytes(pickle.dumps((files.batch(), [(model, model(**files.batch())) for model in models])))
+    code = (
+        "import os, pickle, sys, torch\n"
+        "os.chdir(os.sep)\n"
+        "batch, pairs = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "for again, wanted in pairs:\n"
+        "    found = again(**batch)\n"
+        "    assert type(found) is type(wanted)\n"
+        "    assert all(torch.equal(found[name], wanted[name]) for name in wanted)\n"
+        "    print(again.path, again.runtime, again.threads, again.precision)"
+    )
+    printed = forked.run(code, pickled, folder=tmp_path / "printed")
+    assert printed.splitlines() == [f"{spans} {model.runtime} 1 {model.precision}" for model in models]
+
+
+def test_a_pickle_without_its_file_names_it(spans: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(spans, tmp_path / "model.onnx"))
+    pickled = pickle.dumps(load_onnx(path))
+    assert len(pickled) < 1000 < path.stat().st_size
+    path.unlink()
+    with pytest.raises(qs.ModelError, match=rf"the pickled model is the file {path}, which is not there .* on each"):
+        pickle.loads(pickled)
 
 
 def test_an_evaluation_loop(files: Files) -> None:
