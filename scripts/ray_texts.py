@@ -26,7 +26,7 @@ import qdq_surgery as qs
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported: nothing is sent anywhere
 
-import ray  # noqa: E402
+import ray
 
 
 class Reader:
@@ -79,7 +79,7 @@ def main() -> None:
     try:
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         texts = ray.data.read_text(str(options.texts.absolute()), drop_empty_lines=False)
-        found = texts.repartition(target_num_rows_per_block=options.batch).map_batches(
+        found = texts.repartition(target_num_rows_per_block=options.batch, strict=True).map_batches(
             Reader,
             fn_constructor_args=(model, tokenizer, options.keep),
             batch_size=options.batch,
