@@ -23,7 +23,9 @@ for needed in ("ray", "onnx", "onnxruntime"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed", allow_module_level=True)
 
+#: So many batches that they do not come in order by luck, the last one not full.
 BATCH = 16
+COUNT = 50 * BATCH + 3
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     furnish(folder)
     words = (folder / "texts.txt").read_text(encoding="utf-8").split()
     drawn = random.Random(0)
-    texts = [" ".join(drawn.choices(words, k=drawn.randint(1, 40))) for _ in range(5 * BATCH + 3)]
+    texts = [" ".join(drawn.choices(words, k=drawn.randint(1, 40))) for _ in range(COUNT)]
     texts[7] = ""
     (folder / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     qmodel = qs.convert(AutoModelForSequenceClassification.from_pretrained(folder / "my-bert"), "onnxruntime")
