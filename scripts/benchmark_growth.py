@@ -1,16 +1,16 @@
 """Cost as it grows: time and memory against batch, length, layers and width; prints the tables of docs/benchmarks.md.
 
-    python scripts/benchmark_growth.py [--axis batch length layers width] [--runs 7] [--threads 2] [--least]
+    python scripts/benchmark_growth.py [--axis batch length layers width] [--rounds 5] [--threads 2]
 
 One axis is varied at a time, from a BERT with random weights of 6 layers, width 384 (heads of 64) and 8 x 128 tokens.
 Every figure comes from a process of its own that does nothing else: seconds, and by how many MB its memory grew at
-most. What runs is timed as the median of its runs (``--least``: as the least), and its memory counts from before the
-model was loaded.
+most. What runs is timed as the median of rounds (those that other processes disturb least), and its memory counts from
+before the model was loaded; making is done once, conversion and calibration (two batches) by the rules ``onnxruntime``.
 
-The limit is that of the products alone, by PyTorch's plain kernels on the spot, with as many weights and of the same
-shapes: oneDNN's INT8 linear with nothing before or behind it for the linears (attention's products, for which PyTorch
-has no such kernel, at the same multiply-adds in a second), ``torch.matmul`` where the run computes in float. The share
-is the products' time by the time of the run: 100 % would be a model that is nothing but products. A runtime whose own
+The limit is that of the products alone, by PyTorch's plain kernels, in turns with the run, with as many weights and of
+the same shapes: oneDNN's INT8 linear with nothing before or behind it (attention's products, for which PyTorch has no
+such kernel, at the same multiply-adds in a second), and ``torch.matmul`` where the run computes in float. The share is
+the products' time by the time of the run: 100 % would be a model that is nothing but products. A runtime whose own
 kernels are faster may pass it.
 """
 
@@ -38,8 +38,7 @@ from transformers import BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from qdq_surgery.freeze.kernel import PackedWeight, integer_linear
-from runtimes.timing import Watch
+from runtimes.timing import Watch, interleaved
 
 _HEAD = 64
 _FOUR = 4  # BERT's feed-forward width by its own
@@ -102,6 +101,15 @@ class Cost:
     others: float
 
 
+@dataclass(frozen=True)
+class Run:
+    """What runs: its cost, its share of the limit, and 10^9 multiply-adds in a second of its linears' plain kernel."""
+
+    cost: Cost
+    share: float
+    speed: float
+
+
 def _status(name: str) -> float:
     """A size in /proc/self/status, in MB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -120,21 +128,6 @@ def once(action: Callable[[], _Made]) -> tuple[_Made, Cost]:
     start = time.perf_counter()
     made = action()
     return made, Cost(time.perf_counter() - start, _status("VmHWM") - before, watch.stop())
-
-
-def repeated(action: Callable[[], object], before: float, runs: int, least: bool) -> Cost:
-    """What a call costs that is made again and again; memory above ``before``."""
-    found, watch = [], Watch()
-    with torch.inference_mode():
-        action()
-        action()
-        _forget_peak()
-        watch.start()
-        for _ in range(runs):
-            start = time.perf_counter()
-            action()
-            found.append(time.perf_counter() - start)
-    return Cost(min(found) if least else statistics.median(found), _status("VmHWM") - before, watch.stop())
 
 
 def quiet(threads: int) -> None:
@@ -172,8 +165,8 @@ def _export(qmodel: Any, path: Path, target: str) -> Cost:
     return once(lambda: qs.export_onnx(qmodel, path, target=target))[1]
 
 
-def running(point: Point, kind: str, folder: Path, runs: int, least: bool) -> Cost:
-    """What a forward costs."""
+def running(point: Point, kind: str, folder: Path, rounds: int) -> Run:
+    """What a forward costs, in turns with its products by plain kernels."""
     inputs, before = point.inputs(), _status("VmRSS")
     model: Any
     if kind == "float":
@@ -184,36 +177,59 @@ def running(point: Point, kind: str, folder: Path, runs: int, least: bool) -> Co
         importlib.import_module(kind)
         before = _status("VmRSS")
         model = qs.load_onnx(folder / f"{point.name}-{kind}.onnx", kind)
-    return repeated(lambda: model(**inputs), before, runs, least)
+    _forget_peak()
+    with torch.inference_mode():
+        model(**inputs)
+        model(**inputs)
+        peak = _status("VmHWM") - before
+        turns: dict[str, Any] = {"run": lambda _: model(**inputs), **products(point, kind)}
+        found = interleaved(turns, {}, rounds, Watch())
+    seconds = {name: statistics.median(each.seconds[name] for each in found) for name in turns}
+    limit = seconds["linears"] + seconds.get("attention", 0.0)
+    linear, own = point.adds()
+    if "attention" not in turns:
+        limit *= 1 + own / linear
+    cost = Cost(seconds["run"], peak, max(each.others for each in found))
+    return Run(cost, limit / seconds["run"], linear / seconds["linears"] / 1e9)
 
 
-def products(point: Point, kind: str, runs: int, least: bool) -> Cost:
-    """What the products alone cost by plain kernels: ``"int8"`` and ``"float"`` linears, or ``"attention"`` in float."""
+def products(point: Point, kind: str) -> dict[str, Callable[[Any], object]]:
+    """The model's products and nothing else: linears, and attention where the run has it in float."""
     rows, generator = point.batch * point.length, torch.Generator().manual_seed(0)
     given = {size: torch.randn(rows, size, generator=generator) for size in (point.width, _FOUR * point.width)}
-    if kind == "attention":
+    shapes = [(high, wide) for wide, high in point.linears() * point.layers]
+    if kind == "float":
+        linears = [_float_product(given[shape[1]], torch.randn(shape, generator=generator)) for shape in shapes]
+    else:
+        integers = {size: (each * 40 + 128).clamp(0, 255).to(torch.uint8) for size, each in given.items()}
+        weights = [torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator) for shape in shapes]
+        linears = [_int8_product(integers[each.shape[1]], each) for each in weights]
+    found = {"linears": _all(linears)}
+    if kind in ("float", "frozen"):
         heads = point.batch, point.width // _HEAD, point.length, _HEAD
         queries, keys = (torch.randn(heads, generator=generator) for _ in range(2))
         scores = torch.randn((*heads[:3], point.length), generator=generator)
-        work = [lambda: torch.matmul(queries, keys.mT), lambda: torch.matmul(scores, keys)] * point.layers
-    elif kind == "float":
-        weights = [torch.randn(high, wide) for wide, high in point.linears() * point.layers]
-        work = [_float_product(given[each.shape[1]], each) for each in weights]
-    else:
-        integers = {size: (each * 40 + 128).clamp(0, 255).to(torch.uint8) for size, each in given.items()}
-        shapes = point.linears() * point.layers
-        packed = [PackedWeight(torch.randint(-127, 128, (high, wide), dtype=torch.int8)) for wide, high in shapes]
-        work = [_int8_product(integers[each.shape[1]], each) for each in packed]
-    return repeated(lambda: [each() for each in work], _status("VmRSS"), runs, least)
+        found["attention"] = _all([_product(queries, keys.mT), _product(scores, keys)] * point.layers)
+    return found
+
+
+def _all(work: Sequence[Callable[[], Tensor]]) -> Callable[[Any], object]:
+    return lambda _: [None for each in work if each() is None]  # no result is kept
+
+
+def _product(one: Tensor, other: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.matmul(one, other)
 
 
 def _float_product(given: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    return lambda: torch.matmul(given, weight.t())
+    return _product(given, weight.t())
 
 
-def _int8_product(given: Tensor, weight: PackedWeight) -> Callable[[], Tensor]:
-    number, scale, step = torch.tensor(weight.number), torch.full((weight.shape[0],), 0.01), torch.tensor(0.02)
-    return lambda: integer_linear(given, number, scale, None, step, 128, torch.float32, "none", "")
+def _int8_product(given: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    packed, scale = torch.ops.onednn.qlinear_prepack(weight, None), torch.full((len(weight),), 0.01)
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    kernel = torch.ops.onednn.qlinear_pointwise.default
+    return lambda: kernel(given, 0.02, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 class Bench:
@@ -232,22 +248,13 @@ class Bench:
         self._written.setdefault(point.name, found)
         return found
 
-    def running(self, point: Point) -> dict[str, tuple[Cost, float]]:
-        """For each kind the cost of a forward, and the seconds that its products take by plain kernels."""
-        how = self._options.runs, self._options.least
-        names = ("int8", "float", "attention")
-        plain = {name: self._pool.submit(products, point, name, *how).result() for name in names}
-        found = {kind: self._pool.submit(running, point, kind, self._folder, *how).result() for kind in RUNS}
-        self._saw([*plain.values(), *found.values()])
-        int8, floats, attention = (plain[name].seconds for name in names)
-        linear, own = point.adds()
-        whole = int8 * (1 + own / linear)
-        limits = {"onnxruntime": whole, "openvino": whole, "frozen": int8 + attention, "float": floats + attention}
-        say(
-            f"plain kernels: {linear / int8 / 1e9:.0f} GMAC/s in INT8, {linear / floats / 1e9:.0f} in float, "
-            f"{own / attention / 1e9:.0f} in attention"
-        )
-        return {kind: (cost, limits[kind]) for kind, cost in found.items()}
+    def running(self, point: Point) -> dict[str, Run]:
+        """For each kind what a forward costs."""
+        found = {
+            kind: self._pool.submit(running, point, kind, self._folder, self._options.rounds).result() for kind in RUNS
+        }
+        self._saw(each.cost for each in found.values())
+        return found
 
     def _saw(self, costs: Any) -> None:
         self.others.extend(each.others for each in costs)
@@ -272,10 +279,11 @@ def rows(bench: Bench, axes: Sequence[str]) -> Iterator[tuple[str, list[str], li
                 seen[point] = (
                     making_cells,
                     [
-                        f"{1e3 * cost.seconds:.1f} ms, {cost.megabytes:.0f} MB, {limit / cost.seconds:.0%}"
-                        for cost, limit in ran
+                        f"{1e3 * each.cost.seconds:.1f} ms, {each.cost.megabytes:.0f} MB, {each.share:.0%}"
+                        for each in ran
                     ],
                 )
+                say("plain kernels, GMAC/s: " + ", ".join(f"{each.speed:.0f}" for each in ran))
             say(f"{axis} {value}: {' | '.join(seen[point][0])} | {' | '.join(seen[point][1])}")
             yield f"{axis} {value}", *seen[point]
 
@@ -290,9 +298,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", nargs="+", choices=tuple(AXES), default=list(AXES), help="(default: all)")
-    parser.add_argument("--runs", type=int, default=7, help="of what runs (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of what runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
-    parser.add_argument("--least", action="store_true", help="the least of the runs, where others use the machine")
     options = parser.parse_args()
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "qdq_surgery", "runtimes.timing"])
@@ -303,9 +310,8 @@ def main() -> None:
     ):
         bench = Bench(pool, Path(folder), options)
         found = list(rows(bench, options.axis))
-    kind = "least" if options.least else "median"
     print(markdown(("", *_MAKING), [(name, *cells) for name, cells, _ in found]), end="\n\n")
-    print(markdown((f"{kind} of {options.runs}", *RUNS.values()), [(name, *cells) for name, _, cells in found]))
+    print(markdown(("", *RUNS.values()), [(name, *cells) for name, _, cells in found]))
     busy = f"{statistics.median(bench.others):.0%} (at most {max(bench.others):.0%})"
     print(
         f"\n{options.threads} threads, {time.perf_counter() - start:.0f} s; others took {busy} of the cores' time",
