@@ -4,8 +4,8 @@
 
 One axis is varied at a time, from a BERT with random weights of 6 layers, width 384 (heads of 64) and 8 x 128 tokens.
 Every figure comes from a process of its own that does nothing else: seconds, and by how many MB its memory grew at
-most. What runs is timed as the median of rounds (those that other processes disturb least), and its memory counts from
-before the model was loaded; making is done once, conversion and calibration (two batches) by the rules ``onnxruntime``.
+most. What runs is timed as the median of rounds (those that other processes disturb least; fewer where a round takes seconds), and its
+memory counts from before the model was loaded; making is done once, conversion and calibration (two batches) by the rules ``onnxruntime``.
 
 The limit is that of the products alone, by PyTorch's plain kernels, in turns with the run, with as many weights and of
 the same shapes: oneDNN's INT8 linear with nothing before or behind it (attention's products, for which PyTorch has no
@@ -38,9 +38,10 @@ from transformers import BertConfig, BertModel
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from runtimes.timing import Watch, interleaved
+from runtimes.timing import PATIENCE, Watch, interleaved
 
 _HEAD = 64
+_PATIENCE = 20  # seconds for what runs at a point, of each kind
 _FOUR = 4  # BERT's feed-forward width by its own
 
 AXES = {
@@ -183,7 +184,7 @@ def running(point: Point, kind: str, folder: Path, rounds: int) -> Run:
         model(**inputs)
         peak = _status("VmHWM") - before
         turns: dict[str, Any] = {"run": lambda _: model(**inputs), **products(point, kind)}
-        found = interleaved(turns, {}, rounds, Watch())
+        found = interleaved(turns, {}, min(rounds, _affordable(turns)), Watch())
     seconds = {name: statistics.median(each.seconds[name] for each in found) for name in turns}
     limit = seconds["linears"] + seconds.get("attention", 0.0)
     linear, own = point.adds()
@@ -191,6 +192,15 @@ def running(point: Point, kind: str, folder: Path, rounds: int) -> Run:
         limit *= 1 + own / linear
     cost = Cost(seconds["run"], peak, max(each.others for each in found))
     return Run(cost, limit / seconds["run"], linear / seconds["linears"] / 1e9)
+
+
+def _affordable(turns: dict[str, Any]) -> int:
+    """How many rounds there is time for, should others disturb them all."""
+    start = time.perf_counter()
+    for turn in turns.values():
+        turn({})
+    # (In its turn each runs twice.)
+    return max(1, int(_PATIENCE / (2 * PATIENCE * (time.perf_counter() - start))))
 
 
 def products(point: Point, kind: str) -> dict[str, Callable[[Any], object]]:
