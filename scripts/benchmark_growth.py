@@ -4,8 +4,9 @@
 
 One axis is varied at a time, from a BERT with random weights of 6 layers, width 384 (heads of 64) and 8 x 128 tokens.
 Every figure comes from a process of its own that does nothing else: seconds, and by how many MB its memory grew at
-most. What runs is timed as the median of rounds (those that other processes disturb least; fewer where a round takes seconds), and its
-memory counts from before the model was loaded; making is done once, conversion and calibration (two batches) by the rules ``onnxruntime``.
+most. Making is done once, conversion and calibration (two batches) by the rules ``onnxruntime``. What runs is timed as
+the median of rounds (those that other processes disturb least, and fewer where a round takes seconds), and its memory
+counts from before the model was loaded.
 
 The limit is that of the products alone, by PyTorch's plain kernels, in turns with the run, with as many weights and of
 the same shapes: oneDNN's INT8 linear with nothing before or behind it (attention's products, for which PyTorch has no
@@ -41,7 +42,7 @@ import qdq_surgery as qs
 from runtimes.timing import PATIENCE, Watch, interleaved
 
 _HEAD = 64
-_PATIENCE = 20  # seconds for what runs at a point, of each kind
+_SECONDS = 20  # seconds for what runs at a point, of each kind
 _FOUR = 4  # BERT's feed-forward width by its own
 
 AXES = {
@@ -200,7 +201,7 @@ def _affordable(turns: dict[str, Any]) -> int:
     for turn in turns.values():
         turn({})
     # (In its turn each runs twice.)
-    return max(1, int(_PATIENCE / (2 * PATIENCE * (time.perf_counter() - start))))
+    return max(1, int(_SECONDS / (2 * PATIENCE * (time.perf_counter() - start))))
 
 
 def products(point: Point, kind: str) -> dict[str, Callable[[Any], object]]:
@@ -245,26 +246,30 @@ def _int8_product(given: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 class Bench:
     """Runs every measurement in a new process, which has imported and done nothing else."""
 
-    def __init__(self, pool: ProcessPoolExecutor, folder: Path, options: argparse.Namespace) -> None:
-        self._pool, self._folder, self._options = pool, folder, options
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self._folder, self._options = folder, options
         self._written: dict[str, dict[str, Cost]] = {}
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "transformers", "qdq_surgery", "runtimes.timing"])
         self.others: list[float] = []
 
     def making(self, point: Point) -> dict[str, Cost]:
         """Costs of convert and calibrate, and of the exports of a model that had none yet."""
         first = point.name not in self._written
-        found = self._pool.submit(making, point, self._folder if first else None).result()
+        found = self._alone(making, point, self._folder if first else None)
         self._saw(found.values())
         self._written.setdefault(point.name, found)
         return found
 
     def running(self, point: Point) -> dict[str, Run]:
         """For each kind what a forward costs."""
-        found = {
-            kind: self._pool.submit(running, point, kind, self._folder, self._options.rounds).result() for kind in RUNS
-        }
+        found = {kind: self._alone(running, point, kind, self._folder, self._options.rounds) for kind in RUNS}
         self._saw(each.cost for each in found.values())
         return found
+
+    def _alone(self, action: Callable[..., _Made], *given: Any) -> _Made:
+        with ProcessPoolExecutor(1, self._context, initializer=quiet, initargs=(self._options.threads,)) as pool:
+            return pool.submit(action, *given).result()
 
     def _saw(self, costs: Any) -> None:
         self.others.extend(each.others for each in costs)
@@ -311,14 +316,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of what runs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     options = parser.parse_args()
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "qdq_surgery", "runtimes.timing"])
     start = time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, context, quiet, (options.threads,), max_tasks_per_child=1) as pool,
-    ):
-        bench = Bench(pool, Path(folder), options)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), options)
         found = list(rows(bench, options.axis))
     print(markdown(("", *_MAKING), [(name, *cells) for name, cells, _ in found]), end="\n\n")
     print(markdown(("", *RUNS.values()), [(name, *cells) for name, _, cells in found]))
