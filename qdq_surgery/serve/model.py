@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -36,6 +37,9 @@ def load_onnx(
 ) -> OnnxModel:
     """Open a file that :func:`~qdq_surgery.export_onnx` wrote, to be called like the model that it was made from.
 
+    A pickle of it, and a copy, is the path and the options, not the file: it opens what lies under this path where it
+    is loaded, in another process or on another machine. ``threads=None`` is what PyTorch uses there.
+
     Args:
         path: The file. One with its weights beside it needs them there.
         runtime: ``"onnxruntime"`` or ``"openvino"``, on the CPU. A file made for one runs on the other, too.
@@ -51,8 +55,24 @@ def load_onnx(
     """
     session = session_on(runtime)(Path(path), threads, computed_in(runtime, precision))
     origin = read_origin(session.path, session.metadata, [port.name for port in session.outputs])
-    again = partial(load_onnx, str(path), runtime, threads=threads, precision=precision)
+    # Another process may have another working directory.
+    again = partial(_open_again, str(session.path.absolute()), runtime, threads, precision)
     return _named(origin.name)(session, origin, again)
+
+
+def _open_again(path: str, runtime: str, threads: int | None, precision: str | None) -> OnnxModel:
+    """What a pickle calls.
+
+    Raises:
+        ModelError: As :func:`load_onnx`; a file that is not there is explained for another machine.
+    """
+    if not Path(path).is_file():
+        raise ModelError(
+            f"the pickled model is the file {path}, which is not there on this machine ({platform.node()}): a pickle "
+            "holds the path alone. Put the file under this path, with its weights if they lie beside it, on each "
+            "machine or in a folder that all share, or call load_onnx there"
+        )
+    return load_onnx(path, runtime, threads=threads, precision=precision)
 
 
 class OnnxModel:
@@ -60,7 +80,8 @@ class OnnxModel:
 
     Made by :func:`load_onnx`. It is no ``torch.nn.Module``: it runs, on the CPU, and that is all. transformers'
     pipelines take it with a tokenizer; they know models by the name of their class, so the class of each bears the
-    name of the one that was exported (``BertForQuestionAnswering``).
+    name of the one that was exported (``BertForQuestionAnswering``). A pickle of it is the file's path and the options,
+    as :func:`load_onnx` says.
 
     Args:
         session: The file, opened on its runtime.
