@@ -124,9 +124,14 @@ def by_torchao(model: PreTrainedModel, batch: Batch, folder: Path) -> Callable[[
     """  # noqa: D403
     inputs, examples = tuple(batch.values()), [tuple(batch_of("2x128").values())]
     made: Callable[..., Any] = torch.compile(quantize_by_pt2e(_Positional(model), examples), dynamic=False)
-    with inductor_in(folder), torch.no_grad():
-        made(*inputs)
-    return lambda: made(*inputs)
+
+    def run() -> object:
+        with torch.inference_mode(False), torch.no_grad():  # in another mode it is compiled anew, weights not frozen
+            return made(*inputs)
+
+    with inductor_in(folder):
+        run()
+    return run
 
 
 def compare(options: argparse.Namespace, console: Console, folder: Path) -> None:
