@@ -39,7 +39,7 @@ from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
 from qdq_surgery.text.view import Column, Table, View, line, number
-from runtimes.judged import JUDGED, Batch, Judged
+from runtimes.judged import JUDGED, Batch, Judged, inputs_of
 from runtimes.subjects import INPUTS
 from runtimes.with_modelopt import quantize_by_modelopt
 from runtimes.with_onnxruntime import open_session, quantize_dynamic, quantize_static
@@ -70,7 +70,7 @@ class Subject:
 
 def arrays(batches: list[Batch]) -> list[dict[str, Any]]:
     """The same values for other tools."""
-    return [{name: value.numpy() for name, value in batch.items()} for batch in batches]
+    return [{name: value.numpy() for name, value in inputs_of(batch).items()} for batch in batches]
 
 
 class _States:
@@ -122,7 +122,7 @@ def deployed(rules: str | qs.RuleSet, target: str, rounded: bool = True) -> Make
         package(target)
         qmodel = prepared(subject.model, rules, batches, rounded)
         path = subject.folder / "ours.onnx"
-        qs.export_onnx(qmodel, path, batches[0], target, overwrite=True)
+        qs.export_onnx(qmodel, path, inputs_of(batches[0]), target, overwrite=True)
         return qs.load_onnx(path)
 
     return make

@@ -22,7 +22,7 @@ from qdq_surgery.cli.folder import load_model
 from qdq_surgery.padding.token_masks import token_means
 from runtimes.workspace import Missing, write_float_onnx
 
-__all__ = ["JUDGED", "Batch", "Judged"]
+__all__ = ["JUDGED", "Batch", "Judged", "inputs_of"]
 
 Batch = dict[str, Tensor]
 
@@ -62,17 +62,18 @@ class Judged:
     def run(self, run: Run, batches: Sequence[Batch]) -> list[Tensor]:
         """The judged output of each batch."""
         with torch.no_grad():
-            return [getattr(run(**_inputs(batch)), self.outputs[0]) for batch in batches]
+            return [getattr(run(**inputs_of(batch)), self.outputs[0]) for batch in batches]
 
     def float_onnx(self, batch: Batch, folder: Path) -> Path:
         """The float model as an ONNX file, made once."""
         path = folder / "float.onnx"
         if not path.is_file():
-            write_float_onnx(self.model, _inputs(batch), path, list(self.outputs))
+            write_float_onnx(self.model, inputs_of(batch), path, list(self.outputs))
         return path
 
 
-def _inputs(batch: Batch) -> Batch:
+def inputs_of(batch: Batch) -> Batch:
+    """What a model is called with: a batch without what is asked for."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
