@@ -82,11 +82,11 @@ class _Base:
     output: Tensor
 
     @classmethod
-    def make(cls, folder: Path, frozen: bool) -> _Base:
+    def make(cls, folder: Path, frozen: bool = False) -> _Base:
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
         model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=16, **sizes)).eval()
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "tables.yaml").write_text(_TABLES)
         qmodel = qs.convert(model, folder / "tables.yaml" if frozen else "qdqbert-scaled", inplace=True)
         statistics = qs.collect(qmodel, [_batch(), _batch(1)], moments=True)
