@@ -10,6 +10,8 @@ stamp=$venv/.installed-$1-$(
 if [ ! -e "$stamp" ]; then
   [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$venv"
   export PIP_CONSTRAINT=$PWD/scripts/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+  # Most of 18,000 modules are never imported: Python compiles those that are, when they first are.
+  export PIP_NO_COMPILE=1
   echo "Installing into $venv..."
   # First torch by its exact version: so it is the CPU build where there is one, and nothing replaces it later.
   "$python" -m pip install --quiet "$(grep '^torch==' scripts/constraints.txt)"
