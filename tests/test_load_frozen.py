@@ -18,8 +18,8 @@ from transformers import AutoModel, BertForSequenceClassification, PreTrainedMod
 
 import qdq_surgery as qs
 from qdq_surgery.errors import ModelError
-from qdq_surgery.freeze import kernel
 from qdq_surgery.freeze.frozen_state import NOTES, frozen_state
+from qdq_surgery.freeze.products import choice
 from qdq_surgery.quantize.integer_embedding import IntegerEmbedding
 
 WIDE = {"vocab_size": 1100, "num_hidden_layers": 1}
@@ -118,13 +118,13 @@ def test_another_class_is_looked_at_anew(folder: Path, tmp_path: Path) -> None:
 
 def test_the_first_thing_of_a_process(folder: Path) -> None:
     """transformers builds models without data, and whether the kernel runs here is seen on some."""
-    kernel.unsupported.cache_clear()
+    choice._problem.cache_clear()
     loaded(folder)
 
 
 def test_weights_are_packed_when_they_are_needed(folder: Path) -> None:
     model = loaded(folder)
-    packed = model.get_submodule("encoder.layer.0.output.dense").packed
+    packed = model.get_submodule("encoder.layer.0.output.dense").product
     before = packed.integers()
     assert packed._packed is None
     outputs(model, batch_for(model, (2, 9)))
@@ -133,10 +133,9 @@ def test_weights_are_packed_when_they_are_needed(folder: Path) -> None:
 
 
 def test_a_machine_without_the_kernel_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdq_surgery.load_frozen.unsupported", lambda _: "no kernel")
-    with pytest.raises(ModelError, match="frozen BertModel does not run here: no kernel; load the quantized model"):
+    monkeypatch.setattr("qdq_surgery.load_frozen.unsupported", lambda *_: "no kernel")
+    with pytest.raises(ModelError, match="frozen BertModel does not run here: no kernel; load it on another device"):
         loaded(folder)
-    assert kernel.unsupported(torch.float16) is not None
     monkeypatch.undo()
     with pytest.raises(ModelError, match="their results are float32 or bfloat16"):
         loaded(folder, dtype=torch.float16)

@@ -100,7 +100,7 @@ def test_it_computes_what_fake_quantization_does(rules: str, model_type: str) ->
         ("attention.self.query", lambda linear: linear.scale.mul_(1.1)),
         ("attention.self.value", lambda linear: linear.scale.mul_(1.02)),
         ("attention.output.dense", lambda linear: linear.input_grid.step.mul_(1.02)),
-        ("intermediate.dense", lambda linear: setattr(linear, "post_op", "relu")),
+        ("intermediate.dense", lambda linear: setattr(linear, "activation", "relu")),
         ("intermediate.dense", lambda linear: linear.input_grid.factor.mul_(1.02)),
     ],
 )
