@@ -143,7 +143,9 @@ def test_half_precision_of_a_gpu_is_not_for_a_cpu(monkeypatch: pytest.MonkeyPatc
         model.save_pretrained(tmp_path)
     with pytest.raises(qs.ModelError, match=r"to be torch.float16 on cpu: their results are float32 or bfloat16, not"):
         model.cpu()
-    with pytest.raises(qs.ModelError, match=r"does not run here: .* not float16; load it on another device or in anoth"):
+    with pytest.raises(
+        qs.ModelError, match=r"does not run here: .* not float16; load it on another device or in anoth"
+    ):
         AutoModel.from_pretrained(tmp_path)
     assert kinds(model.to(torch.float32)) == {OneDNNProduct}
     assert kinds(AutoModel.from_pretrained(tmp_path, dtype=torch.float32)) == {OneDNNProduct}
@@ -196,6 +198,8 @@ def test_compiled_it_is_one_graph_of_torch_s_operators() -> None:
 @pytest.mark.usefixtures("as_on_cuda")
 def test_on_no_other_device() -> None:
     model = frozen(num_hidden_layers=1)
-    with pytest.raises(qs.ModelError, match="on meta: integer products run on a CPU or an NVIDIA GPU, not on meta; use"):
+    with pytest.raises(
+        qs.ModelError, match="on meta: integer products run on a CPU or an NVIDIA GPU, not on meta; use"
+    ):
         model.to("meta")
     assert kinds(model) == {IntMMProduct}

@@ -43,7 +43,11 @@ def signed(stored: Tensor) -> Tensor:
 
 
 def product_of(
-    weight: Tensor, zero_point: int = 128, scale: Tensor | None = None, step: float = 1.0, kind: type[Product] | None = None
+    weight: Tensor,
+    zero_point: int = 128,
+    scale: Tensor | None = None,
+    step: float = 1.0,
+    kind: type[Product] | None = None,
 ) -> Product:
     scale = torch.ones(len(weight)) if scale is None else scale
     return (kind or IntMMProduct)(weight, scale, torch.tensor(step), zero_point)
@@ -114,7 +118,7 @@ def test_more_axes_and_rows_that_are_not_beside_each_other(inner: int) -> None:
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot_eager", "inductor"]
 )
 @pytest.mark.parametrize("zero_point", [32, 128])
-def test_compiled_it_is_one_graph(backend: str, zero_point: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_it_is_one_graph(backend: str, zero_point: int) -> None:
     """And one for any number of rows above 16."""
     stored, weight = case(40, 13, 9)
     scale, bias = torch.rand(9) + 0.5, torch.randn(9)
