@@ -67,9 +67,9 @@ class IntegerLinear(nn.Linear):
         return self.product.integers().float() * self.scale.unsqueeze(1)
 
     def extra_repr(self) -> str:
-        """Sizes, and what the epilogue does."""
-        epilogue = self.activation and f", {self.activation}"
-        return f"{super().extra_repr()}, int8{epilogue}"
+        """Sizes, and the activation."""
+        activation = self.activation and f", {self.activation}"
+        return f"{super().extra_repr()}, int8{activation}"
 
     def destination(self, fn: Callable[[Tensor], Tensor]) -> tuple[torch.device, torch.dtype]:
         """Where its product is after ``fn``, what ``to(...)`` does to each tensor, and the type of its results.
@@ -98,10 +98,11 @@ class IntegerLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
         device, dtype = self.destination(fn)
-        for name in self.product.buffers():  # which are not cast, and go where their kernel's are
+        product = moved(self.product, device)  # what may not fit in memory comes first
+        for name in self.product.buffers():  # which are not cast, and whose places another kernel has not
             del self._buffers[name]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.hold(moved(self.product, device))
+        self.hold(product)
         self.dtype = dtype
         self.ranges = {name: amax.to(device) for name, amax in self.ranges.items()}
         return self

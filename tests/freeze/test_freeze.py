@@ -229,9 +229,11 @@ def test_float_weights_are_let_go() -> None:
     assert model is qmodel
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @torch.no_grad()
-def test_under_autocast() -> None:
+def test_under_autocast(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What autocast casts to bfloat16 goes in and out; the integers are as they were."""
+    take_kernel(kernel, monkeypatch)
     qmodel = calibrated("bert", "qdqbert")
     model = qs.freeze(qmodel)
     batch = batch_for(qmodel, (2, 6))

@@ -108,6 +108,7 @@ def test_more_axes_and_rows_that_are_not_beside_each_other(inner: int) -> None:
         assert torch.equal(product(given.reshape(*shape, inner), None, torch.float32, ""), flat.reshape(*shape, -1))
     turned = given.reshape(2, 18, inner).transpose(0, 1)
     assert torch.equal(product(turned, None, torch.float32, ""), flat.reshape(2, 18, -1).transpose(0, 1))
+    assert torch.equal(product(given.t().contiguous().t(), None, torch.float32, ""), flat)
     # A row does not depend on those beside it.
     assert torch.equal(product(given[7:8], None, torch.float32, ""), flat[7:8])
     assert torch.equal(product(given[7], None, torch.float32, ""), flat[7])
