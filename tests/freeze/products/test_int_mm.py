@@ -42,6 +42,11 @@ def signed(stored: Tensor) -> Tensor:
     return (stored.int() - 128).to(torch.int8)
 
 
+@pytest.fixture(autouse=True)
+def same_every_time() -> None:
+    torch.manual_seed(0)
+
+
 def product_of(
     weight: Tensor,
     zero_point: int = 128,
@@ -136,7 +141,7 @@ def test_compiled_it_is_one_graph(backend: str, zero_point: int) -> None:
         given = signed(stored[:rows])
         found, wanted = compiled(given), product(given, bias, torch.float32, "gelu")
         # Scales are multiplied in another order, and inductor's error function is another one.
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert len(compiles) <= 3  # few rows; the first shape of many; any other
 
 
