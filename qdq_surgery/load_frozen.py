@@ -152,7 +152,8 @@ def _asked_for(device_map: Any) -> set[torch.device]:
     if device_map is None:
         return {torch.device("cpu")}
     places = set(device_map.values() if isinstance(device_map, Mapping) else [device_map])
-    return {torch.device(each) for each in places if not isinstance(each, str) or each.split(":")[0] in _DEVICES}
+    named = {f"cuda:{each}" if isinstance(each, int) else str(each) for each in places}
+    return {torch.device(each) for each in named if each.split(":")[0] in _DEVICES}
 
 
 def _device(linear: QuantLinear) -> torch.device:

@@ -141,6 +141,26 @@ def test_a_machine_without_the_kernel_says_so(folder: Path, monkeypatch: pytest.
         loaded(folder, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_devices_that_it_loads_on(device_map: Any, folder: Path) -> None:
+    assert loaded(folder, device_map=device_map).device.type in choice.PRODUCTS
+
+
+@pytest.mark.parametrize("device_map", ["meta", {"": "mps"}, {"embeddings": "cpu", "encoder": "xpu:1"}])
+def test_devices_that_it_does_not_load_on(device_map: Any, folder: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"run on a CPU or an NVIDIA GPU, not on (meta|mps|xpu); load it on another devi"
+    ):
+        loaded(folder, device_map=device_map)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without an NVIDIA GPU")
+@pytest.mark.parametrize("device_map", ["cuda", {"": 0}])
+def test_a_gpu_that_is_not_there(device_map: Any, folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not run here: torch .* multiplies no int8 matrices on this GPU"):
+        loaded(folder, device_map=device_map)
+
+
 def test_a_model_that_was_changed_by_hand_says_why_it_is_not_saved(tmp_path: Path) -> None:
     qmodel = calibrated("bert", "pytorch", **WIDE)
     qs.quantizers(qmodel)["encoder.layer.0.output.dense._input_quantizer"]._narrow_range = True
