@@ -26,8 +26,8 @@ from qdq_surgery.freeze.checks import reasons_kept
 from qdq_surgery.freeze.epilogues import Epilogue, can_fuse
 from qdq_surgery.freeze.freeze import assemble, assemble_as
 from qdq_surgery.freeze.frozen_state import NOTES, FrozenOrigin, FrozenState
-from qdq_surgery.freeze.kernel import unsupported
 from qdq_surgery.freeze.linear import IntegerLinear, make_integer
+from qdq_surgery.freeze.products.choice import unsupported
 from qdq_surgery.graph.shell_copy import real_tensors
 from qdq_surgery.match.site_names import INTEGERS_SUFFIX, MODULE_PATH
 from qdq_surgery.quantize.embedding import QuantEmbedding
@@ -48,6 +48,9 @@ _INTEGERS_PATTERN = rf"^(?s:.*){re.escape(INTEGERS_SUFFIX)}$"
 #: Where transformers looks up which names may be missing in a file, and which may be there for nothing.
 _IGNORED = "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"
 
+#: Words of a device map that are devices; the others are wishes, or a disk.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+
 _CHANGED = "its files are not those that were saved together, or were changed"
 
 
@@ -66,13 +69,8 @@ class FrozenLoader(QDQQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        with real_tensors():  # transformers builds models without any
-            problem = unsupported(model.dtype)
-        if problem is not None:
-            raise ModelError(
-                f"this frozen {type(model).__name__} does not run here: {problem}; load the quantized model that it is "
-                "of, or the float model"
-            )
+        for device in _asked_for(kwargs.get("device_map")):
+            _check_device(model, device)
         super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
         self._integers = self._found(model)
         for *_, module in self._integers.values():
@@ -120,12 +118,8 @@ class FrozenLoader(QDQQuantizer):
         metadata = self._stored.metadata
         vars(model).pop(_IGNORED[0], None)
         super()._process_model_after_weight_loading(model, **kwargs)
-        devices = {each.device.type for each in model.parameters() if not each.is_meta} - {"cpu"}
-        if devices:
-            raise ModelError(
-                f"this {type(model).__name__} is frozen for a CPU, and was to be loaded on {min(devices)}; leave out "
-                "device_map, or load the quantized model"
-            )
+        for device in {_device(module) for *_, module in self._integers.values() if isinstance(module, QuantLinear)}:
+            _check_device(model, device)
         model.eval()
         with kept_random([]), torch.no_grad():
             if self._by_lock:
@@ -151,6 +145,32 @@ class FrozenLoader(QDQQuantizer):
                 for name in names:
                     _, key, module = self._integers[name]
                     _make(module, name, _read(file, key, _shape(module)))
+
+
+def _asked_for(device_map: Any) -> set[torch.device]:
+    """The devices that a model is to be loaded on, as far as they are known before: some words leave them open."""
+    if device_map is None:
+        return {torch.device("cpu")}
+    places = set(device_map.values() if isinstance(device_map, Mapping) else [device_map])
+    named = {f"cuda:{each}" if isinstance(each, int) else str(each) for each in places}
+    return {torch.device(each) for each in named if each.split(":")[0] in _DEVICES}
+
+
+def _device(linear: QuantLinear) -> torch.device:
+    """Where a linear without a weight is to multiply: its ranges are there."""
+    assert linear._weight_quantizer is not None
+    amax = linear._weight_quantizer.amax
+    return torch.device("cpu") if amax is None else amax.device  # None is refused with words, later
+
+
+def _check_device(model: PreTrainedModel, device: torch.device) -> None:
+    with real_tensors():  # transformers builds models without any
+        problem = unsupported(device, model.dtype)
+    if problem is not None:
+        raise ModelError(
+            f"this frozen {type(model).__name__} does not run here: {problem}; load it on another device or in another "
+            "dtype, or load the quantized model that it is of, or the float model"
+        )
 
 
 def _keys(files: Iterable[str]) -> list[tuple[str, str]]:

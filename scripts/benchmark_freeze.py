@@ -65,7 +65,7 @@ def weight_bytes(model: nn.Module) -> tuple[int, int]:
     own = sum(
         each.numel() * each.element_size() for linear in linears for each in (*linear.parameters(), *linear.buffers())
     )
-    packed = sum(each.packed.nbytes for each in linears if isinstance(each, IntegerLinear))
+    packed = sum(each.product.nbytes for each in linears if isinstance(each, IntegerLinear))
     return whole + packed, own + packed
 
 

@@ -3,7 +3,8 @@
     python scripts/benchmark_gpu.py [--minutes 8] [--rounds 7] [--json FILE]
 
 Inference in bf16 against torchao's INT8 (skipped with a word where it is not installed) and this package's fake
-quantization, eager and compiled; training steps of QAT and collecting against the float model; and the rate of the
+quantization and frozen models (``qs.freeze`` by the rules ``pytorch``, the rest in bf16 or float16), eager and
+compiled; training steps of QAT and collecting against the float model; and the rate of the
 plain products, which nothing built from them can beat. Random weights. What is compared takes turns, and medians are
 given. Compiling takes longest: what does not fit into ``--minutes`` is left out, and said so.
 """
@@ -177,7 +178,7 @@ def inference(console: Console, rounds: int, end: float) -> Figures:
         for name, make in CONTENDERS.items():
             try:
                 made[name] = make(size)
-            except (ImportError, NotImplementedError, RuntimeError) as error:
+            except (ImportError, NotImplementedError, RuntimeError, qs.ModelError) as error:
                 console.print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0]})")
         for rows, tokens in SHAPES:
             runs = _runs(console, made, f"{size} {rows} x {tokens}", batch_of(rows, tokens), end)
@@ -282,14 +283,30 @@ def _fake_quant(size: str) -> nn.Module:
     return qmodel.to(torch.bfloat16)
 
 
+@functools.cache
+def _calibrated(size: str) -> PreTrainedModel:
+    qmodel = qs.convert(float_model(size), "pytorch")
+    qs.calibrate(qmodel, [batch_of(32, 128)], "max")
+    return qmodel
+
+
+def _frozen(size: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    model = qs.freeze(copy.deepcopy(_calibrated(size)).to(dtype), inplace=True)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
 CONTENDERS: dict[str, Callable[[str], Callable[..., Any]]] = {
     "float32 eager": _float32,
     "bf16 eager": _bf16,
     "ours, fake quantization, bf16 eager": _fake_quant,
     "bf16 sdpa compiled": _compiled(_sdpa),
     "ours, fake quantization, bf16 compiled": _compiled(_fake_quant),
+    "ours, frozen, bf16 eager": _frozen,
+    "ours, frozen, bf16 compiled": _compiled(_frozen),
     "torchao static INT8, compiled": _compiled(_torchao_static),
     "torchao dynamic INT8, compiled": _compiled(_torchao_dynamic),
+    "ours, frozen, float16 compiled": _compiled(functools.partial(_frozen, dtype=torch.float16)),
 }
 
 PARTS: dict[str, Callable[[Console, int, float], Figures]] = {

@@ -18,8 +18,8 @@ from transformers import AutoModel, BertForSequenceClassification, PreTrainedMod
 
 import qdq_surgery as qs
 from qdq_surgery.errors import ModelError
-from qdq_surgery.freeze import kernel
 from qdq_surgery.freeze.frozen_state import NOTES, frozen_state
+from qdq_surgery.freeze.products import choice
 from qdq_surgery.quantize.integer_embedding import IntegerEmbedding
 
 WIDE = {"vocab_size": 1100, "num_hidden_layers": 1}
@@ -118,13 +118,13 @@ def test_another_class_is_looked_at_anew(folder: Path, tmp_path: Path) -> None:
 
 def test_the_first_thing_of_a_process(folder: Path) -> None:
     """transformers builds models without data, and whether the kernel runs here is seen on some."""
-    kernel.unsupported.cache_clear()
+    choice._problem.cache_clear()
     loaded(folder)
 
 
 def test_weights_are_packed_when_they_are_needed(folder: Path) -> None:
     model = loaded(folder)
-    packed = model.get_submodule("encoder.layer.0.output.dense").packed
+    packed = model.get_submodule("encoder.layer.0.output.dense").product
     before = packed.integers()
     assert packed._packed is None
     outputs(model, batch_for(model, (2, 9)))
@@ -133,13 +133,32 @@ def test_weights_are_packed_when_they_are_needed(folder: Path) -> None:
 
 
 def test_a_machine_without_the_kernel_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdq_surgery.load_frozen.unsupported", lambda _: "no kernel")
-    with pytest.raises(ModelError, match="frozen BertModel does not run here: no kernel; load the quantized model"):
+    monkeypatch.setattr("qdq_surgery.load_frozen.unsupported", lambda *_: "no kernel")
+    with pytest.raises(ModelError, match="frozen BertModel does not run here: no kernel; load it on another device"):
         loaded(folder)
-    assert kernel.unsupported(torch.float16) is not None
     monkeypatch.undo()
     with pytest.raises(ModelError, match="their results are float32 or bfloat16"):
         loaded(folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_devices_that_it_loads_on(device_map: Any, folder: Path) -> None:
+    assert loaded(folder, device_map=device_map).device.type in choice.PRODUCTS
+
+
+@pytest.mark.parametrize("device_map", ["meta", {"": "mps"}, {"embeddings": "cpu", "encoder": "xpu:1"}])
+def test_devices_that_it_does_not_load_on(device_map: Any, folder: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"run on a CPU or an NVIDIA GPU, not on (meta|mps|xpu); load it on another devi"
+    ):
+        loaded(folder, device_map=device_map)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without an NVIDIA GPU")
+@pytest.mark.parametrize("device_map", ["cuda", {"": 0}])
+def test_a_gpu_that_is_not_there(device_map: Any, folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not run here: torch .* multiplies no int8 matrices on this GPU"):
+        loaded(folder, device_map=device_map)
 
 
 def test_a_model_that_was_changed_by_hand_says_why_it_is_not_saved(tmp_path: Path) -> None:

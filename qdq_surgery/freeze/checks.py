@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ModelError
-from qdq_surgery.freeze.kernel import unsupported
+from qdq_surgery.freeze.products.choice import PLACES, PRODUCTS, unsupported
 from qdq_surgery.hf.tied_weights import tied_names
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
@@ -39,8 +39,8 @@ def choose(qmodel: PreTrainedModel) -> Choice:
     """Look a calibrated model over; it stays as it is.
 
     Raises:
-        ModelError: It is not converted, not on a CPU, has no linear that can be frozen, or integer products do not run
-            here.
+        ModelError: It is not converted, is on a device without integer products, has no linear that can be frozen, or
+            integer products do not run here.
         CalibrationError: A quantizer has no range, or is collecting.
     """
     plan_of(qmodel)
@@ -53,9 +53,9 @@ def choose(qmodel: PreTrainedModel) -> Choice:
         first = next(iter(kept.items()), None)
         told = "it has no quantized linear" if first is None else f"{first[0]}: {first[1]}"
         raise ModelError(f"nothing of this {type(qmodel).__name__} can be frozen: {told}")
-    dtypes = {linears[name].weight.dtype for name in integer}
-    for dtype in sorted(dtypes, key=str):
-        problem = unsupported(dtype)
+    weights = {(linears[name].weight.device, linears[name].weight.dtype) for name in integer}
+    for device, dtype in sorted(weights, key=str):
+        problem = unsupported(device, dtype)
         if problem is not None:
             raise ModelError(
                 f"this {type(qmodel).__name__} cannot be frozen: {problem}; use it with fake quantization, or "
@@ -107,11 +107,11 @@ def _why_no_rows(qmodel: PreTrainedModel, name: str, embedding: QuantEmbedding) 
 
 
 def _check_place(qmodel: PreTrainedModel) -> None:
-    devices = {tensor.device.type for tensor in (*qmodel.parameters(), *qmodel.buffers())} - {"cpu"}
+    devices = {tensor.device.type for tensor in (*qmodel.parameters(), *qmodel.buffers())} - PRODUCTS.keys()
     if devices:
         raise ModelError(
-            f"this {type(qmodel).__name__} is on {', '.join(sorted(devices))}, and a model is frozen on the CPU only, "
-            "not yet elsewhere; call .to('cpu') first, or use qdq_surgery.export_onnx or fake quantization there"
+            f"this {type(qmodel).__name__} is on {', '.join(sorted(devices))}, and a model is frozen on {PLACES}; move "
+            "it there first, or use qdq_surgery.export_onnx or fake quantization"
         )
 
 
@@ -164,7 +164,7 @@ def _misfit(linear: QuantLinear, inputs: TensorQuantizer, weight: TensorQuantize
     if not inputs.scaled and inputs.amax is not None and inputs.amax.numel() != 1:
         return "its input has ranges along an axis, other than a scale for each channel (axis: -1)"
     if weight.grid.unsigned:
-        return "its weight is on an unsigned grid, and oneDNN's weights are int8"
+        return "its weight is on an unsigned grid, and integer products have int8 weights"
     if amax is not None and amax.numel() != 1 and tuple(amax.shape) != (rows, 1):
         return "its weight has ranges along another axis than that of the outputs"
     if linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -9,28 +9,20 @@ or a hook, that what it reads are integers.)
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qdq_surgery.freeze.dataflow import readers
 from qdq_surgery.freeze.linear import IntegerLinear, hooked
+from qdq_surgery.freeze.products.product import ACTIVATIONS
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.match.subgraph import Value
 
 __all__ = ["Done", "Epilogue", "can_fuse", "find_epilogues", "fuse"]
-
-#: What oneDNN computes in an epilogue: its words, and the function.
-_POST_OPS: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
-    ("gelu", "none"): functional.gelu,
-    ("gelu", "tanh"): functools.partial(functional.gelu, approximate="tanh"),
-    ("relu", ""): functional.relu,
-}
 
 #: Where functions are compared: closely around 0, and far away, where some are cut off.
 _PROBE = torch.cat([torch.linspace(-12.0, 12.0, 4801), *(sign * torch.logspace(-4, 5, 400) for sign in (-1.0, 1.0))])
@@ -103,7 +95,9 @@ def _epilogue(model: nn.Module, unit: str, value: Value, path: str) -> Epilogue 
     if after is None or len(after) != 1 or after[0].node.op != "call_module":
         return None
     function = _path(unit, after[0])
-    if _post_op(_module(model, function)) is None or any(map(hooked, (_module(model, path), _module(model, function)))):
+    if _activation(_module(model, function)) is None or any(
+        map(hooked, (_module(model, path), _module(model, function)))
+    ):
         return None
     return Epilogue(path, function)
 
@@ -119,8 +113,8 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _post_op(module: nn.Module | None) -> tuple[str, str] | None:
-    """OneDNN's words for what a module computes, found by what it computes; ``None`` if it has none for it."""
+def _activation(module: nn.Module | None) -> str | None:
+    """The name of what a module computes, found by what it computes; ``None`` if products do not compute it."""
     if module is None or not is_leaf(module) or any(True for _ in module.parameters()) or isinstance(module, nn.Linear):
         return None
     with torch.no_grad():
@@ -131,8 +125,8 @@ def _post_op(module: nn.Module | None) -> tuple[str, str] | None:
     if not isinstance(found, Tensor) or found.shape != _PROBE.shape or found.dtype != _PROBE.dtype:
         return None
     near = (
-        words
-        for words, function in _POST_OPS.items()
+        name
+        for name, function in ACTIVATIONS.items()
         if torch.allclose(found, function(_PROBE), rtol=1e-6, atol=_ALIKE)
     )
     return next(near, None)
@@ -141,7 +135,7 @@ def _post_op(module: nn.Module | None) -> tuple[str, str] | None:
 def can_fuse(model: nn.Module, epilogue: Epilogue) -> bool:
     """Whether there are such an integer linear and such a function, whoever says so."""
     linear, function = _module(model, epilogue.linear), _module(model, epilogue.function)
-    return isinstance(linear, IntegerLinear) and _post_op(function) is not None
+    return isinstance(linear, IntegerLinear) and _activation(function) is not None
 
 
 def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> None:
@@ -150,8 +144,8 @@ def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> None:
         linear = model.get_submodule(each.linear)
         assert isinstance(linear, IntegerLinear)
         function = model.get_submodule(each.function)
-        words = _post_op(function)
-        assert words is not None
-        linear.post_op, linear.algorithm = words
+        activation = _activation(function)
+        assert activation is not None
+        linear.activation = activation
         parent, _, name = each.function.rpartition(".")
         model.get_submodule(parent)._modules[name] = Done(function)

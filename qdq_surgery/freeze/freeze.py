@@ -37,26 +37,28 @@ _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
 def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, inplace: bool = False) -> _Model:
-    """Make the quantized linears of a calibrated model run on integers, for inference on a CPU.
+    """Make the quantized linears of a calibrated model run on integers, for inference on a CPU or an NVIDIA GPU.
 
-    Their weights are stored once, as int8 in oneDNN's packed layout; scales per channel are folded; linears that read
-    one tensor quantize it once; a GELU or ReLU is computed in the epilogue of the product before it. What no integer
-    kernel of PyTorch takes stays as it is, fake quantization included: :func:`~qdq_surgery.frozen_receipt` lists it.
+    Their weights are stored once, as int8 in the layout of their kernel: oneDNN's on a CPU, that of ``torch._int_mm``
+    on a GPU. Scales per channel are folded; linears that read one tensor quantize it once; a GELU or ReLU is computed
+    with the product before it. What no integer kernel of PyTorch takes stays as it is, fake quantization included:
+    :func:`~qdq_surgery.frozen_receipt` lists it.
 
     Args:
-        qmodel: A converted, calibrated model on a CPU, in float32 or bfloat16, in which what is not an integer product
-            is computed.
+        qmodel: A converted, calibrated model in float32 or bfloat16, or float16 on a GPU, in which what is not an
+            integer product is computed.
         example_inputs: Keyword arguments of the model's forward, if none can be made from its config.
         inplace: Change ``qmodel`` itself, or nothing of it if anything goes wrong. Otherwise it stays as it is, and
             shares nothing with what is returned.
 
     Returns:
-        A model of the same Hugging Face class with the same config, in eval mode, whose outputs are those of ``qmodel``
-        but for ties: where a value lies between two integers to the last bit of a float, it may become the other one.
+        A model of the same Hugging Face class with the same config, in eval mode, on the same device, whose outputs are
+        those of ``qmodel`` but for ties: where a value lies between two integers to the last bit of a float, it may
+        become the other one. It can be moved between CPU and GPU.
 
     Raises:
-        ModelError: The model is not converted, is not on a CPU, holds no linear that can be frozen, one with a grid of
-            other than 8 bits, or integer products do not run on this machine or in this dtype.
+        ModelError: The model is not converted, is on another device, holds no linear that can be frozen, or one with a
+            grid of other than 8 bits, or integer products do not run on this machine or in this dtype.
         CalibrationError: A quantizer has no range.
     """
     choice = choose(qmodel)

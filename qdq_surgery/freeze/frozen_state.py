@@ -139,7 +139,7 @@ def _apply_or_refuse(model: PreTrainedModel, fn: Callable[[Tensor], Tensor], rec
     """What ``to(...)`` and the like do, if all of the model can go there: nothing has moved where it cannot."""
     for module in model.modules():
         if isinstance(module, IntegerLinear):
-            module.moved(fn)
+            module.destination(fn)
     return type(model)._apply(model, fn, recurse)
 
 

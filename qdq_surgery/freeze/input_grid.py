@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdq_surgery.freeze.products.product import SIGNED
+from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 
 __all__ = ["InputGrid"]
-
-#: What a signed integer is stored with: uint8 is the one type that oneDNN takes everywhere.
-_SIGNED = 128
 
 
 class InputGrid(nn.Module):
@@ -26,20 +25,24 @@ class InputGrid(nn.Module):
     Attributes:
         factor: What values are multiplied by before they are rounded, float32: () or (channels,).
         step: What an integer is worth, float32, ().
-        zero_point: The stored integer that means 0.
-        lowest, highest: The limits of the stored integers.
+        zero_point: The integer that means 0, where they are stored as uint8.
+        lowest, highest: The limits of the integers, counted from that one.
+        stored: What integers are stored as: uint8, or int8, in which each is 128 less.
     """
 
     factor: Tensor
     step: Tensor
+    #: Whether a tensor was looked at on a GPU, which would be waited for each time.
+    _looked = False
 
     def __init__(self, quantizer: TensorQuantizer) -> None:
         super().__init__()
         amax = quantizer.amax
         assert amax is not None
         grid = quantizer.grid.full if quantizer.use_fb_fake_quant else quantizer.grid
-        self.zero_point = grid.zero_point if grid.unsigned else _SIGNED
-        self.lowest, self.highest = grid.qmin + self.zero_point, grid.qmax + self.zero_point
+        self.zero_point = grid.zero_point if grid.unsigned else SIGNED
+        self.lowest, self.highest = grid.qmin, grid.qmax
+        self.stored = torch.uint8
         self.never_negative = grid.unsigned and not grid.zero_point
         ranges = amax.detach().float().reshape(-1)
         if bool((ranges == ranges[0]).all()):
@@ -58,29 +61,39 @@ class InputGrid(nn.Module):
         return (self.zero_point, self.lowest, self.highest, *self.factor.reshape(-1).tolist(), float(self.step))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Any shape (..., channels), floating point, to uint8; what is uint8 has been through here, and passes.
+        """Any shape (..., channels), floating point, to integers; what are some has been through here, and passes.
 
         Raises:
             TypeError: There are negative values, and the grid has none, as fake quantization does.
         """
-        if inputs.dtype == torch.uint8:
+        if inputs.dtype == self.stored:
             return inputs
-        work = inputs.float()
-        low, high = self.lowest - self.zero_point, self.highest - self.zero_point
+        zero = self.zero_point - (SIGNED if self.stored == torch.int8 else 0)
         if torch.compiler.is_compiling():
             # What inductor merges into whatever made the values.
-            return ((work * self.factor).round().clamp(low, high) + self.zero_point).to(torch.uint8)
-        if self.never_negative and bool((work < 0).any()):
-            raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
+            integers = (inputs.float() * self.factor).round().clamp(self.lowest, self.highest)
+            return (integers + zero).to(self.stored)
+        self._refuse_negative(inputs)
+        if cuda_kernels.runs(inputs, self.factor):
+            return cuda_kernels.to_integers(inputs, self.factor, self.lowest, self.highest, zero).to(self.stored)
         # In place: what costs is memory that is touched for the first time.
-        integers = (work * self.factor).round_().clamp_(low, high)
-        if self.zero_point != _SIGNED:
-            return integers.add_(self.zero_point).to(torch.uint8)
-        return integers.to(torch.int8).view(torch.uint8).bitwise_xor_(_SIGNED)
+        integers = (inputs.float() * self.factor).round_().clamp_(self.lowest, self.highest)
+        if zero == SIGNED:
+            return integers.to(torch.int8).view(torch.uint8).bitwise_xor_(SIGNED)
+        return (integers.add_(zero) if zero else integers).to(self.stored)
+
+    def _refuse_negative(self, inputs: Tensor) -> None:
+        elsewhere = inputs.device.type != "cpu"
+        if not self.never_negative or (elsewhere and self._looked):
+            return
+        if bool((inputs < 0).any()):
+            raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
+        self._looked = elsewhere
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """What stored integers stand for, float32: values over the channels' scales, of which the weight has them."""
-        return (integers.float() - self.zero_point) * self.step
+        zero = self.zero_point - (SIGNED if integers.dtype == torch.int8 else 0)
+        return (integers.float() - zero) * self.step
 
     def extra_repr(self) -> str:
         """Step, zero point, and how many steps there are."""
@@ -88,8 +101,9 @@ class InputGrid(nn.Module):
         return f"step {float(self.step):.4g}, zero at {self.zero_point}{scales}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputGrid:
-        # A factor in bfloat16 would have 8 bits; and there is one device.
-        kept = dict(self._buffers)
+        # It goes to another device, and to no other type: a factor in bfloat16 would have 8 bits.
+        device = fn(torch.empty(0, device=self.factor.device)).device
+        kept = {name: buffer if buffer is None else buffer.to(device) for name, buffer in self._buffers.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(kept)
         return self

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.input_grid import InputGrid
-from qdq_surgery.freeze.kernel import DTYPES, PackedWeight, integer_linear, unsupported
+from qdq_surgery.freeze.products.choice import make_product, moved, unsupported
+from qdq_surgery.freeze.products.product import Product
 from qdq_surgery.match.site_names import INTEGERS_SUFFIX
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
 from qdq_surgery.quantize.linear import QuantLinear
@@ -27,26 +28,25 @@ class IntegerLinear(nn.Linear):
 
     Attributes:
         weight: ``None``; :meth:`quantized_weight` makes the float weight anew.
-        input_grid: What rounds the input. Whoever has called it already hands on the uint8 tensor that it gives.
-        packed: The integers of the weight.
+        input_grid: What rounds the input. Whoever has called it already hands on the integers that it gives.
+        product: The integers of the weight, and the kernel that multiplies by them.
         scale: What an integer of each row is worth, float32, (out_features,).
-        post_op, algorithm: What is done to the sums in the product's epilogue, in oneDNN's words.
+        activation: What is done to the results in the product, a name of
+            :data:`~qdq_surgery.freeze.products.product.ACTIVATIONS`; empty if nothing is.
         dtype: Of the results.
         ranges: Those of its two quantizers, by their names in a state dict.
     """
 
     weight: None  # type: ignore[assignment]
     input_grid: InputGrid
-    packed: PackedWeight
+    product: Product
     scale: Tensor
-    number: Tensor
-    post_op: str
-    algorithm: str
+    activation: str
     dtype: torch.dtype
     ranges: Mapping[str, Tensor]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
-        """(..., in_features), float or uint8, to (..., out_features).
+        """(..., in_features), float or integers, to (..., out_features).
 
         Raises:
             ModelError: It is asked for gradients, by training mode or by an input that wants them, or exported.
@@ -55,57 +55,61 @@ class IntegerLinear(nn.Linear):
             _refuse_training(self.training)
         if torch.compiler.is_exporting():
             raise ModelError(
-                f"{FROZEN}, and its packed weights are in no file; export the quantized model it is made of"
+                f"{FROZEN}, and its integers are in no such file; export the quantized model it is made of"
             )
-        return integer_linear(  # type: ignore[no-any-return]
-            self.input_grid(input),
-            self.number,
-            self.scale,
-            self.bias,
-            self.input_grid.step,
-            self.input_grid.zero_point,
-            self.dtype,
-            self.post_op,
-            self.algorithm,
-        )
+        return self.product(self.input_grid(input), self.bias, self.dtype, self.activation)
 
     def quantized_weight(self) -> Tensor:
         """The weight as it is multiplied with, (out_features, in_features), float32; a new tensor for each call.
 
         Its columns belong to inputs over their scales: ``x / m`` where fake quantization has ``W / m``.
         """
-        return self.packed.integers().float() * self.scale.unsqueeze(1)
+        return self.product.integers().float() * self.scale.unsqueeze(1)
 
     def extra_repr(self) -> str:
-        """Sizes, and what the epilogue does."""
-        epilogue = "" if self.post_op == "none" else f", {self.post_op}"
-        return f"{super().extra_repr()}, int8{epilogue}"
+        """Sizes, and the activation."""
+        activation = self.activation and f", {self.activation}"
+        return f"{super().extra_repr()}, int8{activation}"
 
-    def moved(self, fn: Callable[[Tensor], Tensor]) -> torch.dtype:
-        """The type of results after ``fn``, what ``to(...)`` does to each tensor.
+    def destination(self, fn: Callable[[Tensor], Tensor]) -> tuple[torch.device, torch.dtype]:
+        """Where its product is after ``fn``, what ``to(...)`` does to each tensor, and the type of its results.
 
         Raises:
             ModelError: It goes where no integer products are.
         """
-        probe = fn(torch.empty(0, dtype=self.dtype))
-        if probe.device.type != "cpu":
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.product.device))
+        problem = unsupported(probe.device, probe.dtype)
+        if problem is not None:
             raise ModelError(
-                f"{FROZEN} on a CPU, and is to go to {probe.device}; use the quantized model there, or export it"
+                f"{FROZEN}, and is to be {probe.dtype} on {probe.device}: {problem}; use the quantized model there, or "
+                "export it"
             )
-        if probe.dtype not in DTYPES:
-            raise ModelError(f"{FROZEN} in float32 or bfloat16, and is to be {probe.dtype}; freeze it as it is to be")
-        return probe.dtype
+        return probe.device, probe.dtype
+
+    def hold(self, product: Product) -> None:
+        """Multiply by this product from now on."""
+        for name in self.product.buffers() if "product" in vars(self) else ():
+            self._buffers.pop(name, None)
+        buffers = product.buffers()
+        vars(self)["product"] = product
+        self._buffers.update(buffers)
+        self._non_persistent_buffers_set = {*self._non_persistent_buffers_set, *buffers}
+        self.input_grid.stored = product.stored
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
-        dtype, kept = self.moved(fn), dict(self._buffers)
+        device, dtype = self.destination(fn)
+        product = moved(self.product, device)  # what may not fit in memory comes first
+        for name in self.product.buffers():  # which are not cast, and whose places another kernel has not
+            del self._buffers[name]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers.update(kept)
+        self.hold(product)
         self.dtype = dtype
+        self.ranges = {name: amax.to(device) for name, amax in self.ranges.items()}
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}_weight{INTEGERS_SUFFIX}"] = self.packed.integers()
+        destination[f"{prefix}_weight{INTEGERS_SUFFIX}"] = self.product.integers()
         destination.update({f"{prefix}{name}": amax for name, amax in self.ranges.items()})
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> NoReturn:
@@ -113,10 +117,11 @@ class IntegerLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        problem = unsupported(self.dtype)  # a pickle may have come from another machine
+        product = self.product  # a pickle may have come from another machine, and to another device
+        problem = unsupported(product.device, self.dtype)
         if problem is not None:
             raise ModelError(f"this frozen model does not run here: {problem}; load the quantized model that it is of")
-        self._buffers["number"] = torch.tensor(self.packed.number)  # of this process
+        self.hold(moved(product, product.device))
 
 
 def _refuse_training(training: bool) -> NoReturn:
@@ -156,7 +161,8 @@ def make_integer(linear: QuantLinear, integers: Tensor | None = None) -> Integer
     """Make ``linear`` an integer linear, in place.
 
     Args:
-        integers: Those of its weight, int8, (out_features, in_features); rounded from the weight if left out.
+        integers: Those of its weight, int8, (out_features, in_features), on any device; rounded from the weight if left
+            out.
     """
     assert linear._input_quantizer is not None
     assert linear._weight_quantizer is not None
@@ -167,16 +173,14 @@ def make_integer(linear: QuantLinear, integers: Tensor | None = None) -> Integer
         scale = _steps(linear._weight_quantizer, linear.out_features)
     both = {"_input_quantizer": linear._input_quantizer, "_weight_quantizer": linear._weight_quantizer}
     ranges = {f"{name}._amax": each.amax.detach() for name, each in both.items() if each.amax is not None}
-    grid, packed = InputGrid(linear._input_quantizer), PackedWeight(integers)
+    grid = InputGrid(linear._input_quantizer)
+    product = make_product(integers.to(scale.device), scale, grid.step, grid.zero_point)
     object.__setattr__(linear, "__class__", IntegerLinear)
     assert isinstance(linear, IntegerLinear)
     for name in both:
         linear._modules.pop(name, None)
     linear._parameters["weight"] = None
     linear._modules["input_grid"] = grid
-    own = {"packed": packed, "dtype": dtype, "post_op": "none", "algorithm": "", "ranges": ranges}
-    linear.__dict__.update(own)
-    buffers = {"scale": scale, "number": torch.tensor(packed.number)}
-    linear._buffers.update(buffers)
-    linear._non_persistent_buffers_set = {*linear._non_persistent_buffers_set, *buffers}
+    linear.__dict__.update(dtype=dtype, activation="", ranges=ranges)
+    linear.hold(product)
     return linear

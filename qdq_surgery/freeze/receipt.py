@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.frozen_state import FrozenState, frozen_state
-from qdq_surgery.freeze.kernel import integer_linear
 from qdq_surgery.freeze.linear import IntegerLinear
 from qdq_surgery.graph.block_graph import flatten_call
 from qdq_surgery.graph.operators import PRODUCTS
@@ -87,7 +86,7 @@ def frozen_receipt(
 
 @dataclass
 class _Run:
-    """One product that was run: the path of its module, torch's operator, its multiply-adds, its types."""
+    """One product that was run: the path of its module, torch's operator or a kernel, its multiply-adds, its types."""
 
     module: str
     operator: str
@@ -98,8 +97,11 @@ class _Run:
 
 @dataclass
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Products of floats as torch's operators, those of integers as calls of their linears, whatever these do."""
+
     stack: list[str] = field(default_factory=lambda: [""])
     runs: list[_Run] = field(default_factory=list)
+    inside: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -108,20 +110,34 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        macs = _multiply_adds(func, args, kwargs or {}, result)
+        macs = 0 if self.inside else _multiply_adds(func, args, kwargs or {}, result)
         if macs:
-            factors = [each for each in args if isinstance(each, Tensor)]
-            first = factors[0] if func is integer_linear else factors[-1]
+            last = [each for each in args if isinstance(each, Tensor)][-1]
             made = result[0] if isinstance(result, tuple) else result
-            words = [str(each.dtype).removeprefix("torch.") for each in (first, made)]
-            self.runs.append(_Run(self.stack[-1], str(func._overloadpacket), macs, " -> ".join(words)))
+            self.runs.append(_Run(self.stack[-1], str(func._overloadpacket), macs, _types(last.dtype, made.dtype)))
         return result
+
+    def enter(self, module: nn.Module, name: str) -> None:
+        """A module is called."""
+        self.stack.append(name)
+        self.inside += isinstance(module, IntegerLinear)
+
+    def leave(self, module: nn.Module, result: Any) -> None:
+        """It returns, or raises."""
+        name = self.stack.pop()
+        if isinstance(module, IntegerLinear):
+            self.inside -= 1
+            if isinstance(result, Tensor):
+                macs, types = result.numel() * module.in_features, _types(module.product.stored, result.dtype)
+                self.runs.append(_Run(name, module.product.kernel, macs, types))
+
+
+def _types(first: torch.dtype, last: torch.dtype) -> str:
+    return " -> ".join(str(each).removeprefix("torch.") for each in (first, last))
 
 
 def _multiply_adds(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     name = str(func._overloadpacket)
-    if func is integer_linear:
-        return int(result.numel()) * int(args[0].shape[-1])
     if name in _MATRICES:
         return int(result.numel()) * int(args[_MATRICES[name]].shape[-1])
     if name.startswith("aten._scaled_dot_product") and len(args) > 2:
@@ -135,10 +151,10 @@ def _products(model: PreTrainedModel, inputs: dict[str, Any]) -> list[_Run]:
     """Every product of a run, in its order."""
     ghost = shadow(model)
     watch = _Watch()
-    with _told(ghost, watch.stack), torch.no_grad():
+    with _told(ghost, watch), torch.no_grad():
         try:
             ghost(**inputs)  # a kind of call that is new is recorded now, which is work of its own
-            del watch.stack[1:]
+            watch.runs.clear()
             with watch:
                 ghost(**inputs)
         except Exception as error:  # whatever a model's code makes of the inputs
@@ -153,15 +169,15 @@ def _products(model: PreTrainedModel, inputs: dict[str, Any]) -> list[_Run]:
 
 
 @contextmanager
-def _told(ghost: nn.Module, stack: list[str]) -> Iterator[None]:
-    """While this holds, the last of ``stack`` is the path of the module that runs. ``ghost`` is thrown away."""
+def _told(ghost: nn.Module, watch: _Watch) -> Iterator[None]:
+    """While this holds, ``watch`` knows the module that runs. ``ghost`` is thrown away."""
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda *_: stack.append(name)
+        return lambda module, *_: watch.enter(module, name)
 
     for name, module in ghost.named_modules():
         module.register_forward_pre_hook(enter(name))
-        module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True)
+        module.register_forward_hook(lambda module, _, result: watch.leave(module, result), always_call=True)
     yield
 
 
@@ -187,8 +203,9 @@ def _gemm(model: nn.Module, state: FrozenState, run: _Run, kind: str) -> Gemm:
     if isinstance(module, IntegerLinear):
         # An ALBERT has one layer, which runs more than once.
         again = f"#{run.number}" if run.number > 1 else ""
-        post = "" if module.post_op == "none" else f", {module.post_op}"
-        return Gemm(f"{run.module}{again}", run.module, kind, run.macs, f"oneDNN int8, {run.types}{post}", True, None)
+        post = module.activation and f", {module.activation}"
+        kernel = f"{run.operator}, {run.types}{post}"
+        return Gemm(f"{run.module}{again}", run.module, kind, run.macs, kernel, True, None)
     operator = run.operator.removeprefix("aten.")
     alone = isinstance(module, nn.Linear) and run.number == 1
     name = run.module if alone else f"{run.module}/{operator}#{run.number}".lstrip("/")

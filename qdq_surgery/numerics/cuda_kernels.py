@@ -1,4 +1,4 @@
-"""The arithmetic of fake quantization in one pass over an NVIDIA GPU's memory, where torch's operators take eight.
+"""The arithmetic of quantization in one pass over an NVIDIA GPU's memory, where torch's operators take eight.
 
 Compiled by torch's jiterator when first called. The formulas are those of
 :mod:`~qdq_surgery.numerics.fake_quant`, to the bit: a product, a rounding, a quotient, each rounded as float32.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["inside", "learned_gradients", "round_to_grid", "runs"]
+__all__ = ["inside", "learned_gradients", "round_to_grid", "runs", "to_integers"]
 
 _ROUND = """
 template <typename T> T qdq_round(T x, T amax, T qmin, T qmax, T smallest) {
@@ -21,6 +21,13 @@ template <typename T> T qdq_round(T x, T amax, T qmin, T qmax, T smallest) {
     T integer = rintf(x * scale);
     integer = integer < qmin ? qmin : (integer > qmax ? qmax : integer);
     return integer / (scale == T(0) ? T(1) : scale);
+}
+"""
+
+_INTEGERS = """
+template <typename T> T qdq_integers(T x, T factor, T lowest, T highest, T zero) {
+    T integer = rintf(x * factor);
+    return zero + (integer < lowest ? lowest : (integer > highest ? highest : integer));
 }
 """
 
@@ -65,6 +72,18 @@ def round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int, smallest: 
     with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]
         rounded: Tensor = _kernel(_ROUND, *limits)(inputs, _with_axes(amax, inputs), **limits)
     return rounded.to(inputs.dtype)
+
+
+def to_integers(inputs: Tensor, factor: Tensor, lowest: int, highest: int, zero: int) -> Tensor:
+    """``clamp(round(inputs * factor), lowest, highest) + zero``, float32.
+
+    Args:
+        factor: () or (channels,), those of the last axis.
+    """
+    numbers = {"lowest": float(lowest), "highest": float(highest), "zero": float(zero)}
+    with torch.cuda.device_of(inputs):  # type: ignore[no-untyped-call]
+        integers: Tensor = _kernel(_INTEGERS, *numbers)(inputs, _with_axes(factor, inputs), **numbers)
+    return integers
 
 
 def inside(gradient: Tensor, inputs: Tensor, amax: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from qdq_surgery.quantize.embedding import QuantEmbedding
 
 __all__ = ["IntegerEmbedding", "make_integer_embedding"]
 
-#: Whatever moves a model to another dtype leaves these.
+#: Whatever casts a model to another dtype leaves these.
 _FIXED = ("integers", "divisor")
 
 
@@ -59,11 +59,11 @@ class IntegerEmbedding(nn.Embedding):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerEmbedding:
-        kept = {name: self._buffers[name] for name in _FIXED}
-        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.integers.device))
+        kept = {name: getattr(self, name).to(probe.device) for name in _FIXED}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(kept)
-        self.dtype = dtype
+        self.dtype, self.amax = probe.dtype, self.amax.to(probe.device)
         return self
 
 
@@ -71,7 +71,7 @@ def make_integer_embedding(embedding: QuantEmbedding, integers: Tensor | None = 
     """Make a calibrated embedding an integer embedding, in place.
 
     Args:
-        integers: Its table, int8, (num_embeddings, embedding_dim); rounded from its weight if left out.
+        integers: Its table, int8, (num_embeddings, embedding_dim), on any device; rounded from its weight if left out.
     """
     quantizer = embedding._weight_quantizer
     amax = quantizer.amax
@@ -89,7 +89,7 @@ def make_integer_embedding(embedding: QuantEmbedding, integers: Tensor | None = 
     made._parameters["weight"] = None
     made.__dict__.update(dtype=dtype, amax=amax)
     divisor = divisor.reshape(-1, 1).expand(made.num_embeddings, 1).contiguous()
-    made._buffers.update(integers=integers.contiguous(), divisor=divisor)
+    made._buffers.update(integers=integers.to(amax.device).contiguous(), divisor=divisor)
     made._non_persistent_buffers_set = {*made._non_persistent_buffers_set, *_FIXED}
     assert isinstance(made, IntegerEmbedding)
     return made

@@ -27,7 +27,7 @@ from qdq_surgery.checkpoint.plan_cache import DIGEST, METADATA
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.errors import QdqSurgeryError
 from qdq_surgery.freeze.frozen_state import NOTES
-from qdq_surgery.freeze.kernel import unsupported
+from qdq_surgery.freeze.products.choice import unsupported
 from qdq_surgery.surgery.model_state import FROZEN_ATTRIBUTE, plan_of
 
 __all__ = ["KINDS", "run"]
@@ -59,7 +59,7 @@ def run(count: int, seed: int) -> Outcome:
     outcome = Outcome()
     with TemporaryDirectory() as temporary:
         bases = [_Base.make(Path(temporary) / "quantized", frozen=False)]
-        if unsupported(torch.float32) is None:
+        if unsupported(torch.device("cpu"), torch.float32) is None:
             bases.append(_Base.make(Path(temporary) / "frozen", frozen=True))
         for index in range(count):
             kind, base = random_.choice([*KINDS]), random_.choice(bases)

@@ -13,7 +13,7 @@ from fuzzing import checkpoints
 from fuzzing.checkpoints import KINDS
 from fuzzing.outcome import Outcome
 from qdq_surgery.errors import QdqSurgeryError
-from qdq_surgery.freeze.kernel import unsupported
+from qdq_surgery.freeze.products.choice import unsupported
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_mutated_checkpoints_load_as_they_say_or_are_refused() -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_loads_as_something_else_is_found(frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: a reader that believes whatever plan it finds."""
-    if frozen and unsupported(torch.float32) is not None:
+    if frozen and unsupported(torch.device("cpu"), torch.float32) is not None:
         pytest.skip("integer products do not run here")
     base = checkpoints._Base.make(tmp_path, frozen)
     assert base.check(base.whole) == ""

@@ -14,7 +14,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 import qdq_surgery as qs
 from qdq_surgery.freeze import checks
 from qdq_surgery.freeze.checks import choose
-from qdq_surgery.freeze.kernel import unsupported
+from qdq_surgery.freeze.products.choice import unsupported
 
 FIRST = "encoder.layer.0.attention.self.query"
 
@@ -75,7 +75,7 @@ def test_other_grids(bits: int) -> None:
 
 
 def test_another_device() -> None:
-    with pytest.raises(qs.ModelError, match=r"is on meta, .* the CPU only, not yet elsewhere; call .to\('cpu'\)"):
+    with pytest.raises(qs.ModelError, match=r"is on meta, .* frozen on a CPU or an NVIDIA GPU; move it there first"):
         qs.freeze(calibrated().to("meta"))
 
 
@@ -85,10 +85,10 @@ def test_another_dtype() -> None:
 
 
 def test_a_machine_without_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "unsupported", lambda _: "no such kernel")
+    monkeypatch.setattr(checks, "unsupported", lambda *_: "no such kernel")
     with pytest.raises(qs.ModelError, match=r"cannot be frozen: no such kernel; use it with fake .*export_onnx"):
         qs.freeze(calibrated())
-    assert unsupported(torch.float32) is None
+    assert unsupported(torch.device("cpu"), torch.float32) is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,10 @@ def test_a_machine_without_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda linear: linear._modules.update(_input_quantizer=None), "no rule quantizes its input"),
         (lambda linear: vars(linear).update(forward=type(linear).forward), "it has a forward of its own"),
         (lambda linear: linear._weight_quantizer._amax.resize_(1, 32), "ranges along another axis"),
-        (lambda linear: setattr(linear._weight_quantizer, "_unsigned", True), "unsigned grid, and oneDNN's"),
+        (
+            lambda linear: setattr(linear._weight_quantizer, "_unsigned", True),
+            "unsigned grid, and integer products have int8",
+        ),
         (lambda linear: linear._input_quantizer._amax.resize_(1, 32), "ranges along an axis, other than"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BASE, batch_for, build
 from frozen_models import apart, calibrated, frozen, outputs
+from int_mm_rules import KERNELS, take_kernel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -82,15 +83,20 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)  # the first of the two varies first: models are calibrated once
 @pytest.mark.parametrize(("rules", "model_type"), CASES)
-def test_it_computes_what_fake_quantization_does(rules: str, model_type: str) -> None:
+def test_it_computes_what_fake_quantization_does(
+    rules: str, model_type: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_kernel(kernel, monkeypatch)
     layers = {} if model_type in ("distilbert", "modernbert") else {"num_hidden_layers": 1}
     qmodel = calibrated(model_type, rules, **layers)
     model = qs.freeze(qmodel)
     batch = batch_for(qmodel, (3, 8))
     linears = [name for name, module in qmodel.named_modules() if isinstance(module, QuantLinear)]
     assert linears
-    assert all(isinstance(model.get_submodule(name), IntegerLinear) for name in linears)
+    found = [model.get_submodule(name) for name in linears]
+    assert all(isinstance(each, IntegerLinear) and kernel in each.product.kernel for each in found)
     assert computes_the_same(qmodel, model, batch)
 
 
@@ -100,7 +106,7 @@ def test_it_computes_what_fake_quantization_does(rules: str, model_type: str) ->
         ("attention.self.query", lambda linear: linear.scale.mul_(1.1)),
         ("attention.self.value", lambda linear: linear.scale.mul_(1.02)),
         ("attention.output.dense", lambda linear: linear.input_grid.step.mul_(1.02)),
-        ("intermediate.dense", lambda linear: setattr(linear, "post_op", "relu")),
+        ("intermediate.dense", lambda linear: setattr(linear, "activation", "relu")),
         ("intermediate.dense", lambda linear: linear.input_grid.factor.mul_(1.02)),
     ],
 )
@@ -135,9 +141,13 @@ def test_heads_labels_and_class_stay(head: str) -> None:
     assert "loss" in outputs(model, batch)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (5, 30)])
-def test_other_shapes_and_masks(mask: bool, shape: tuple[int, int]) -> None:
+def test_other_shapes_and_masks(
+    mask: bool, shape: tuple[int, int], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_kernel(kernel, monkeypatch)
     qmodel = calibrated()
     model = qs.freeze(qmodel)
     batch = batch_for(qmodel, shape, mask=mask)
@@ -219,9 +229,11 @@ def test_float_weights_are_let_go() -> None:
     assert model is qmodel
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @torch.no_grad()
-def test_under_autocast() -> None:
+def test_under_autocast(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What autocast casts to bfloat16 goes in and out; the integers are as they were."""
+    take_kernel(kernel, monkeypatch)
     qmodel = calibrated("bert", "qdqbert")
     model = qs.freeze(qmodel)
     batch = batch_for(qmodel, (2, 6))

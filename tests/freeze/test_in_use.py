@@ -67,7 +67,7 @@ def test_inductor() -> None:
 @pytest.mark.filterwarnings(*WARNINGS)
 def test_torch_export_is_refused() -> None:
     model = frozen(num_hidden_layers=1)
-    with pytest.raises(qs.ModelError, match="packed weights are in no file; export the quantized model"):
+    with pytest.raises(qs.ModelError, match="integers are in no such file; export the quantized model"):
         torch.export.export(model, (), dict(batch_for(model, (2, 5))), strict=False)
 
 

@@ -10,6 +10,7 @@ import torch
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
 from qdq_surgery.freeze.input_grid import InputGrid
+from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
 
@@ -35,14 +36,24 @@ GRIDS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("amax", "fields"), GRIDS)
-def test_integers_are_those_of_fake_quantization(amax: Any, fields: dict[str, Any]) -> None:
-    quantizer = quantizer_of(amax, **fields)
+STORED = [torch.uint8, torch.int8]
+
+
+def grid_of(quantizer: TensorQuantizer, stored: torch.dtype) -> InputGrid:
     grid = InputGrid(quantizer)
+    grid.stored = stored
+    return grid
+
+
+@pytest.mark.parametrize("stored_as", STORED, ids=str)
+@pytest.mark.parametrize(("amax", "fields"), GRIDS)
+def test_integers_are_those_of_fake_quantization(amax: Any, fields: dict[str, Any], stored_as: torch.dtype) -> None:
+    quantizer = quantizer_of(amax, **fields)
+    grid = grid_of(quantizer, stored_as)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 50, 4, generator=generator) * 3.0
     stored = grid(values)
-    assert stored.dtype == torch.uint8
+    assert stored.dtype == stored_as
     scale = quantizer.channel_scale
     wanted = quantizer(values) if scale is None else quantizer(values) / scale
     # The integers are exact; a step is rounded once more, or twice.
@@ -60,20 +71,39 @@ def test_integers_are_those_of_the_native_formula(monkeypatch: pytest.MonkeyPatc
     assert (off < 1e-6).sum() >= 999
 
 
+@pytest.mark.parametrize("stored_as", STORED, ids=str)
 @pytest.mark.parametrize(("amax", "fields"), GRIDS)
-def test_what_a_compiler_sees_gives_the_same(
-    amax: Any, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_what_a_compiler_or_a_gpu_sees_gives_the_same(
+    amax: Any, fields: dict[str, Any], stored_as: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = InputGrid(quantizer_of(amax, **fields))
+    grid = grid_of(quantizer_of(amax, **fields), stored_as)
     values = torch.linspace(-20.0, 20.0, 4004).reshape(-1, 4)
     wanted = grid(values)
+
+    def kernel(inputs: torch.Tensor, factor: torch.Tensor, lowest: int, highest: int, zero: int) -> torch.Tensor:
+        """What tests/numerics/test_cuda_kernels.py tests."""
+        return (inputs * factor).round().clamp(lowest, highest) + zero
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_kernels, "runs", lambda *_: True)
+        patch.setattr(cuda_kernels, "to_integers", kernel)
+        assert torch.equal(grid(values), wanted)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert torch.equal(grid(values), wanted)
 
 
-def test_what_is_stored_passes() -> None:
-    stored = torch.tensor([1, 2], dtype=torch.uint8)
-    assert InputGrid(quantizer_of(2.0))(stored) is stored
+@pytest.mark.parametrize(("amax", "fields"), GRIDS)
+def test_as_int8_each_is_128_less(amax: Any, fields: dict[str, Any]) -> None:
+    one, other = (grid_of(quantizer_of(amax, **fields), stored) for stored in STORED)
+    values = torch.linspace(-20.0, 20.0, 4004).reshape(-1, 4)
+    assert torch.equal(one(values).int() - 128, other(values).int())
+    assert one.key == other.key
+
+
+@pytest.mark.parametrize("stored_as", STORED, ids=str)
+def test_what_is_stored_passes(stored_as: torch.dtype) -> None:
+    stored = torch.tensor([1, 2], dtype=stored_as)
+    assert grid_of(quantizer_of(2.0), stored_as)(stored) is stored
 
 
 def test_negative_values_on_a_grid_without_them() -> None:

@@ -46,7 +46,7 @@ def test_sums_are_those_of_fake_quantization_site_by_site(rules: str) -> None:
         assert float((integer(inputs) - wanted).abs().max()) <= SUMS * float(wanted.abs().max()), name
         # The sums themselves are integers: those of the stored inputs with the stored weights.
         stored = integer.input_grid(inputs)
-        sums = (stored.long() - integer.input_grid.zero_point) @ integer.packed.integers().long().t()
+        sums = (stored.long() - integer.input_grid.zero_point) @ integer.product.integers().long().t()
         back = sums.double() * integer.scale.double() * integer.input_grid.step.double() + integer.bias.double()
         torch.testing.assert_close(integer(inputs).double(), back, rtol=1e-6, atol=1e-6)
 
@@ -133,7 +133,10 @@ def test_training_and_gradients_are_refused() -> None:
 
 def test_other_places_and_types_are_refused() -> None:
     linear = an_integer_linear()
-    with pytest.raises(qs.ModelError, match="on a CPU, and is to go to meta"):
+    with pytest.raises(
+        qs.ModelError,
+        match=r"is to be torch\.float32 on meta: integer products run on a CPU or an NVIDIA GPU, not on meta",
+    ):
         linear.to("meta")
     with pytest.raises(qs.ModelError, match=r"is to be torch\.float16"):
         linear.to(torch.float16)
@@ -144,7 +147,7 @@ def test_other_places_and_types_are_refused() -> None:
 def test_states_are_read_and_not_loaded() -> None:
     linear = an_integer_linear()
     state = linear.state_dict()
-    assert torch.equal(state["_weight_quantizer._integers"], linear.packed.integers())
+    assert torch.equal(state["_weight_quantizer._integers"], linear.product.integers())
     assert {name for name in state if name.endswith("_amax")} == {
         "_input_quantizer._amax",
         "_weight_quantizer._amax",

@@ -107,6 +107,16 @@ def test_rounding_is_the_formula_to_the_bit(grid: Grid, dtype: torch.dtype, kern
     assert kernels.call_count == len(cases())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_integers_are_those_of_the_formula(dtype: torch.dtype, kernels: mock.Mock) -> None:
+    values = torch.linspace(-3.0, 3.0, 4004).reshape(-1, 4).to(dtype)
+    for factor in (torch.tensor(60.0), torch.tensor([0.0, 1.0, 37.5, 60.0])):
+        found = cuda_kernels.to_integers(values, factor, -128, 127, 32)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, (values.float() * factor).round().clamp(-128, 127) + 32)
+    assert kernels.called
+
+
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -34,7 +34,7 @@ def quantized(axis: int | None = 0, dtype: torch.dtype = torch.float32, **descri
 
 
 @pytest.mark.parametrize("axis", [0, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ids", [IDS, IDS[0], IDS[0, 0]], ids=["batch", "row", "one"])
 def test_it_gives_what_fake_quantization_gives(axis: int | None, dtype: torch.dtype, ids: Tensor) -> None:
     embedding = quantized(axis, dtype)
@@ -52,6 +52,17 @@ def test_integers_of_a_file_take_the_place_of_the_weight() -> None:
     other = quantized()
     other.weight.data.zero_()
     assert torch.equal(make_integer_embedding(other, integers)(IDS), quantized()(IDS))
+
+
+def test_it_goes_to_another_device_and_to_no_other_type() -> None:
+    """The device without data stands for a GPU."""
+    made = make_integer_embedding(quantized()).to("meta", torch.float16)
+    assert {made.integers.device.type, made.divisor.device.type, made.amax.device.type} == {"meta"}
+    assert (made.integers.dtype, made.divisor.dtype, made.dtype) == (torch.int8, torch.float32, torch.float16)
+    assert made(IDS.to("meta")).dtype == torch.float16
+    integers = torch.ones(7, 5, dtype=torch.int8)
+    placed = make_integer_embedding(quantized().to("meta"), integers)  # read from a file
+    assert placed.integers.device.type == "meta"
 
 
 def test_what_it_says_in_a_state_dict() -> None:
