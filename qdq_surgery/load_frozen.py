@@ -27,8 +27,8 @@ from qdq_surgery.freeze.epilogues import Epilogue, can_fuse
 from qdq_surgery.freeze.freeze import assemble, assemble_as
 from qdq_surgery.freeze.frozen_state import NOTES, FrozenOrigin, FrozenState
 from qdq_surgery.freeze.linear import IntegerLinear, make_integer
-from qdq_surgery.freeze.products.choice import unsupported
 from qdq_surgery.graph.shell_copy import real_tensors
+from qdq_surgery.integers.choice import unsupported
 from qdq_surgery.match.site_names import INTEGERS_SUFFIX, MODULE_PATH
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.integer_embedding import make_integer_embedding

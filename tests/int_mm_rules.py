@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdq_surgery.freeze.products import choice
-from qdq_surgery.freeze.products.int_mm import IntMMProduct
+from qdq_surgery.integers import choice
+from qdq_surgery.integers.int_mm import IntMMProduct
 
 __all__ = ["KERNELS", "int_mm_as_on_cuda", "take_kernel"]
 

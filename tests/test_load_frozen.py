@@ -19,7 +19,7 @@ from transformers import AutoModel, BertForSequenceClassification, PreTrainedMod
 import qdq_surgery as qs
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.frozen_state import NOTES, frozen_state
-from qdq_surgery.freeze.products import choice
+from qdq_surgery.integers import choice
 from qdq_surgery.quantize.integer_embedding import IntegerEmbedding
 
 WIDE = {"vocab_size": 1100, "num_hidden_layers": 1}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ModelError
-from qdq_surgery.freeze.products.choice import PLACES, PRODUCTS, unsupported
 from qdq_surgery.hf.tied_weights import tied_names
+from qdq_surgery.integers.choice import PLACES, PRODUCTS, unsupported
+from qdq_surgery.integers.weight import why_float
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
-from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 
 __all__ = ["Choice", "choose", "reasons_kept"]
@@ -140,33 +139,11 @@ def _why_not(linear: QuantLinear, name: str) -> str | None:
         ModelError: A grid does not have 8 bits.
     """
     sides = {"input": linear._input_quantizer, "weight": linear._weight_quantizer}
+    reason = why_float(linear)
     for side, quantizer in sides.items():
-        if quantizer is None:
-            return f"no rule quantizes its {side}"
-        if not quantizer.quantizes:
-            return f"its {side} quantizer is disabled"
-        if quantizer._modules or not quantizer._fake_quant:
-            return f"its {side} quantizer clips, or gives integers, by a descriptor of its own"
-        if quantizer._num_bits != 8:
+        if reason is None and quantizer is not None and quantizer._num_bits != 8:
             raise ModelError(
                 f"{name}: its {side} is on a grid of {quantizer._num_bits} bits ({quantizer.grid}), and integer "
                 "products have 8; change the rule's num_bits, or disable this quantizer"
             )
-    assert linear._input_quantizer is not None
-    assert linear._weight_quantizer is not None
-    return _misfit(linear, linear._input_quantizer, linear._weight_quantizer)
-
-
-def _misfit(linear: QuantLinear, inputs: TensorQuantizer, weight: TensorQuantizer) -> str | None:
-    amax, rows = weight.amax, linear.weight.shape[0]
-    if "forward" in vars(linear):
-        return "it has a forward of its own, set on the instance"
-    if not inputs.scaled and inputs.amax is not None and inputs.amax.numel() != 1:
-        return "its input has ranges along an axis, other than a scale for each channel (axis: -1)"
-    if weight.grid.unsigned:
-        return "its weight is on an unsigned grid, and integer products have int8 weights"
-    if amax is not None and amax.numel() != 1 and tuple(amax.shape) != (rows, 1):
-        return "its weight has ranges along another axis than that of the outputs"
-    if linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        return f"its weight is {linear.weight.dtype}"
-    return None
+    return reason

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from qdq_surgery.freeze.dataflow import readers
 from qdq_surgery.freeze.linear import IntegerLinear, hooked
-from qdq_surgery.freeze.products.product import ACTIVATIONS
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_leaf
+from qdq_surgery.integers.product import ACTIVATIONS
 from qdq_surgery.match.subgraph import Value
 
 __all__ = ["Done", "Epilogue", "can_fuse", "find_epilogues", "fuse"]

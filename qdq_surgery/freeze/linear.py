@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.freeze.input_grid import InputGrid
-from qdq_surgery.freeze.products.choice import make_product, moved, unsupported
-from qdq_surgery.freeze.products.product import Product
+from qdq_surgery.integers.choice import make_product, moved, unsupported
+from qdq_surgery.integers.input_grid import InputGrid
+from qdq_surgery.integers.product import Product
+from qdq_surgery.integers.weight import to_integers, weight_steps
 from qdq_surgery.match.site_names import INTEGERS_SUFFIX
-from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
 from qdq_surgery.quantize.linear import QuantLinear
-from qdq_surgery.quantize.quantizer import TensorQuantizer
 
-__all__ = ["FROZEN", "IntegerLinear", "hooked", "make_integer", "to_integers"]
+__all__ = ["FROZEN", "IntegerLinear", "hooked", "make_integer"]
 
 #: What to do in place of what a frozen model cannot.
 FROZEN = "this model is frozen, for inference only"
@@ -32,7 +31,7 @@ class IntegerLinear(nn.Linear):
         product: The integers of the weight, and the kernel that multiplies by them.
         scale: What an integer of each row is worth, float32, (out_features,).
         activation: What is done to the results in the product, a name of
-            :data:`~qdq_surgery.freeze.products.product.ACTIVATIONS`; empty if nothing is.
+            :data:`~qdq_surgery.integers.product.ACTIVATIONS`; empty if nothing is.
         dtype: Of the results.
         ranges: Those of its two quantizers, by their names in a state dict.
     """
@@ -134,29 +133,6 @@ def hooked(module: nn.Module | None) -> bool:
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def to_integers(linear: QuantLinear) -> tuple[Tensor, Tensor]:
-    """The weight of a calibrated linear as fake quantization rounds it.
-
-    Returns:
-        int8, (out_features, in_features), and what an integer of each row is worth, float32, (out_features,).
-    """
-    quantizer, scale = linear._weight_quantizer, linear.channel_scale
-    assert quantizer is not None
-    weight = linear.weight.detach().float()
-    if scale is not None:
-        weight = weight * scale
-    integers = quantizer.integers(quantizer.moved(weight))
-    return integers.to(torch.int8), _steps(quantizer, weight.shape[0])
-
-
-def _steps(quantizer: TensorQuantizer, rows: int) -> Tensor:
-    """What an integer of each row is worth, float32, (rows,)."""
-    assert quantizer.amax is not None
-    amax = quantizer.amax.detach().float()
-    steps = torch.where(amax <= SMALLEST_AMAX, torch.ones_like(amax), quantizer.grid.step(amax))
-    return steps.reshape(-1).expand(rows).contiguous()
-
-
 def make_integer(linear: QuantLinear, integers: Tensor | None = None) -> IntegerLinear:
     """Make ``linear`` an integer linear, in place.
 
@@ -170,7 +146,7 @@ def make_integer(linear: QuantLinear, integers: Tensor | None = None) -> Integer
     if integers is None:
         integers, scale = to_integers(linear)
     else:
-        scale = _steps(linear._weight_quantizer, linear.out_features)
+        scale = weight_steps(linear._weight_quantizer, linear.out_features)
     both = {"_input_quantizer": linear._input_quantizer, "_weight_quantizer": linear._weight_quantizer}
     ranges = {f"{name}._amax": each.amax.detach() for name, each in both.items() if each.amax is not None}
     grid = InputGrid(linear._input_quantizer)

@@ -1,7 +1,7 @@
 """A converted model while it is measured: which of its quantizers quantize is chosen for each run.
 
-Afterwards it is as it was. Weights are rounded once for all runs, and the layers that give what they gave before are
-not run.
+Afterwards it is as it was. Weights are rounded once for all runs, linears that are all in INT8 multiply integers, and
+layers and linears that would give what they gave before are not run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.safety.transaction import kept_modes, put_back_after
+from qdq_surgery.sensitivity.integer_products import integer_products
+from qdq_surgery.sensitivity.kept_products import KeptProducts, Shortcut, shortcut
 from qdq_surgery.sensitivity.layer_outputs import LayerOutputs, kept_outputs, same_tensors, without_running
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops
 from qdq_surgery.sensitivity.parts import layer_paths
 from qdq_surgery.surgery.model_state import quantizers
 
-__all__ = ["Borrowed", "borrowed", "gpus_of", "run_seeded"]
+__all__ = ["Borrowed", "Kept", "borrowed", "gpus_of", "run_seeded"]
 
 _HOLDERS = itertools.count()
 _SEED = 0
@@ -55,18 +58,31 @@ def run_seeded(model: nn.Module, inputs: Mapping[str, Any], devices: Iterable[to
         raise CalibrationError(f"{type(model).__name__} cannot run it: {error}") from error
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a run gave on its way."""
+
+    layers: LayerOutputs
+    products: KeptProducts
+
+
 class Borrowed:
     """The model, to be run with some of its quantizers.
 
     Args:
         measured: The quantizers that quantize when nothing is chosen.
         tops: Calibrators, by the name of the quantizer whose inputs they see.
+        how: What its linears do meanwhile.
     """
 
     def __init__(
-        self, model: PreTrainedModel, measured: Mapping[str, TensorQuantizer], tops: Mapping[str, ChannelTops]
+        self,
+        model: PreTrainedModel,
+        measured: Mapping[str, TensorQuantizer],
+        tops: Mapping[str, ChannelTops],
+        how: Shortcut,
     ) -> None:
-        self._model, self._measured, self._tops = model, measured, tops
+        self._model, self._measured, self._tops, self._shortcut = model, measured, tops, how
         self._holder = next(_HOLDERS)
         self._devices = gpus_of(model)
         self._layers = {path: model.get_submodule(path) for path in layer_paths(model)}
@@ -93,19 +109,25 @@ class Borrowed:
         """The float model's outputs."""
         return self.run(inputs, ())
 
-    def run_kept(self, inputs: Mapping[str, Any], chosen: Iterable[str]) -> tuple[Any, LayerOutputs]:
-        """The same, and what the encoder layers gave."""
-        with kept_outputs(self._layers) as kept:
-            return self.run(inputs, chosen), kept
+    def run_kept(self, inputs: Mapping[str, Any], chosen: Iterable[str]) -> tuple[Any, Kept]:
+        """The same, and what the encoder layers and the linears gave."""
+        products = self._shortcut.keeps = KeptProducts()
+        try:
+            with kept_outputs(self._layers) as layers:
+                return self.run(inputs, chosen), Kept(layers, products)
+        finally:
+            self._shortcut.keeps = None
 
-    def run_after(
-        self, inputs: Mapping[str, Any], chosen: Iterable[str], kept: LayerOutputs, skipped: Iterable[str]
-    ) -> Any:
-        """The same, without running the ``skipped`` layers, which give what is kept of them."""
-        with without_running(self._layers, kept, skipped):
-            return self.run(inputs, chosen)
+    def run_after(self, inputs: Mapping[str, Any], chosen: Iterable[str], kept: Kept, skipped: Iterable[str]) -> Any:
+        """The same, without running the ``skipped`` layers, which give what is kept of them, as linears do."""
+        self._shortcut.uses = kept.products
+        try:
+            with without_running(self._layers, kept.layers, skipped):
+                return self.run(inputs, chosen)
+        finally:
+            self._shortcut.uses = None
 
-    def run_float(self, inputs: Mapping[str, Any]) -> tuple[Any, LayerOutputs]:
+    def run_float(self, inputs: Mapping[str, Any]) -> tuple[Any, Kept]:
         """The float model's outputs and those of its layers, and the calibrators see what comes by."""
         for name, tops in self._tops.items():
             self._measured[name]._calibrator, self._measured[name]._if_calib = tops, True
@@ -114,11 +136,11 @@ class Borrowed:
             self._measured[name]._if_calib = False
         return outputs, kept
 
-    def depends(self, inputs: Mapping[str, Any], outputs: Any, kept: LayerOutputs) -> bool:
+    def depends(self, inputs: Mapping[str, Any], outputs: Any, kept: Kept) -> bool:
         """Whether the float model's outputs are others if all layers but the last one are not run."""
-        if len(kept.order) < 2 or not kept.usable:
+        if len(kept.layers.order) < 2 or not kept.layers.usable:
             return True
-        return not same_tensors(outputs, self.run_after(inputs, (), kept, kept.order[:-1]))
+        return not same_tensors(outputs, self.run_after(inputs, (), kept, kept.layers.order[:-1]))
 
 
 @contextmanager
@@ -130,7 +152,8 @@ def borrowed(
     Raises:
         CalibrationError: Something else has borrowed it.
     """
-    made = Borrowed(model, measured, tops)
+    how = Shortcut()
+    made = Borrowed(model, measured, tops, how)
     every = list(quantizers(model).values())
     before = [(each, each._calibrator, each._if_calib) for each in every]
 
@@ -139,17 +162,24 @@ def borrowed(
         for each, calibrator, calibrating in before:
             each._calibrator, each._if_calib = calibrator, calibrating
 
-    with only_borrower(model, every), kept_modes(model), put_back_after(put_back), _weights_rounded_once(model):
+    with only_borrower(model, every), kept_modes(model), put_back_after(put_back):
         for each in every:
             each._if_calib = False
         model.eval()
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _faster(model, how):
             yield made
 
 
 @contextmanager
+def _faster(model: nn.Module, how: Shortcut) -> Iterator[None]:
+    """Neither weights nor ranges change meanwhile."""
+    with _weights_rounded_once(model), integer_products(model), shortcut(model, how):
+        yield
+
+
+@contextmanager
 def _weights_rounded_once(model: nn.Module) -> Iterator[None]:
-    """Each linear keeps its rounded weight: neither weights nor ranges change meanwhile."""
+    """Each linear keeps its rounded weight."""
     linears = [each for each in model.modules() if isinstance(each, QuantLinear) and each._weight_quantizer is not None]
 
     def put_back() -> None:

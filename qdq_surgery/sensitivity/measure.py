@@ -14,8 +14,7 @@ from qdq_surgery.calibration.batches import NO_BATCHES, counted
 from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.quantize.quantizer import TensorQuantizer
-from qdq_surgery.sensitivity.borrowed import Borrowed, borrowed
-from qdq_surgery.sensitivity.layer_outputs import LayerOutputs
+from qdq_surgery.sensitivity.borrowed import Borrowed, Kept, borrowed
 from qdq_surgery.sensitivity.length_groups import length_groups
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops, Tokens, outliers
 from qdq_surgery.sensitivity.output_error import Judge, Metric, judge_of, token_mask
@@ -46,10 +45,13 @@ def sensitivity(
     A part is a site (one quantizer; a linear's input and its weight are two), a kind of sites (those of one rule and
     operand in all layers, such as ``residual-add(local)``), or an encoder layer. The errors of parts do not add up:
     what is to be left in float together has to be measured together. (Squared errors of the tensors at the sites would
-    be quicker to have, and rank the sites wrongly.) What does not change is not run again: layers before the part give
-    what they gave, and weights are rounded once: the figures are those of whole runs, to the bit. Rows run together
-    with others of their length, unless the model's outputs depend on the padding beside them, or the metric is the
-    user's.
+    be quicker to have, and rank the sites wrongly.)
+
+    What does not change is not run again: layers and linears before the part give what they gave, and weights are
+    rounded once. Linears whose operands are both in INT8 multiply integers where the machine has a kernel. The figures
+    are those of whole runs, but for the rounding of such products, which are exact where float32 is not. Rows run
+    together with others of their length, unless the model's outputs depend on the padding beside them, or the metric
+    is the user's.
 
     Args:
         qmodel: A converted, calibrated model, alone or in DistributedDataParallel, ``torch.compile`` or a PEFT model.
@@ -170,9 +172,9 @@ class _Measurement:
                     yield
 
     def _figure(
-        self, part: Part, inputs: Mapping[str, Any], chosen: Iterable[str], kept: LayerOutputs, reusable: bool
+        self, part: Part, inputs: Mapping[str, Any], chosen: Iterable[str], kept: Kept, reusable: bool
     ) -> tuple[float, float]:
-        skipped = kept.before(part.homes) if reusable else ()
+        skipped = kept.layers.before(part.homes) if reusable else ()
         return self.judge.figure(self.trial.run_after(inputs, chosen, kept, skipped))
 
 

@@ -27,7 +27,7 @@ from qdq_surgery.checkpoint.plan_cache import DIGEST, METADATA
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.errors import QdqSurgeryError
 from qdq_surgery.freeze.frozen_state import NOTES
-from qdq_surgery.freeze.products.choice import unsupported
+from qdq_surgery.integers.choice import unsupported
 from qdq_surgery.surgery.model_state import FROZEN_ATTRIBUTE, plan_of
 
 __all__ = ["KINDS", "run"]

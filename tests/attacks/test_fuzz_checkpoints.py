@@ -13,7 +13,7 @@ from fuzzing import checkpoints
 from fuzzing.checkpoints import KINDS
 from fuzzing.outcome import Outcome
 from qdq_surgery.errors import QdqSurgeryError
-from qdq_surgery.freeze.products.choice import unsupported
+from qdq_surgery.integers.choice import unsupported
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Frozen models on an NVIDIA GPU. Skipped without one: ``pytest tests/contract/test_cuda_frozen.py`` on one.
 
-What needs no GPU of it is tested on a CPU, by tests/freeze/products/test_int_mm.py and tests/freeze/test_as_on_cuda.py.
+What needs no GPU of it is tested on a CPU, by tests/integers/test_int_mm.py and tests/freeze/test_as_on_cuda.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import AutoModel, PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.freeze.linear import IntegerLinear
-from qdq_surgery.freeze.products.choice import unsupported
-from qdq_surgery.freeze.products.int_mm import IntMMProduct
-from qdq_surgery.freeze.products.onednn import OneDNNProduct
+from qdq_surgery.integers.choice import unsupported
+from qdq_surgery.integers.int_mm import IntMMProduct
+from qdq_surgery.integers.onednn import OneDNNProduct
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),

@@ -20,9 +20,9 @@ from transformers import AutoModel, PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.freeze.linear import IntegerLinear
-from qdq_surgery.freeze.products.int_mm import IntMMProduct
-from qdq_surgery.freeze.products.onednn import OneDNNProduct
-from qdq_surgery.freeze.products.product import Product
+from qdq_surgery.integers.int_mm import IntMMProduct
+from qdq_surgery.integers.onednn import OneDNNProduct
+from qdq_surgery.integers.product import Product
 
 #: Sums are exact; their scales are multiplied in another order. A value that then lies on the other side of a half is a
 #: step away.

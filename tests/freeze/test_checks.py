@@ -14,7 +14,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 import qdq_surgery as qs
 from qdq_surgery.freeze import checks
 from qdq_surgery.freeze.checks import choose
-from qdq_surgery.freeze.products.choice import unsupported
+from qdq_surgery.integers.choice import unsupported
 
 FIRST = "encoder.layer.0.attention.self.query"
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.freeze.input_grid import InputGrid
 from qdq_surgery.freeze.linear import IntegerLinear
+from qdq_surgery.integers.input_grid import InputGrid
 from qdq_surgery.quantize.linear import QuantLinear
 
 #: Largest difference to fake quantization, over the largest value, where no value was a tie. Sums of integers are

@@ -25,6 +25,7 @@ ORDER = [
     "padding",
     "match",
     "quantize",
+    "integers",
     "surgery",
     "calibration",
     "checkpoint",

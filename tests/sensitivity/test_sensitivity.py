@@ -20,7 +20,7 @@ import qdq_surgery as qs
 from fuzzing import interruptions
 from fuzzing.state import global_state, state_of
 from qdq_surgery.errors import CalibrationError, ModelError, OptionError
-from qdq_surgery.sensitivity import output_error
+from qdq_surgery.sensitivity import integer_products, kept_products, output_error
 from qdq_surgery.sensitivity.borrowed import Borrowed
 from qdq_surgery.sensitivity.result import Cost
 
@@ -65,6 +65,11 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().sum()) / float(wanted.square().sum())
 
 
+def nearly(error: float) -> Any:
+    """Of runs with whole linears in INT8: their integers are multiplied, and a tie may go the other way."""
+    return pytest.approx(error, rel=1e-3)
+
+
 def figures(result: qs.Sensitivity) -> dict[tuple[str, str], Cost]:
     return {(each.what, each.name): each for each in result.costs}
 
@@ -80,20 +85,20 @@ def test_it_is_what_one_finds_by_hand(rules: str) -> None:
     every = set(qs.quantizers(qmodel))
     plain, whole = (run_with(qmodel, names, batch).last_hidden_state for names in (set(), every))
     found = qs.sensitivity(qmodel, [batch])
-    assert found.int8 == relative_error(whole, plain)
+    assert found.int8 == nearly(relative_error(whole, plain))
     sites = [name for name in sorted(every) if "layer.1" in name or name.endswith("query._weight_quantizer")]
     for name in sites:
         cost = figures(found)["site", name]
         assert cost.alone == relative_error(run_with(qmodel, {name}, batch).last_hidden_state, plain)
-        assert cost.left == relative_error(run_with(qmodel, every - {name}, batch).last_hidden_state, plain)
+        assert cost.left == nearly(relative_error(run_with(qmodel, every - {name}, batch).last_hidden_state, plain))
         assert cost.gain == found.int8 - cost.left
     layer = {name for name in every if name.startswith("encoder.layer.1.")}
     cost = figures(found)["layer", "encoder.layer.1"]
     assert cost.quantizers == len(layer)
-    assert cost.alone == relative_error(run_with(qmodel, layer, batch).last_hidden_state, plain)
+    assert cost.alone == nearly(relative_error(run_with(qmodel, layer, batch).last_hidden_state, plain))
     kind = {site.quantizer for site in qmodel_sites(qmodel) if (site.rule, site.capture) == ("encoder-linear", "w")}
     cost = figures(found)["kind", "encoder-linear(w)"]
-    assert cost.left == relative_error(run_with(qmodel, every - kind, batch).last_hidden_state, plain)
+    assert cost.left == nearly(relative_error(run_with(qmodel, every - kind, batch).last_hidden_state, plain))
 
 
 def qmodel_sites(qmodel: PreTrainedModel) -> tuple[qs.Site, ...]:
@@ -214,7 +219,9 @@ def test_what_depends_on_running_a_layer_runs_it() -> None:
     assert set(seen) == {2}
 
 
-def test_a_weight_is_rounded_once() -> None:
+def test_a_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_products.KeptProducts, "find", lambda *_: None)
+    monkeypatch.setattr(integer_products, "_fits", lambda _: False)
     counts = runs_of(calibrated(), {"w": "encoder.layer.1.output.dense._weight_quantizer"}, sites=False)
     # In 23 runs (in float, without the first layer, in INT8, and two for each of eight kinds and two layers) it lets
     # the weight pass in 12, and rounds it in the first of the others.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdq_surgery.freeze.products.product import SIGNED
+from qdq_surgery.integers.product import SIGNED
 from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
 from qdq_surgery.quantize.quantizer import TensorQuantizer

@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from qdq_surgery.freeze.products.int_mm import IntMMProduct
-from qdq_surgery.freeze.products.onednn import OneDNNProduct
-from qdq_surgery.freeze.products.product import SIGNED, Product, words_of
+from qdq_surgery.integers.int_mm import IntMMProduct
+from qdq_surgery.integers.onednn import OneDNNProduct
+from qdq_surgery.integers.product import SIGNED, Product, words_of
 
 __all__ = ["PLACES", "PRODUCTS", "make_product", "moved", "unsupported"]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qdq_surgery.freeze.products import onednn
-from qdq_surgery.freeze.products.onednn import OneDNNProduct, integer_linear
+from qdq_surgery.integers import onednn
+from qdq_surgery.integers.onednn import OneDNNProduct, integer_linear
 
 
 def case(rows: int = 5, inner: int = 48, outer: int = 24) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from qdq_surgery.freeze.products.product import Product
+from qdq_surgery.integers.product import Product
 
 __all__ = ["OneDNNProduct", "integer_linear"]
 

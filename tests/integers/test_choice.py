@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdq_surgery.freeze.products import choice
-from qdq_surgery.freeze.products.choice import PRODUCTS, make_product, moved, unsupported
-from qdq_surgery.freeze.products.int_mm import IntMMProduct
-from qdq_surgery.freeze.products.onednn import OneDNNProduct
+from qdq_surgery.integers import choice
+from qdq_surgery.integers.choice import PRODUCTS, make_product, moved, unsupported
+from qdq_surgery.integers.int_mm import IntMMProduct
+from qdq_surgery.integers.onednn import OneDNNProduct
 
 CPU = torch.device("cpu")
 

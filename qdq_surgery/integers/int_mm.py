@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qdq_surgery.freeze.products.product import ACTIVATIONS, SIGNED, Product
+from qdq_surgery.integers.product import ACTIVATIONS, SIGNED, Product
 
 __all__ = ["IntMMProduct"]
 

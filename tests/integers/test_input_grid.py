@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
-from qdq_surgery.freeze.input_grid import InputGrid
+from qdq_surgery.integers.input_grid import InputGrid
 from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec

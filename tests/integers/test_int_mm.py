@@ -13,9 +13,9 @@ from int_mm_rules import int_mm_as_on_cuda
 from torch import Tensor
 from torch.nn import functional
 
-from qdq_surgery.freeze.products.int_mm import IntMMProduct
-from qdq_surgery.freeze.products.onednn import OneDNNProduct
-from qdq_surgery.freeze.products.product import Product
+from qdq_surgery.integers.int_mm import IntMMProduct
+from qdq_surgery.integers.onednn import OneDNNProduct
+from qdq_surgery.integers.product import Product
 
 #: (in_features, out_features): multiples of 8; a classifier with 2 outputs; odd on both axes; next to nothing.
 SIZES = [(48, 24), (32, 2), (13, 9), (1, 1)]

@@ -1,0 +1,102 @@
+"""Linears that multiply integers while a model is measured: what they compute stays, and who may do it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exported import calibrated, inputs_for
+from torch import nn
+
+import qdq_surgery as qs
+from qdq_surgery.integers.choice import unsupported
+from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.sensitivity import integer_products as subject
+from qdq_surgery.sensitivity.integer_products import integer_products
+
+LINEAR = "encoder.layer.0.output.dense"
+
+pytestmark = pytest.mark.skipif(
+    unsupported(torch.device("cpu"), torch.float32) is not None, reason="no integer products on this machine"
+)
+
+
+def replaced(qmodel: nn.Module) -> list[str]:
+    with integer_products(qmodel):
+        return [name for name, each in qmodel.named_modules() if "forward" in vars(each)]
+
+
+@pytest.mark.parametrize("rules", ["qdqbert", "qdqbert-scaled", "onnxruntime", "openvino", "linear-only"])
+@pytest.mark.parametrize("model_type", ["bert", "modernbert"])
+def test_a_linear_computes_what_it_did(model_type: str, rules: str) -> None:
+    """Signed and asymmetric grids, with scales and without, to the rounding of float32 sums."""
+    qmodel = calibrated(model_type, rules=rules)
+    seen = {}
+    for name, each in qmodel.named_modules():
+        if isinstance(each, QuantLinear):
+            each.register_forward_hook(lambda *args, name=name: seen.update({name: args[1:]}))
+    inputs = inputs_for(qmodel, (4, 10))
+    with torch.no_grad():
+        qmodel(**inputs)
+        with integer_products(qmodel):
+            names = [name for name, each in qmodel.named_modules() if "forward" in vars(each)]
+            assert len(names) >= 4 * qmodel.config.num_hidden_layers
+            for name in names:
+                (given,), wanted = seen[name]
+                found = vars(qmodel.get_submodule(name))["forward"](given)
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_integers_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = subject.make_product
+
+    def counted(*given: object) -> object:
+        made.append(given)
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(subject, "make_product", counted)
+    qmodel = calibrated(num_hidden_layers=1)
+    qs.sensitivity(qmodel, [inputs_for(qmodel, (4, 10))], kinds=False, layers=False)
+    assert len(made) == 6
+    assert not any("forward" in vars(each) for each in qmodel.modules())
+
+
+@pytest.mark.parametrize("side", ["_input_quantizer", "_weight_quantizer"])
+@pytest.mark.parametrize("why", ["held off", "collecting"])
+def test_a_linear_in_float_stays_in_float(side: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    linear = qmodel.get_submodule(LINEAR)
+    monkeypatch.setattr(subject, "make_product", lambda *_: pytest.fail("integers were multiplied"))
+    values = torch.randn(4, linear.in_features)  # type: ignore[arg-type]
+    quantizer = getattr(linear, side)
+    with integer_products(qmodel), torch.no_grad():
+        if why == "held off":
+            quantizer.hold_off(-1)
+        else:
+            quantizer._calibrator, quantizer._if_calib = type("Seen", (), {"collect": lambda *_: None})(), True
+        linear(values)
+
+
+def test_half_precision_and_autocast_stay_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "make_product", lambda *_: pytest.fail("integers were multiplied"))
+    qmodel = calibrated(num_hidden_layers=1)
+    values = torch.randn(4, qmodel.get_submodule(LINEAR).in_features)  # type: ignore[arg-type]
+    with integer_products(qmodel), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        qmodel.get_submodule(LINEAR)(values)
+    assert replaced(qmodel.to(torch.bfloat16)) == []
+
+
+def test_who_is_looked_at_stays() -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    linear = qmodel.get_submodule(LINEAR)
+    assert LINEAR in replaced(qmodel)
+    handle = linear.get_submodule("_input_quantizer").register_forward_hook(lambda *_: None)
+    assert LINEAR not in replaced(qmodel)
+    handle.remove()
+    linear.get_submodule("_weight_quantizer")._num_bits = 4  # type: ignore[assignment]
+    assert LINEAR not in replaced(qmodel)
+
+
+def test_without_a_kernel_everything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "unsupported", lambda *_: "no kernel")
+    assert replaced(calibrated(num_hidden_layers=1)) == []
