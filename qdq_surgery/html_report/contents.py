@@ -56,7 +56,8 @@ def _headlines(given: Given, cards: tuple[Card, ...]) -> Iterator[tuple[str, str
     """Anchor, figure and words of what is looked at first."""
     yield "quantizers", str(len(cards)), "quantizers"
     if given.evaluation is not None:
-        yield "evaluation", f"{given.evaluation.loss:.3g}", f"{given.evaluation.metric} against float"
+        words = f"{given.evaluation.metric} against float"
+        yield "evaluation", f"{given.evaluation.loss:.3g}", ", ".join(filter(None, (words, given.evaluation.where)))
     linear = None if given.receipt is None else given.receipt.linear
     if linear is not None:
         yield "receipt", f"{100 * linear:.4g} %", "of the linears in INT8"
