@@ -1,7 +1,7 @@
 """Imports pytorch-quantization without what its import does: absl's handler on the root logger, and a warning.
 
-With that handler there, a ``logging.basicConfig`` of the user's does nothing. The warning is that of torch >= 2.13 about
-a function that pytorch-quantization 2.1.3 scripts, which nobody here can do anything about. This is the first import of the package,
+With that handler there, a ``logging.basicConfig`` of the user's does nothing. The warning is torch's, of a function
+that pytorch-quantization 2.1.3 scripts; nobody here can do anything about it. This is the first import of the package,
 so that no other module of it brings pytorch-quantization in.
 """
 
