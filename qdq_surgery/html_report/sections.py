@@ -26,9 +26,10 @@ class Section:
         key: Its anchor.
         title: Its heading.
         parts: What stands in it, as views have it.
-        absent: What makes it, where nothing was given for it, or not all.
+        absent: What makes it, where nothing was given for it.
         figures: Names of the figures that are drawn above the parts.
         folded: Whether the tables are closed at first, because they are long.
+        note: What is still to be known of it.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Section:
     absent: str = ""
     figures: tuple[str, ...] = ()
     folded: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _of_result(
     if result is None:
         return Section(key, title, absent=absent[key])
     view = result.view()
-    return Section(key, title, _titled(view) if whole else (view.title,), note, figures, folded)
+    return Section(key, title, _titled(view) if whole else (view.title,), "", figures, folded, note)
 
 
 def _of_the_model_alone(given: Given) -> str:
