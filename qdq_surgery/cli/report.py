@@ -17,6 +17,7 @@ from qdq_surgery.cli.options import (
     batches,
     class_option,
     load,
+    note_ranges,
     runtime_of,
     show,
     text_options,
@@ -117,6 +118,7 @@ def _report(arguments: argparse.Namespace) -> None:
         bar.next("comparing graphs")
         found: dict[str, Any] = {"diff": diff_of(model)}
     if data:
+        note_ranges(model)
         found.update(_measured(model, served, data, arguments, watch))
     if runtime:
         found.update(_of_file(model, runtime, arguments, watch))

@@ -176,7 +176,7 @@ def test_a_loss_is_a_number_from_0_on(loss: str, capsys: pytest.CaptureFixture[s
         (["{model}", "{texts}", "{out}", "--rules", "nothing"], "nothing"),
         (["nowhere", "{texts}", "{out}"], "nowhere is no folder"),
         (["{model}", "nowhere.txt", "{out}"], "nowhere.txt"),
-        (["{model}", "{texts}", "{out}", "--metric", "kl"], "metric='kl' is not for the outputs of BertModel"),
+        (["{model}", "{texts}", "{out}", "--metric", "kl"], "--metric 'kl' is not for the outputs of BertModel"),
     ],
 )
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_beside_a_deployed_folder(model: Path, tmp_path: Path, capsys: pytest.Ca
     ("words", "message"),
     [
         (["{model}", "{tmp}/x.txt"], "a report ends in .html"),
-        (["{model}", "{tmp}/old.html"], "exists; pass overwrite=True (--overwrite on the command line)"),
+        (["{model}", "{tmp}/old.html"], "exists; add --overwrite, or give another path"),
         (["{model}", "{tmp}/x.html", "--sensitivity"], "--sensitivity is measured on TEXTS"),
         (["{model}", "{tmp}/x.html", "{texts}", "--resume", "f.json"], "--resume goes with --sensitivity only"),
         (["{model}", "{tmp}/x.html", "--runtime", "openvino"], "--runtime goes with --onnx FILE only"),
