@@ -172,7 +172,7 @@ WRONG = {
     },
     "rules": {
         "": "the following arguments are required: ACTION",
-        "chek qdqbert": "invalid choice: 'chek' (choose from 'list', 'show', 'check')",
+        "chek qdqbert": "invalid choice: 'chek' (choose from .*list.*, .*show.*, .*check.*)",
         "list more": "unrecognized arguments: 'more'",
         "show none.yaml": "'none.yaml' is neither a shipped rule set nor a file; shipped: ",
         "check bad.yaml": TYPO,
@@ -190,8 +190,8 @@ WRONG = {
     },
     "completion": {
         "": "the following arguments are required: SHELL",
-        "fish": "invalid choice: 'fish' (choose from 'bash', 'zsh', 'tcsh')",
-        "BASH": "invalid choice: 'BASH' (choose from 'bash', 'zsh', 'tcsh')",
+        "fish": "invalid choice: 'fish' (choose from .*bash.*, .*zsh.*, .*tcsh.*)",
+        "BASH": "invalid choice: 'BASH' (choose from .*bash.*, .*zsh.*, .*tcsh.*)",
         "bash zsh": "unrecognized arguments: 'zsh'",
         "bash --jsno": "unrecognized arguments: '--jsno'",
     },
@@ -256,3 +256,13 @@ def test_a_mistake_is_said_in_a_line_and_writes_nothing(
     for path in left:  # for the tests that follow
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert left == []
+
+
+def test_a_loss_of_quantizers_without_ranges_gets_a_note(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(files)
+    note = "quantizers have no range yet (first: encoder.layer.0.attention.self.query._input_quantizer)"
+    for folder, noted in (("bare", True), ("cal", False)):
+        assert main(["evaluate", folder, "texts.txt"]) == 0
+        assert (note in capsys.readouterr().err) is noted
