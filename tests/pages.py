@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 import qdq_surgery as qs
 from qdq_surgery.cli.commands import main
 
-__all__ = ["PAGES", "SENTENCES", "Block", "Reader", "anchors", "blocks", "furnish", "prose"]
+__all__ = ["PAGES", "SENTENCES", "Block", "Reader", "anchors", "blocks", "commands", "furnish", "prose"]
 
 PAGES = [
     "README.md",
@@ -49,6 +49,11 @@ def blocks(page: str) -> list[Block]:
     """The blocks of a page, by the page's name."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return [Block(each[1], each[2], text.count("\n", 0, each.start()) + 2) for each in _FENCE.finditer(text)]
+
+
+def commands(block: Block) -> list[str]:
+    """The command lines of a block of bash, each whole."""
+    return [line for line in block.text.replace("\\\n", " ").splitlines() if shlex.split(line, comments=True)]
 
 
 def prose(page: str) -> str:
@@ -137,11 +142,10 @@ class Reader:
 
     def _bash(self, block: Block) -> None:
         self._said = ""
-        for line in block.text.replace("\\\n", " ").splitlines():
+        for line in commands(block):
             words = shlex.split(line, comments=True)
-            if words:
-                self.ran.append(" ".join(words[:2]))
-                self._command(words)
+            self.ran.append(" ".join(words[:2]))
+            self._command(words)
 
     def _command(self, words: list[str]) -> None:
         if words[0] == "qdq-surgery":

@@ -75,12 +75,13 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Mistakes of the user end in one line on standard error."""
     words = sys.argv[1:] if argv is None else [*argv]
+    arguments = argparse.Namespace(options=())
     try:
         arguments = _parsed(words)
         with _quiet():
             arguments.run(arguments)
     except QdqSurgeryError as error:
-        say("error", in_words_of_the_command(str(error)))
+        say("error", in_words_of_the_command(str(error), arguments.options))
         return 1
     except KeyboardInterrupt:
         print(f"{COMMAND}: interrupted", file=sys.stderr)

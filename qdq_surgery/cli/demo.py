@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import random
 import re
+import shutil
 import sysconfig
 import tempfile
 import time
@@ -30,13 +31,14 @@ from qdq_surgery.calibration.ranges import calibrate
 from qdq_surgery.calibration.rounding import round_weights
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.convert import convert
-from qdq_surgery.errors import ModelError
+from qdq_surgery.errors import ModelError, OptionError
 from qdq_surgery.numerics.range_choice import RANGE_METHODS
 from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.onnx_file.writer import writable
 from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.prove.receipt import receipt
 from qdq_surgery.report.diff import diff
+from qdq_surgery.safety.whole_folder import whole_folder
 from qdq_surgery.sensitivity.evaluate import nearest_texts
 from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantizers
@@ -45,12 +47,22 @@ from qdq_surgery.text.optional_imports import require
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Table, View, line, number
 
-__all__ = ["DEMO_TEXTS", "agreement", "checkpoint", "embed", "run_demo", "standard_library_texts", "token_batches"]
+__all__ = [
+    "DEMO_TEXTS",
+    "agreement",
+    "checkpoint",
+    "embed",
+    "run_demo",
+    "standard_library_texts",
+    "token_batches",
+    "write_files",
+]
 
 #: Held-out texts.
 DEMO_TEXTS = 400
 
 _CALIBRATION_TEXTS = 128
+_TEXTS = "texts.txt"
 _BATCH = 16
 
 
@@ -58,13 +70,39 @@ def add_demo(command: argparse.ArgumentParser) -> None:
     """Its arguments."""
     command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
     command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
+    command.add_argument(
+        "--files",
+        metavar="FOLDER",
+        help=f"only write its model, tokenizer and texts (as {_TEXTS}) into a new folder, for other commands",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     command.set_defaults(run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    if arguments.files is not None:
+        if arguments.onnx is not None or arguments.overwrite:
+            raise OptionError("--files writes the model and texts alone; leave --onnx and --overwrite out, or --files")
+        write_files(arguments.files, arguments.texts)
+        print(f"written to {arguments.files}: all-MiniLM-L6-v2, its tokenizer, and {arguments.texts} texts in {_TEXTS}")
+        return
     onnx = None if arguments.onnx is None else Path(arguments.onnx)
     run_demo(texts=arguments.texts, onnx=onnx, overwrite=arguments.overwrite)
+
+
+def write_files(folder: str | Path, texts: int = DEMO_TEXTS) -> None:
+    """A new folder with the model and its tokenizer, as ``save_pretrained`` writes them, and texts beside them.
+
+    Args:
+        texts: How many.
+
+    Raises:
+        ModelError: The checkpoint is not installed, there are no such texts, or the folder cannot be written.
+    """
+    source, found = checkpoint(), _texts(texts)
+    with whole_folder(folder) as draft:
+        shutil.copytree(source, draft)
+        (draft / _TEXTS).write_text("\n".join(found) + "\n", encoding="utf-8")
 
 
 def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bool = False) -> None:
@@ -81,17 +119,13 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
     """
     if onnx is not None:
         writable(onnx, overwrite)
-    if texts < 2:
-        raise ModelError(f"--texts {texts}: a nearest neighbour needs at least two texts")
+    found = _texts(texts, _CALIBRATION_TEXTS)
     folder = checkpoint()
     for name in ("onnx", REFERENCE.runtime, "onnxscript"):
         require(name, "the demo")
     console = Console(highlight=False)
     model = load_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    found = standard_library_texts(texts + _CALIBRATION_TEXTS)
-    if len(found) < texts + _CALIBRATION_TEXTS:
-        raise ModelError(f"--texts {texts}: this Python's standard library has only {len(found)} texts in all")
     calibration, held_out = found[:_CALIBRATION_TEXTS], found[_CALIBRATION_TEXTS:]
 
     start = time.perf_counter()
@@ -163,6 +197,20 @@ def checkpoint() -> Path:
             "brings a large package that is not needed)"
         )
     return folder
+
+
+def _texts(wanted: int, more: int = 0) -> list[str]:
+    """As many texts as ``--texts`` asks for, and more.
+
+    Raises:
+        ModelError: There cannot be as many.
+    """
+    if wanted < 2:
+        raise ModelError(f"--texts {wanted}: a nearest neighbour needs at least two texts")
+    found = standard_library_texts(wanted + more)
+    if len(found) < wanted + more:
+        raise ModelError(f"--texts {wanted}: this Python's standard library has only {len(found)} texts in all")
+    return found
 
 
 def standard_library_texts(count: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,18 @@ def _known(name: str, why: str) -> type[PreTrainedModel]:
     known = name.isidentifier()
     kind = (getattr(transformers, name, None) or getattr(qdqbert, name, None)) if known else None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        near = get_close_matches(name, [each for each in dir(transformers) if _is_model(each)], n=1, cutoff=0.8)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ModelError(
-            f"{why}, which transformers {transformers.__version__} lacks; load it yourself and call "
-            "qdq_surgery.convert(model)"
+            f"{why}, which transformers {transformers.__version__} lacks{hint}; name one that it has (--class CLASS), "
+            "or load the model in Python and call qdq_surgery.convert(model)"
         )
     return kind
+
+
+def _is_model(name: str) -> bool:
+    """Whether a class of that name is a model, as far as its name tells: importing all of them takes minutes."""
+    return name.endswith("Model") or "For" in name
 
 
 def _listed(names: list[str]) -> str:

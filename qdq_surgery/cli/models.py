@@ -17,6 +17,7 @@ from qdq_surgery.cli.options import (
     load,
     loss_options,
     model_options,
+    note_ranges,
     output_options,
     rounding_option,
     runtime_of,
@@ -122,6 +123,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         plan_of(model)  # it is converted
         data = batches(arguments, samples, model)
         file = None if arguments.onnx is None else load_onnx(arguments.onnx, runtime_of(arguments))
+    note_ranges(model)
     found = evaluate(model if file is None else file, data, model, arguments.metric)
     show(found, arguments)
     check_loss(found, arguments)

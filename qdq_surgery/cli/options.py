@@ -39,6 +39,7 @@ __all__ = [
     "load_converted",
     "loss_options",
     "model_options",
+    "note_ranges",
     "output_options",
     "rounding_option",
     "runtime_of",
@@ -201,6 +202,17 @@ def _columns(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 0 < int(text) <= _WIDEST):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of columns; give 1 to {_WIDEST}")
     return int(text)
+
+
+def note_ranges(model: PreTrainedModel) -> None:
+    """A word on quantizers without a range, which take each tensor's own: no file would compute that."""
+    without = [name for name, each in quantizers(model).items() if each.enabled and each.amax is None]
+    if without:
+        say(
+            "note",
+            f"{len(without)} quantizers have no range yet (first: {without[0]}), and take that of each tensor: the "
+            "loss is none that a file will have; calibrate the model",
+        )
 
 
 def batches(

@@ -17,6 +17,7 @@ from qdq_surgery.cli.options import (
     batches,
     class_option,
     load,
+    note_ranges,
     runtime_of,
     show,
     text_options,
@@ -35,6 +36,7 @@ from qdq_surgery.sensitivity.evaluate import evaluate
 from qdq_surgery.sensitivity.measure import sensitivity
 from qdq_surgery.sensitivity.output_error import DEFAULT as DEFAULT_METRIC
 from qdq_surgery.sensitivity.output_error import METRICS
+from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.targets.registry import TARGETS, runtimes
 from qdq_surgery.text.optional_imports import require
@@ -90,7 +92,9 @@ def add_report(command: argparse.ArgumentParser) -> None:
         "--resume", metavar="FILE", help="keep the figures of --sensitivity here, or take them from it"
     )
     command.add_argument("--metric", choices=METRICS, default=DEFAULT_METRIC, help="the loss (default: %(default)s)")
-    command.add_argument("--onnx", metavar="FILE", help="exported from the model: its certificate, receipt and fusions")
+    command.add_argument(
+        "--onnx", metavar="FILE", help="exported from it: certificate, receipt, fusions; the loss is the file's"
+    )
     command.add_argument("--runtime", choices=runtimes(), help="that opens the file (default: the one it is made for)")
     command.add_argument("--title", help="the heading (default: the model's class)")
     command.add_argument("--overwrite", action="store_true", help="replace HTML if it exists")
@@ -104,17 +108,20 @@ def _report(arguments: argparse.Namespace) -> None:
     check_report(arguments.output, arguments.overwrite)
     samples = [] if arguments.texts is None else read_samples(arguments.texts, arguments.column)
     watch = Watch()
+    runtime = "" if arguments.onnx is None else runtime_of(arguments)  # before the work of minutes
     with steps(2) as bar:
         bar.next("loading")
         model = load(arguments)
         plan_of(model)  # it is converted
         data = batches(arguments, samples, model) if samples else []
+        served = load_onnx(arguments.onnx, runtime) if data and runtime else model
         bar.next("comparing graphs")
         found: dict[str, Any] = {"diff": diff_of(model)}
     if data:
-        found.update(_measured(model, data, arguments, watch))
-    if arguments.onnx is not None:
-        found.update(_of_file(model, arguments, watch))
+        note_ranges(model)
+        found.update(_measured(model, served, data, arguments, watch))
+    if runtime:
+        found.update(_of_file(model, runtime, arguments, watch))
     made = _written(model, found, watch.seconds, arguments)
     show(made, arguments)
     if not arguments.json:
@@ -131,13 +138,17 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def _measured(
-    model: PreTrainedModel, data: list[dict[str, Tensor]], arguments: argparse.Namespace, watch: Watch
+    model: PreTrainedModel,
+    served: PreTrainedModel | OnnxModel,
+    data: list[dict[str, Tensor]],
+    arguments: argparse.Namespace,
+    watch: Watch,
 ) -> dict[str, Any]:
-    """What texts tell: histograms, the loss, and what each part costs."""
+    """What texts tell: histograms, the loss of what is ``served`` (the file, if there is one), what each part costs."""
     with watch.step("collecting histograms"):
         seen = collect(model, data)
     with watch.step("comparing with float"):
-        loss = evaluate(model, data, metric=arguments.metric)
+        loss = evaluate(served, data, model, arguments.metric)
     made = {"statistics": seen, "evaluation": loss}
     if arguments.sensitivity:
         with watch.step("measuring the sensitivity"):
@@ -145,10 +156,9 @@ def _measured(
     return made
 
 
-def _of_file(model: PreTrainedModel, arguments: argparse.Namespace, watch: Watch) -> dict[str, Any]:
+def _of_file(model: PreTrainedModel, runtime: str, arguments: argparse.Namespace, watch: Watch) -> dict[str, Any]:
     """What its file tells; the receipt where its own runtime, or the one that is asked for, opens it here."""
     file = open_exported(arguments.onnx)
-    runtime = runtime_of(arguments)
     with steps(2) as bar:
         bar.next("comparing the file")
         with watch.step("comparing the file with PyTorch"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable
 
 from qdq_surgery.safety.interrupt import COMMAND
 
@@ -10,6 +12,8 @@ __all__ = ["ADVICE", "in_words_of_the_command", "say"]
 
 _EXAMPLES = "the command makes its example inputs from config.json: correct that, or convert the model in Python"
 _CALIBRATE = "qdq-surgery calibrate MODEL_DIR TEXTS OUTPUT_DIR"
+
+_OVERWRITE = "pass overwrite=True (--overwrite on the command line), or give another path"
 
 #: What errors say to those who program, and to those who type. The longer of two that begin alike comes first.
 ADVICE = {
@@ -23,13 +27,24 @@ ADVICE = {
     "disable them for the export": "leave them out by a rule file's exclude",
     "or dynamic=False": "or --static",
     "export with parity=False": "export with --no-parity",
+    "was not written by qdq_surgery.export_onnx": "was not written by qdq-surgery export",
+    _OVERWRITE: "add --overwrite, or give another path",
 }
 
 
-def in_words_of_the_command(message: str) -> str:
-    """The message of an error with its advice put for the command line."""
+def in_words_of_the_command(message: str, options: Iterable[str] = ()) -> str:
+    """The message of an error with its advice put for the command line.
+
+    Args:
+        options: Those of the command, by which it takes what has the same name in Python: ``--max-loss``.
+    """
+    known = set(options)
+    if "--overwrite" not in known:
+        message = message.replace(_OVERWRITE, "give another path")
     for python, words in ADVICE.items():
         message = message.replace(python, words)
+    for option in known:
+        message = re.sub(rf"(?<![\w.-]){option[2:].replace('-', '_')}=", f"{option} ", message)
     return message
 
 

@@ -40,6 +40,9 @@ _CONFIGS = (
     "config_sentence_transformers.json",
 )
 
+#: Modules whose folder may be empty, and is then missing in what came out of a Git repository, such as the Hub's.
+_WITHOUT_FILES = frozenset({"Normalize"})
+
 #: The longest list of modules that is read, in bytes.
 _MOST = 1 << 16
 
@@ -66,31 +69,35 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, draft / name)
         copy_tokenizer(tokenizer, draft)
-        for name in _modules(Path(source) / "modules.json"):
-            if not (Path(source) / name).is_dir():
+        for name, kind in _modules(Path(source) / "modules.json").items():
+            if (Path(source) / name).is_dir():
+                shutil.copytree(Path(source) / name, draft / name)
+            elif kind not in _WITHOUT_FILES:
                 raise ModelError(f"{source} has no folder {name}, which its modules.json names; save it whole again")
-            shutil.copytree(Path(source) / name, draft / name)
         yield draft
 
 
-def _modules(file: Path) -> list[str]:
-    """The folders that sentence-transformers' list of modules names, such as 1_Pooling; none without that list.
+def _modules(file: Path) -> dict[str, str]:
+    """The folders that sentence-transformers' list of modules names, with the module's class; none without that list.
 
     Raises:
         ModelError: It is no such list.
     """
     if not file.is_file():
-        return []
+        return {}
     try:
-        named = [
-            str(each.entries()["path"].text()) for each in parse_json(read_regular_file(file, _MOST), str(file)).items()
-        ]
+        listed = [each.entries() for each in parse_json(read_regular_file(file, _MOST), str(file)).items()]
+        named = {str(each["path"].text()): _class(each) for each in listed}
     except (DamagedError, KeyError, OSError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     odd = next((name for name in named if name and (name in (".", "..") or "/" in name or "\\" in name)), None)
     if odd is not None:
         raise ModelError(f"{file} names {odd!r}, which is no folder beside it")
-    return [name for name in named if name]
+    return {name: kind for name, kind in named.items() if name}
+
+
+def _class(module: Mapping[str, Any]) -> str:
+    return str(module["type"].text()).rpartition(".")[2] if "type" in module else ""
 
 
 def write_own_form(draft: Path, target: Target, inputs: Mapping[str, NDArray[Any]]) -> None:

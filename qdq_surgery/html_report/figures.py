@@ -6,7 +6,7 @@ Colors of text and lines are the page's: it sets them when it draws, and again w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bokeh.embed import json_item
@@ -18,21 +18,12 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from qdq_surgery.html_report.bars import VALUES
-from qdq_surgery.html_report.cards import Card
-from qdq_surgery.sensitivity.parts import LAYER
-from qdq_surgery.sensitivity.result import Sensitivity
-from qdq_surgery.text.layer_names import layer_in
+from qdq_surgery.html_report.heat_map import HeatMap, labels
 
 __all__ = ["costs_figure", "histogram_figure", "outliers_figure", "script"]
 
 #: Colors that can be told apart from white and from black.
 _BARS, _RANGE, _DOTS = "#3b82c4", "#e5484d", "#d97706"
-
-#: In the place of a layer, for what is in none.
-_OUTSIDE = "none"
-
-#: A whole layer, beside its sites.
-_WHOLE = "a whole layer"
 
 _ROW, _HEAD = 22, 110
 
@@ -72,46 +63,31 @@ def histogram_figure(what: str) -> dict[str, Any]:
     return _item(plot)
 
 
-def costs_figure(
-    name: str, found: Sensitivity, cards: Sequence[Card], signed: bool = False, most: int = 60
-) -> dict[str, Any] | None:
-    """What each site costs, by site and layer; ``None`` where no site and no layer was measured.
+def costs_figure(name: str, found: HeatMap, metric: str, signed: bool = False) -> dict[str, Any]:
+    """What each site costs, by site and layer.
 
     Args:
         name: Of the figure.
-        signed: The gain of leaving a site in float, which may be negative; else the error alone in INT8.
-        most: Rows; of more the costliest.
+        metric: What the values are of.
+        signed: Whether they may be negative.
     """
-    cells = list(_cells(found, cards, signed))
-    labels = _labels(site for _, site, _, _ in cells)
-    cells = [(layer, labels[site], value, card) for layer, site, value, card in cells]
-    if not cells:
-        return None
-    worst: dict[str, float] = {}
-    for _, site, value, _ in cells:
-        worst[site] = max(worst.get(site, -math.inf), value)
-    kept = set(sorted(worst, key=lambda site: -worst[site])[:most])
-    sites = [site for site in worst if site in kept]
-    cells = [cell for cell in cells if cell[1] in kept]
-    layers = sorted({cell[0] for cell in cells}, key=lambda layer: (layer == _OUTSIDE, layer.zfill(6)))
-    height = _HEAD + _ROW * len(sites)
     plot = _figure(
         name,
-        height,
+        _HEAD + _ROW * len(found.sites),
         "tap,reset",
-        x_range=FactorRange(factors=layers),
-        y_range=FactorRange(factors=sites[::-1]),
+        x_range=FactorRange(factors=list(found.layers)),
+        y_range=FactorRange(factors=list(found.sites[::-1])),
         x_axis_location="above",
     )
     plot.xaxis.axis_label = "encoder layer"
-    columns = dict(zip(("layer", "site", "value", "card"), map(list, zip(*cells, strict=True)), strict=True))
+    columns = {key: [getattr(cell, key) for cell in found.cells] for key in ("layer", "site", "value", "card")}
     source = ColumnDataSource(columns, name=f"{name}-cells")
-    mapper = _mapper([cell[2] for cell in cells], signed)
+    mapper = _mapper(columns["value"], signed)
     drawn = plot.rect(
         "layer", "site", 0.98, 0.92, source=source, line_color=None, fill_color={"field": "value", "transform": mapper}
     )
     drawn.nonselection_glyph = None
-    tips = [("site", "@site"), ("layer", "@layer"), (found.metric, "@value{0.00e+0}")]
+    tips = [("site", "@site"), ("layer", "@layer"), (metric, "@value{0.00e+0}")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips))
     plot.add_layout(ColorBar(color_mapper=mapper, width=10, background_fill_color=None), "right")
     return _item(plot)
@@ -127,9 +103,9 @@ def outliers_figure(outliers: Mapping[str, Mapping[int, float]], channels: int) 
     dots = [(channel, site, ratio) for site, found in outliers.items() for channel, ratio in found.items()]
     if not dots:
         return None
-    labels = _labels(site for _, site, _ in dots)
-    dots = [(channel, labels[site], ratio) for channel, site, ratio in dots]
-    sites = list(dict.fromkeys(labels.values()))
+    short = labels(site for _, site, _ in dots)
+    dots = [(channel, short[site], ratio) for channel, site, ratio in dots]
+    sites = list(dict.fromkeys(short.values()))
     plot = _figure(
         "outliers",
         _HEAD + _ROW * len(sites),
@@ -144,29 +120,6 @@ def outliers_figure(outliers: Mapping[str, Mapping[int, float]], channels: int) 
     tips = [("site", "@site"), ("channel", "@channel"), ("times", "@ratio{0.0}")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips))
     return _item(plot)
-
-
-def _labels(sites: Iterable[str]) -> dict[str, str]:
-    """Names without what all of them begin with, and without the word that all end in."""
-    names = list(dict.fromkeys(sites))
-    paths = [name.split(".") for name in names if name != _WHOLE]
-    shared = 0
-    while len(paths) > 1 and all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
-        shared += 1
-    short = {name: ".".join(name.split(".")[shared:]).removesuffix("_quantizer") for name in names if name != _WHOLE}
-    return {name: short.get(name, name) for name in names}
-
-
-def _cells(found: Sensitivity, cards: Sequence[Card], signed: bool) -> Iterable[tuple[str, str, float, int]]:
-    """Layer, site, value and the place of the quantizer among all, -1 of a whole layer."""
-    for cost in found.of(LAYER):
-        if not math.isfinite(cost.gain if signed else cost.alone):
-            continue
-        yield str(cost.layers or layer_in(cost.name) or 0), _WHOLE, cost.gain if signed else cost.alone, -1
-    for at, card in enumerate(cards):
-        value = card.figures.gain if signed else card.figures.alone  # finite, or None
-        if value is not None:
-            yield _OUTSIDE if card.layer is None else str(card.layer), card.site, value, at
 
 
 def _mapper(values: Sequence[float], signed: bool) -> LinearColorMapper | LogColorMapper:

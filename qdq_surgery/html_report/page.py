@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from qdq_surgery.text.view import Line, Table, View
@@ -41,7 +41,7 @@ def render(values: Mapping[str, Any], data: Mapping[str, Any], library: str) -> 
         **values,
         policy=_policy(scripts),
         style=Markup(_asset("page.css")),
-        data=_island(data),
+        data=htmlsafe_json_dumps(data, separators=(",", ":"), allow_nan=False),  # it ends no script element
         scripts=[Markup(script) for script in scripts],
     )
 
@@ -61,14 +61,6 @@ def _policy(scripts: Sequence[str]) -> str:
     own = " ".join(f"'sha256-{each}'" for each in hashes)
     locked = "base-uri 'none'; form-action 'none'"
     return f"default-src 'none'; script-src {own}; style-src 'unsafe-inline'; img-src data:; {locked}"
-
-
-def _island(data: Mapping[str, Any]) -> Markup:
-    """JSON that ends no script element, whatever is in its texts."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
 
 
 def _is(kind: type) -> Any:

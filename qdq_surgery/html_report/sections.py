@@ -29,6 +29,7 @@ class Section:
         absent: What makes it, where nothing was given for it.
         figures: Names of the figures that are drawn above the parts.
         folded: Whether the tables are closed at first, because they are long.
+        note: What is still to be known of it.
     """
 
     key: str
@@ -37,6 +38,7 @@ class Section:
     absent: str = ""
     figures: tuple[str, ...] = ()
     folded: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def sections(model: PreTrainedModel, given: Given, cards: tuple[Card, ...], draw
             "" if given.sensitivity or given.equalization else absent["sensitivity"],
             _named(figures, "outliers"),
         ),
-        _of_result("evaluation", "Accuracy against float", given.evaluation, absent),
+        _of_result("evaluation", "Accuracy against float", given.evaluation, absent, note=_of_the_model_alone(given)),
         _of_result("export", "The exported file", given.export, absent, whole=False),
         _of_result("receipt", "Receipt: what runs in INT8", given.receipt, absent),
         _of_result("parity", "Certificate: the file is the model", given.parity or _part(given, "parity"), absent),
@@ -113,11 +115,21 @@ def _of_result(
     figures: tuple[str, ...] = (),
     whole: bool = True,
     folded: bool = False,
+    note: str = "",
 ) -> Section:
     if result is None:
         return Section(key, title, absent=absent[key])
     view = result.view()
-    return Section(key, title, _titled(view) if whole else (view.title,), "", figures, folded)
+    return Section(key, title, _titled(view) if whole else (view.title,), "", figures, folded, note)
+
+
+def _of_the_model_alone(given: Given) -> str:
+    """What gives the accuracy of the file, where there is a file and the accuracy is not of one."""
+    file = next((each.path.name for each in (given.export, given.receipt) if each is not None), None)
+    if file is None or given.evaluation is None or given.evaluation.runtime != "PyTorch":
+        return ""
+    call = f'qs.evaluate(qs.load_onnx("{file}"), batches, qmodel)'
+    return f"of the model in PyTorch; of the file: {call} makes it, and evaluation= takes it"
 
 
 def _part(given: Given, name: str) -> Result | None:

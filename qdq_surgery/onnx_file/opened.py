@@ -121,7 +121,9 @@ def open_exported(path: str | Path) -> OnnxFile:
     """
     file = open_file(path)
     if "sites" not in file.metadata:
-        raise ExportError(f"{path} was not written by qdq_surgery.export_onnx; it has none of its metadata")
+        raise ExportError(
+            f"{path} was not written by qdq_surgery.export_onnx; it has none of its metadata; export the model anew"
+        )
     return file
 
 

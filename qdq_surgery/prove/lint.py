@@ -42,7 +42,7 @@ def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model | OnnxFile, targ
     if target is None and "target" not in metadata:
         *others, last = map(repr, TARGETS)
         raise ExportError(
-            f"this model does not tell what it was exported for; give target={', '.join(others)} or {last}"
+            f"{file.path} does not tell what it was exported for; give target={', '.join(others)} or {last}"
         )
     chosen = get_target(metadata["target"] if target is None else target)
     try:

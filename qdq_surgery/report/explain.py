@@ -77,7 +77,8 @@ def explain(qmodel: nn.Module, path: str = "") -> Explanation:
     if path not in paths:
         close = get_close_matches(path, paths, n=3)
         raise ModelError(
-            f"there is no module '{path}'; {'near it: ' + ', '.join(close) if close else 'see named_modules()'}"
+            f"there is no module '{path}'; {'near it' if close else 'at the top there are'}: "
+            f"{', '.join(close or [name for name, _ in qmodel.named_children()])}"
         )
     found = {
         name: q for name, q in quantizers(qmodel).items() if not path or name == path or name.startswith(path + ".")

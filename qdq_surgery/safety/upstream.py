@@ -1,6 +1,7 @@
-"""Imports pytorch-quantization without what it does to logging: its import puts absl's handler on the root logger.
+"""Imports pytorch-quantization without what its import does: absl's handler on the root logger, and a warning.
 
-With that handler there, a ``logging.basicConfig`` of the user's does nothing. This is the first import of the package,
+With that handler there, a ``logging.basicConfig`` of the user's does nothing. The warning is torch's, of a function
+that pytorch-quantization 2.1.3 scripts; nobody here can do anything about it. This is the first import of the package,
 so that no other module of it brings pytorch-quantization in.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,5 +28,6 @@ def _logging_kept() -> Iterator[None]:
         logging.setLoggerClass(kind)
 
 
-with _logging_kept():
+with _logging_kept(), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script`")
     importlib.import_module("pytorch_quantization.nn")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class Evaluation(Result):
             ``worst_cosine``; of scores ``kl`` and ``same_answer``; of hidden states ``text_cosine``,
             ``worst_text_cosine`` and, of three texts or more, ``same_nearest_text``.
         batches, rows, tokens: How much data it was; padding is no token.
+        runtime: What the candidate ran on, such as ``"PyTorch"`` or ``"onnxruntime 1.31.1"``; ``None`` if it does not
+            say.
+        file: The name of the file that was judged; ``None`` if it was a model.
     """
 
     model: str
@@ -73,6 +77,15 @@ class Evaluation(Result):
     batches: int
     rows: int
     tokens: int
+    runtime: str | None = None
+    file: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What was judged, in words: ``in PyTorch``, ``as model.onnx on onnxruntime 1.31.1``; empty if nobody says."""
+        if self.file is not None:
+            return f"as {self.file} on {self.runtime}"
+        return "" if self.runtime is None else f"in {self.runtime}"
 
     @property
     def loss(self) -> float:
@@ -100,7 +113,8 @@ class Evaluation(Result):
 
     def _title(self) -> Line:
         data = data_words(self.batches, self.rows, self.tokens)
-        return line(f"{self.model} against float, on {data}: ", (f"{self.metric} {self.loss:.3g}", "bold"))
+        judged = " ".join(filter(None, (self.model, self.where)))
+        return line(f"{judged} against float, on {data}: ", (f"{self.metric} {self.loss:.3g}", "bold"))
 
     def _parts(self) -> Iterable[Part]:
         rows = tuple((name, _shown(name, value), _WORDS[name]) for name, value in self.figures.items())
@@ -167,7 +181,16 @@ def evaluate(
             f"metric='{chosen}' is not for the outputs of {type(plain).__name__}; take one of "
             f"{', '.join(repr(name) for name in METRICS if name in figures)}"
         )
-    return Evaluation(type(plain).__name__, chosen, figures, *found.counts)
+    runtime, file = _judged(candidate)
+    return Evaluation(type(plain).__name__, chosen, figures, *found.counts, runtime, file)
+
+
+def _judged(candidate: Any) -> tuple[str | None, str | None]:
+    """What it runs on, and the name of the file that it is."""
+    if isinstance(candidate, nn.Module):
+        return "PyTorch", None
+    path, runs_on = getattr(candidate, "path", None), getattr(candidate, "runs_on", None)
+    return (runs_on, path.name) if isinstance(path, Path) and isinstance(runs_on, str) else (None, None)
 
 
 def _outputs(candidate: Any, module: nn.Module | None, inputs: Mapping[str, Any], needed: Container[str]) -> Any:
@@ -188,7 +211,7 @@ class _Sums:
     """What is added up over the batches."""
 
     model: PreTrainedModel
-    counts: list[int] = field(default_factory=lambda: [0, 0, 0])
+    counts: tuple[int, int, int] = (0, 0, 0)
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
     lowest: float = 1.0
     texts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -204,7 +227,7 @@ class _Sums:
                 )
             self._compare(inputs, name, one.float(), other.to(one.device).float())
         rows, tokens = counted(inputs)
-        self.counts = [self.counts[0] + 1, self.counts[1] + rows, self.counts[2] + tokens]
+        self.counts = (self.counts[0] + 1, self.counts[1] + rows, self.counts[2] + tokens)
 
     def _compare(self, inputs: Mapping[str, Any], name: str, wanted: Tensor, found: Tensor) -> None:
         for metric in METRICS:

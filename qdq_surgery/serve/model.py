@@ -122,6 +122,12 @@ class OnnxModel:
         return getattr(self._session, "compiled", None)
 
     @property
+    def runs_on(self) -> str:
+        """The runtime and its version, and what it computes in where that is its own choice."""
+        precision = "" if self.precision is None else f" in {self.precision}"
+        return f"{self.runtime} {self._session.version}{precision}"
+
+    @property
     def device(self) -> torch.device:
         """The CPU."""
         return torch.device("cpu")

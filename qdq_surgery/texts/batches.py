@@ -80,9 +80,12 @@ def text_batches(
         ModelError: The folder has no tokenizer, or one that does not fit the model.
         CalibrationError: ``rows`` or ``length`` is too small, or the model's vocabulary does not have the samples.
     """
-    if rows < 1 or (length is not None and length < 3):
+    if rows < 1:
+        raise CalibrationError(f"batches of {rows} texts hold nothing: give at least 1 (--batch on the command line)")
+    if length is not None and length < 3:
         raise CalibrationError(
-            f"batches of {rows} texts with at most {length or _LENGTH} tokens: give at least 1 and 3"
+            f"texts of at most {length} tokens are nothing but the marks of begin and end: give at least 3 (--length "
+            "on the command line)"
         )
     tokenizer = None if samples[0].inputs else load_tokenizer(folder, model.config)
     most, notes = _most(length, model, tokenizer)

@@ -325,7 +325,7 @@ def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     qs.calibrate(qmodel, [batch_for(qmodel, (2, 9))], "max")
     save_model(qmodel, tmp_path / "symmetric")
     assert main(["export", str(tmp_path / "symmetric"), str(file), *options]) == 1
-    assert "exists; pass overwrite=True (--overwrite on the command line)" in capsys.readouterr().err
+    assert "exists; add --overwrite, or give another path" in capsys.readouterr().err
     options.append("--overwrite")
     assert main(["export", str(tmp_path / "symmetric"), str(file), *options]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -388,7 +388,7 @@ def test_a_receipt_of_tensorrt_is_refused_before_anything_is_written(
     assert not file.exists()
 
 
-@pytest.mark.parametrize(("name", "said"), [("x.txt", "ends in .onnx"), ("old.onnx", "exists; pass overwrite=True")])
+@pytest.mark.parametrize(("name", "said"), [("x.txt", "ends in .onnx"), ("old.onnx", "exists; add --overwrite")])
 def test_where_an_export_cannot_go_is_told_first(
     name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

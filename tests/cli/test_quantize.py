@@ -79,6 +79,8 @@ def test_its_figures_are_those_of_the_file(made: Path, model: Path, texts: Path)
     again = qs.evaluate(served, data, plain, "cosine")
     # (Its float model is the converted one with its quantizers off, whose attention rounds in another order.)
     assert report["evaluation"]["figures"] == pytest.approx(dict(again.figures), rel=1e-4)
+    assert report["evaluation"]["file"] == "model_quantized.onnx"
+    assert report["evaluation"]["runtime"] == served.runs_on
     assert report["rules"] == "openvino"
     assert report["calibration"]["rows"] == report["rounding"]["rows"] == 16
     assert all(each["adapted"] < each["nearest"] for each in report["rounding"]["weights"])
@@ -174,7 +176,7 @@ def test_a_loss_is_a_number_from_0_on(loss: str, capsys: pytest.CaptureFixture[s
         (["{model}", "{texts}", "{out}", "--rules", "nothing"], "nothing"),
         (["nowhere", "{texts}", "{out}"], "nowhere is no folder"),
         (["{model}", "nowhere.txt", "{out}"], "nowhere.txt"),
-        (["{model}", "{texts}", "{out}", "--metric", "kl"], "metric='kl' is not for the outputs of BertModel"),
+        (["{model}", "{texts}", "{out}", "--metric", "kl"], "--metric 'kl' is not for the outputs of BertModel"),
     ],
 )
 @pytest.mark.slow
@@ -220,7 +222,7 @@ def test_evaluate_judges_a_model_and_its_file(
     data = text_batches(read_samples(texts, []), qmodel, calibrated).batches
     assert found == json.loads(json.dumps(qs.evaluate(qmodel, data, metric="cosine").to_json()))
     assert main([*words, "--onnx", str(made / "onnx" / "model_quantized.onnx")]) == 0
-    assert "BertModel against float, on " in capsys.readouterr().out
+    assert "BertModel as model_quantized.onnx on openvino " in capsys.readouterr().out
     assert main([*words, "--max-loss", "0"]) == 1
     assert "and at most 0 is asked for" in capsys.readouterr().err
     assert main([*words, "--runtime", "openvino"]) == 1

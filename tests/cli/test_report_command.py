@@ -10,7 +10,11 @@ from architectures import build
 from report_pages import FilePage
 from tiny_checkpoint import TEXTS, save_tiny_bert, write_texts
 
+import qdq_surgery as qs
 from qdq_surgery.cli.commands import main
+from qdq_surgery.cli.folder import load_model
+from qdq_surgery.texts.batches import text_batches
+from qdq_surgery.texts.samples import read_samples
 
 pytest.importorskip("bokeh")
 
@@ -59,17 +63,24 @@ def test_with_texts_and_a_sensitivity(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_with_its_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_its_file(model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The loss on the page is that of the file on its runtime, and the page says so."""
     pytest.importorskip("onnxruntime")
     file, output = tmp_path / "model.onnx", tmp_path / "report.html"
     assert main(["export", str(model), str(file)]) == 0
     capsys.readouterr()
-    assert main(["report", str(model), str(output), "--onnx", str(file), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["given"] == ["diff", "receipt", "parity", "findings", "times"]
+    assert main(["report", str(model), str(output), str(texts), "--onnx", str(file), "--json"]) == 0
+    given = json.loads(capsys.readouterr().out)["given"]
+    assert given == ["diff", "statistics", "evaluation", "receipt", "parity", "findings", "times"]
     page = FilePage(output.read_text(encoding="utf-8"))
     assert "of the linears in INT8" in page.words
     assert "agrees the file, with PyTorch" in page.words
     assert all("on the runtime" in dict(card["facts"]) for card in page.data["cards"])
+    qmodel, served = load_model(model), qs.load_onnx(file)
+    found = qs.evaluate(served, text_batches(read_samples(texts, []), qmodel, model).batches, qmodel)
+    assert f"{found.loss:.3g} mse against float, as model.onnx on {served.runs_on}" in page.words
+    assert " ".join(str(found.view().title).split()) in page.words
+    assert "of the model in PyTorch" not in page.words
 
 
 @pytest.mark.slow
@@ -84,7 +95,7 @@ def test_beside_a_deployed_folder(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"the page: {tmp_path / 'page.html'}" in capsys.readouterr().out
     page = FilePage((tmp_path / "page.html").read_text(encoding="utf-8"))
     loss = json.loads((tmp_path / "deployed" / "qdq_report.json").read_text())["evaluation"]["loss"]
-    assert f"{loss:.3g} mse against float" in page.words
+    assert f"{loss:.3g} mse against float, as model_quantized.onnx on onnxruntime " in page.words
     assert "model_quantized.onnx for onnxruntime" in page.words
     assert "0.0 MB" not in page.words.partition("The exported file")[2].partition("Receipt")[0]
     assert any(card["bars"] for card in page.data["cards"])
@@ -94,7 +105,7 @@ def test_beside_a_deployed_folder(model: Path, tmp_path: Path, capsys: pytest.Ca
     ("words", "message"),
     [
         (["{model}", "{tmp}/x.txt"], "a report ends in .html"),
-        (["{model}", "{tmp}/old.html"], "exists; pass overwrite=True (--overwrite on the command line)"),
+        (["{model}", "{tmp}/old.html"], "exists; add --overwrite, or give another path"),
         (["{model}", "{tmp}/x.html", "--sensitivity"], "--sensitivity is measured on TEXTS"),
         (["{model}", "{tmp}/x.html", "{texts}", "--resume", "f.json"], "--resume goes with --sensitivity only"),
         (["{model}", "{tmp}/x.html", "--runtime", "openvino"], "--runtime goes with --onnx FILE only"),

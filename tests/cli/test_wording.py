@@ -20,5 +20,11 @@ def test_it_is_said_somewhere(python: str) -> None:
 def test_python_becomes_what_is_typed() -> None:
     message = in_words_of_the_command("it has 2 rows; give more, or dynamic=False")
     assert message == "it has 2 rows; give more, or --static"
+    assert in_words_of_the_command("max_loss=2 is none, and a_max_loss=2", ["--max-loss"]) == (
+        "--max-loss 2 is none, and a_max_loss=2"
+    )
+    taken = "x.onnx exists; pass overwrite=True (--overwrite on the command line), or give another path"
+    assert in_words_of_the_command(taken, ["--overwrite"]) == "x.onnx exists; add --overwrite, or give another path"
+    assert in_words_of_the_command(taken, ["--json"]) == "x.onnx exists; give another path"
     assert in_words_of_the_command("nothing to replace") == "nothing to replace"
     assert not [words for words in ADVICE.values() if re.search(r"\w=", words)]

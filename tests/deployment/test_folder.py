@@ -70,10 +70,23 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["models.Normalize", "sentence_transformer.modules.Normalize"])
+def test_a_module_without_files_has_no_folder_on_the_hub(kind: str, tmp_path: Path) -> None:
+    """Git has no empty folders: the real all-MiniLM-L6-v2 comes without its 2_Normalize."""
+    (tmp_path / "float").mkdir()
+    modules = f'[{{"path": ""}}, {{"path": "2_Normalize", "type": "sentence_transformers.{kind}"}}]'
+    (tmp_path / "float" / "modules.json").write_text(modules)
+    with deployed_folder(tmp_path / "out", tmp_path / "float", tmp_path) as draft:
+        assert (draft / "modules.json").read_text() == modules
+        assert not (draft / "2_Normalize").exists()
+
+
 @pytest.mark.parametrize(
     ("modules", "found"),
     [
         ('[{"path": "2_Dense"}]', "has no folder 2_Dense, which its modules.json names"),
+        ('[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]', "has no folder 2_Dense"),
+        ('[{"path": "2_Normalize", "type": "x.Normalizer"}]', "has no folder 2_Normalize"),
         ('[{"path": "../other"}]', r"names '\.\./other', which is no folder beside it"),
         ('[{"path": ".."}]', "which is no folder beside it"),
         ('[{"name": "0"}]', "cannot be read: 'path'"),

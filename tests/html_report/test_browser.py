@@ -214,6 +214,75 @@ def test_keys_are_enough(browser: Any, file: Path) -> None:
         assert summary.evaluate("each => each.parentElement.open") is False
 
 
+def test_every_cell_of_the_heat_map_is_reached_by_keys(browser: Any, file: Path) -> None:
+    """From the tabs, Tab opens the table beside the figure; arrows go from cell to cell, Enter opens the quantizer."""
+    with opened(browser, file) as page:
+        page.locator(".tab").first.focus()
+        for _ in range(2):
+            page.keyboard.press("Tab")
+        while page.evaluate("document.activeElement.tagName") != "SUMMARY":
+            page.keyboard.press("Tab")  # Bokeh's own buttons
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        seen: set[str] = set()
+        for key in ("ArrowRight", "ArrowDown", "ArrowLeft"):
+            for _ in range(40):
+                seen.add(page.evaluate(_CELL))
+                page.keyboard.press(key)
+        grid = page.get_by_role("grid")
+        assert grid.count() == 1
+        rows = grid.locator("tbody tr").count()
+        assert len(seen) == rows + 2  # of two layers: the first row, then the last column, then the last row
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowUp")
+        button = page.evaluate("document.activeElement.dataset.q")
+        page.keyboard.press("Enter")
+        assert page.locator("#panel-title").inner_text() == list(qs.quantizers(reported()[0]))[int(button)]
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.activeElement.dataset.q") == button
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('.twin')") is None  # one stop, however many cells
+
+
+#: Of the cell that has the focus, its row, column and text.
+_CELL = """() => {
+  const cell = document.activeElement.closest("td");
+  const at = [...cell.parentElement.children].indexOf(cell);
+  const head = cell.closest("table").tHead.rows[0].cells[at];
+  return [cell.parentElement.cells[0].textContent, head.textContent, cell.textContent].join("|");
+}"""
+
+
+def test_the_table_beside_the_heat_map_is_the_heat_map(browser: Any, file: Path) -> None:
+    sensitivity = reported()[1]["sensitivity"]
+    with opened(browser, file) as page:
+        for tab, attribute in (("in INT8 alone", "alone"), ("gain in float alone", "gain")):
+            page.get_by_role("button", name=tab).click()
+            page.locator(".twin:visible summary").click()
+            grid = page.get_by_role("grid")
+            shown = grid.evaluate(
+                "each => [...each.querySelectorAll('.q')].map((cell) => [Number(cell.dataset.q), cell.textContent])"
+            )
+            names = list(qs.quantizers(reported()[0]))
+            wanted = {cost.name: f"{getattr(cost, attribute):.3g}" for cost in sensitivity.of("site")}
+            assert {names[at]: words for at, words in shown} == wanted
+            layers = sorted(sensitivity.of("layer"), key=lambda cost: cost.layers)
+            cells = grid.get_by_role("row", name="a whole layer").get_by_role("gridcell").all_inner_texts()
+            assert cells == [f"{getattr(cost, attribute):.3g}" for cost in layers]
+
+
+def test_the_bars_of_a_histogram_are_rows_too(browser: Any, file: Path) -> None:
+    name = "encoder.layer.1.output.dense._input_quantizer"
+    seen = reported()[1]["statistics"].seen[name]
+    with opened(browser, file) as page:
+        page.get_by_role("button", name=name, exact=True).click()
+        page.locator("#bars summary").focus()
+        page.keyboard.press("Enter")
+        counts = page.locator("#bars tbody td").all_inner_texts()
+        assert sum(int(count.replace(",", "")) for count in counts) == seen.histogram.total
+        assert len(counts) == int(page.get_attribute("#values", "data-bars"))
+
+
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_it_is_readable_in_light_and_dark(scheme: str, dark: bool, browser: Any, file: Path) -> None:
     with opened(browser, file, color_scheme=scheme) as page:
@@ -283,6 +352,55 @@ def test_it_prints_with_everything_that_changed_open(browser: Any, file: Path) -
         page.emulate_media(media="print")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert page.locator("#filter").is_hidden()
+
+
+def test_a_dark_page_prints_light_figures(browser: Any, file: Path) -> None:
+    """Drawn anew before the paper, not turned round, and dark again afterwards: as by Ctrl+P, without the button."""
+    light, _, _ = printed(browser, file, "light")
+    dark, paper, after = printed(browser, file, "dark")
+    rounding = 0.01  # of blended pixels
+    assert len(light) == len(dark) >= 2
+    assert max(light) < 0.2 < 0.8 < min(dark)
+    assert paper == pytest.approx(light, abs=rounding)
+    assert after == pytest.approx(dark, abs=rounding)
+
+
+def printed(browser: Any, file: Path, scheme: str) -> list[list[float]]:
+    """How light figures are before a page is printed, while, and afterwards."""
+    with opened(browser, file, color_scheme=scheme) as page:
+        page.locator("#cards .q").first.click()
+        page.wait_for_selector("#values[data-bars]")
+        page.wait_for_selector("[data-plot='outliers'][data-drawn]")
+        page.wait_for_selector("[data-plot='costs-alone'][data-drawn]")
+        colors(page, "[data-plot='costs-alone']", lambda found: len(found) > 30)
+        before = page.evaluate(_LIGHTNESS)
+        page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = ({_LIGHTNESS})(); }})")
+        page.pdf(format="A4", print_background=True)
+        assert page.evaluate("document.documentElement.dataset.theme") == scheme
+        return [before, page.evaluate("window.printed"), page.evaluate(_LIGHTNESS)]
+
+
+#: Of each figure on the screen, how light its letters are, from 0 to 1: the mean of what is nearly black or white.
+_LIGHTNESS = """() => [...document.querySelectorAll(".plot:not([hidden])")].flatMap((plot) => {
+  const under = (each) => [each, ...(each.shadowRoot ? inside(each.shadowRoot) : [])];
+  const inside = (node) => [...node.querySelectorAll("*")].flatMap(under);
+  const canvas = inside(plot).find((each) => each.tagName === "CANVAS");
+  if (!canvas || !canvas.width) return [];
+  const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+  const context = copy.getContext("2d", { willReadFrequently: true });
+  context.drawImage(canvas, 0, 0);
+  const { data } = context.getImageData(0, 0, copy.width, copy.height);
+  let [sum, count] = [0, 0];
+  for (let at = 0; at < data.length; at += 4) {
+    const [red, green, blue, alpha] = data.slice(at, at + 4);
+    const light = (red + green + blue) / 765;
+    const gray = Math.max(red, green, blue) - Math.min(red, green, blue) < 24;
+    if (alpha < 250 || !gray || Math.abs(light - 0.5) < 0.3) continue;
+    sum += light;
+    count += 1;
+  }
+  return count > 50 ? [sum / count] : [];
+})"""
 
 
 def test_what_strangers_wrote_does_not_run(browser: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_sections_headlines_and_the_heading(page: FilePage) -> None:
     assert "calibrating 1.25" in page.words
     assert "7 (" in page.words.partition("Outlier channels")[2]
     assert set(page.data["figures"]) == {"costs-alone", "costs-gain", "outliers", "values", "channels"}
+
+
+def test_it_says_whether_the_accuracy_is_the_model_s_or_the_file_s(page: FilePage, tmp_path: Path) -> None:
+    qmodel, results = reported()
+    loss = f"{results['evaluation'].loss:.3g} mse against float, "
+    remark = 'of the model in PyTorch; of the file: qs.evaluate(qs.load_onnx("model.onnx"), batches, qmodel) makes it'
+    assert f"{loss}in PyTorch" in page.words
+    assert remark in page.words
+    of_file = replace(results["evaluation"], runtime="onnxruntime 1", file="model.onnx")
+    for name, given in (("file", {"export": results["export"], "evaluation": of_file}), ("alone", {})):
+        qs.report(qmodel, tmp_path / f"{name}.html", **{"evaluation": results["evaluation"], **given})
+    words = {path.name: FilePage(path.read_text(encoding="utf-8")).words for path in tmp_path.iterdir()}
+    assert f"{loss}as model.onnx on onnxruntime 1" in words["file.html"]
+    assert not [name for name, text in words.items() if remark in text]
 
 
 def test_the_heat_map_has_every_site_in_every_layer(page: FilePage) -> None:

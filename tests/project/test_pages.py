@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pages import PAGES, Reader, blocks, furnish
+from pages import PAGES, SENTENCES, Reader, blocks, furnish
 
 import qdq_surgery as qs
+from qdq_surgery.cli import demo
 
 #: What a page needs beside the package itself.
 OPTIONAL = "onnx bokeh openvino accelerate peft sentence_transformers".split()
@@ -63,6 +64,14 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
+def a_tiny_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `demo` finds is what the page's reader has; with the real model, test_journey.py runs its command."""
+    texts = (folder / "texts.txt").read_text(encoding="utf-8").splitlines()
+    monkeypatch.setattr(demo, "checkpoint", lambda: folder / SENTENCES)
+    monkeypatch.setattr(demo, "DEMO_TEXTS", 24)
+    monkeypatch.setattr(demo, "standard_library_texts", lambda count: texts[:count])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("default_descriptors")
@@ -74,6 +83,7 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     furnish(tmp_path, LAYERS.get(page, 1))
+    a_tiny_demo(tmp_path, monkeypatch)
     reader = Reader(page)
     reader.read()
     if page in CHECKS:

@@ -65,7 +65,7 @@ def test_it_gives_json_and_goes_on_from_a_file(
         (["--metric", "kl"], "has no logits but 'last_hidden_state'"),
         (["--column", "text"], "has no columns"),
         (["--tokenizer", "nowhere"], "nowhere is no folder, so it has no tokenizer"),
-        (["--batch", "0"], "give at least 1 and 3"),
+        (["--batch", "0"], "batches of 0 texts hold nothing: give at least 1"),
         (["--resume", "{tmp}"], "resume: "),
     ],
 )

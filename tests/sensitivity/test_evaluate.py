@@ -189,6 +189,7 @@ def test_nearest_texts_are_those_of_the_whole_table(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("loss", [float("nan"), -1.0, float("inf")])
 def test_a_loss_that_cannot_be_asked_for(loss: float) -> None:
     found = Evaluation("BertModel", "mse", {"mse": 0.0}, 1, 1, 1)
+    assert found.to_text(100).startswith("BertModel against float, on ")  # nobody says where
     found.require(0.0)
     with pytest.raises(OptionError, match="cannot be asked for; give a number from 0 on"):
         found.require(loss)
@@ -197,7 +198,7 @@ def test_a_loss_that_cannot_be_asked_for(loss: float) -> None:
 def test_a_result_can_be_shown_and_kept() -> None:
     qmodel = calibrated("bert", "BertModel")
     found = qs.evaluate(qmodel, batches(qmodel))
-    assert f"BertModel against float, on {found.tokens} tokens in 5 rows (2 batches): mse" in found.to_text()
+    assert f"BertModel in PyTorch against float, on {found.tokens} tokens in 5 rows (2 batches): mse" in found.to_text()
     assert "share of texts whose nearest other text is the same" in found.to_text()
     assert json.loads(json.dumps(found.to_json()))["loss"] == found.loss
 

@@ -155,9 +155,16 @@ def test_ids_outside_the_vocabulary(model: Path, bert: PreTrainedModel, given: l
         text_batches(given, bert, model)
 
 
-@pytest.mark.parametrize(("count", "length"), [(0, 16), (2, 2)])
-def test_sizes_that_cannot_be(model: Path, bert: PreTrainedModel, count: int, length: int) -> None:
-    with pytest.raises(qs.CalibrationError, match="give at least 1 and 3"):
+@pytest.mark.parametrize(
+    ("count", "length", "found"),
+    [
+        (0, 16, r"batches of 0 texts hold nothing: give at least 1 \(--batch"),
+        (2, 2, r"texts of at most 2 tokens .*: give at least 3 \(--length"),
+        (2, 0, "texts of at most 0 tokens"),
+    ],
+)
+def test_sizes_that_cannot_be(model: Path, bert: PreTrainedModel, count: int, length: int, found: str) -> None:
+    with pytest.raises(qs.CalibrationError, match=found):
         text_batches(samples(TEXTS), bert, model, count, length)
 
 
@@ -197,8 +204,8 @@ def test_the_command_writes_a_calibrated_model(
         (["--method", "percentile", "--percentile", "0.9999"], "did you mean 99.99?"),
         (["--column", "text"], "has no columns"),
         (["--tokenizer", "nowhere"], "nowhere is no folder, so it has no tokenizer"),
-        (["--class", "BertModell"], "the class 'BertModell' is asked for"),
-        (["--batch", "0"], "give at least 1 and 3"),
+        (["--class", "BertModell"], "lacks (did you mean BertModel?); name one that it has (--class CLASS)"),
+        (["--batch", "0"], "batches of 0 texts hold nothing: give at least 1 (--batch"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )

@@ -4,7 +4,8 @@
   const all = (what, where = document) => [...where.querySelectorAll(what)];
   const { cards, figures } = JSON.parse($("data").textContent);
   const root = document.documentElement;
-  const drawn = new Map();
+  const drawn = new Map(); // promises of documents
+  const ready = new Map(); // views, of those that are kept
 
   // Figures. Each is drawn when it is first seen, and painted again when light becomes dark.
 
@@ -31,6 +32,7 @@
       drawn.set(name, Bokeh.embed.embed_item(figures[name], place).then((views) => {
         const view = [...views][0] ?? views.roots?.[0];
         const doc = view.model.document;
+        ready.set(name, view);
         paint(doc);
         return doc;
       }));
@@ -100,6 +102,7 @@
     $("values").hidden = bars?.what !== "values";
     $("channels").hidden = bars?.what !== "channels";
     $("caption").textContent = bars ? caption(bars, found) : "No histogram: nothing that this quantizer sees was collected.";
+    barsTable(bars);
     if (!bars) return;
     const place = $(bars.what);
     const doc = await draw(bars.what, place);
@@ -114,6 +117,22 @@
     find("range").setv({ visible: mark !== null, location: mark ?? 0 });
     find("beyond").setv({ visible: mark !== null, left: mark ?? 0 });
     Object.assign(place.dataset, { card: name, bars: kept.length, range: mark ?? "" });
+  }
+
+  // The bars again, as rows of a table, for whoever does not see them or has no mouse to point at them.
+
+  function barsTable(bars) {
+    $("bars").hidden = !bars;
+    const kept = (bars?.counts ?? []).map((count, at) => [at * bars.width, (at + 1) * bars.width, count]);
+    $("bars").querySelector("tbody").replaceChildren(...kept.filter((bar) => bar[2] > 0).map(([low, high, count]) => {
+      const row = document.createElement("tr");
+      const head = text("th", `${low.toPrecision(4)} to ${high.toPrecision(4)}`);
+      head.scope = "row";
+      const cell = text("td", count.toLocaleString("en"));
+      cell.className = "right";
+      row.append(head, cell);
+      return row;
+    }));
   }
 
   function caption({ what, words, mark }, { largest, clipped }) {
@@ -198,28 +217,57 @@
     root.dataset.theme = dark ? "dark" : "light";
     $("theme").textContent = dark ? "light" : "dark";
     $("theme").setAttribute("aria-label", `change to ${dark ? "light" : "dark"}`);
-    drawn.forEach((made, name) => made.then((doc) => {
-      paint(doc);
+    ready.forEach((view, name) => {
+      paint(view.model.document);
+      view.repaint(); // at once: paper does not wait for the next frame
       placeOf(name).dataset.painted = root.dataset.theme;
-    }));
+    });
   }
 
-  // Paper: whatever was changed is open, and then all is as it was.
+  // Paper: light, whatever was changed is open, and then all is as it was.
 
-  let folded = [];
+  let paper = null;
   addEventListener("beforeprint", () => {
-    folded = all("details:not([open])").filter((each) => each.matches(".long, .changed, :has(.changed)"));
+    if (paper) return;
+    const folded = all("details:not([open])").filter((each) => each.matches(".long, .changed, :has(.changed)"));
+    paper = { folded, dark: root.dataset.theme === "dark" };
     folded.forEach((each) => { each.open = true; });
+    if (paper.dark) theme(false);
   });
-  addEventListener("afterprint", () => folded.forEach((each) => { each.open = false; }));
+  addEventListener("afterprint", () => {
+    if (!paper) return;
+    paper.folded.forEach((each) => { each.open = false; });
+    if (paper.dark) theme(true);
+    paper = null;
+  });
 
   async function onPaper() {
-    const dark = root.dataset.theme === "dark";
-    if (dark) theme(false);
     await Promise.all(drawn.values());
-    await new Promise((done) => requestAnimationFrame(() => setTimeout(done, 100))); // until the figures are painted
     print();
-    if (dark) theme(true);
+  }
+
+  // A figure's table: Tab comes to one of its cells, arrows go from cell to cell, Home and End along the row.
+
+  const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+  function walk(event) {
+    const cell = event.target.closest?.(".twin td");
+    if (!cell || !(event.key in steps || event.key === "Home" || event.key === "End")) return;
+    event.preventDefault();
+    const rows = all("tbody tr", cell.closest("table"));
+    const cells = (row) => all("td", row);
+    let [row, at] = [rows.indexOf(cell.parentElement), cells(cell.parentElement).indexOf(cell)];
+    const [down, right] = steps[event.key] ?? [0, event.key === "Home" ? 1 : -1];
+    if (!(event.key in steps)) at = event.key === "Home" ? -1 : cells(rows[row]).length;
+    let found;
+    do { // over cells that are empty
+      [row, at] = [row + down, at + right];
+      found = rows[row] && cells(rows[row])[at];
+    } while (found && !found.firstElementChild);
+    if (!found) return;
+    cell.firstElementChild.tabIndex = -1;
+    found.firstElementChild.tabIndex = 0;
+    found.firstElementChild.focus();
   }
 
   // Who does what.
@@ -235,13 +283,16 @@
   function tab(button) {
     const section = button.closest("section");
     all(".tab", section).forEach((each) => each.setAttribute("aria-pressed", String(each === button)));
-    all(".plot", section).forEach((each) => { each.hidden = each.dataset.plot !== button.dataset.figure; });
+    all(".plot, .twin", section).forEach((each) => {
+      each.hidden = (each.dataset.plot ?? each.dataset.twin) !== button.dataset.figure;
+    });
     drawSection(section.querySelector(".plot:not([hidden])"));
   }
 
   document.addEventListener("keydown", (event) => {
     const typing = event.target.matches?.("input, select, textarea");
     if (event.key === "Escape" && !$("panel").hidden) close();
+    walk(event);
     if (event.key === "/" && !typing) {
       event.preventDefault();
       $("find").focus();
@@ -255,7 +306,7 @@
   $("filter").addEventListener("reset", () => setTimeout(filter));
   $("unfold")?.addEventListener("click", () => all("#blocks details").forEach((each) => { each.open = true; }));
   $("fold")?.addEventListener("click", () => all("#blocks details").forEach((each) => { each.open = false; }));
-  darkness.addEventListener("change", () => theme(darkness.matches));
+  darkness.addEventListener("change", () => paper ?? theme(darkness.matches));
   theme(darkness.matches);
   filter();
   const idle = window.requestIdleCallback ?? setTimeout;
