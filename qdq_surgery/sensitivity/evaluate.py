@@ -20,7 +20,6 @@ from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.errors import CalibrationError, LossError, ModelError, OptionError
 from qdq_surgery.padding.token_masks import is_label, token_means
 from qdq_surgery.safety.transaction import kept_modes
-from qdq_surgery.sensitivity.borrowed import gpus_of, run_seeded
 from qdq_surgery.sensitivity.output_error import (
     DEFAULT,
     METRICS,
@@ -31,6 +30,7 @@ from qdq_surgery.sensitivity.output_error import (
     summed,
     token_mask,
 )
+from qdq_surgery.sensitivity.runs.borrowed import gpus_of, run_seeded
 from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number

@@ -14,13 +14,13 @@ from qdq_surgery.calibration.batches import NO_BATCHES, counted
 from qdq_surgery.calibration.collect import unwrapped
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.quantize.quantizer import TensorQuantizer
-from qdq_surgery.sensitivity.borrowed import Borrowed, Kept, borrowed
-from qdq_surgery.sensitivity.length_groups import length_groups
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops, Tokens, outliers
 from qdq_surgery.sensitivity.output_error import Judge, Metric, judge_of, token_mask
 from qdq_surgery.sensitivity.parts import KIND, LAYER, SITE, Part, parts_of, sees_channels, sites_of
 from qdq_surgery.sensitivity.result import Cost, Sensitivity
 from qdq_surgery.sensitivity.resume_file import Figures, identity, open_figures
+from qdq_surgery.sensitivity.runs.borrowed import Borrowed, Kept, borrowed
+from qdq_surgery.sensitivity.runs.length_groups import length_groups
 from qdq_surgery.surgery.model_state import quantizers
 from qdq_surgery.text.progress import track
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.calibration.batches import NO_BATCHES, counted
 from qdq_surgery.errors import CalibrationError
-from qdq_surgery.sensitivity.borrowed import gpus_of, run_seeded
-from qdq_surgery.sensitivity.length_groups import Group, length_groups
 from qdq_surgery.sensitivity.output_error import Judge, Metric, judge_of
+from qdq_surgery.sensitivity.runs.borrowed import gpus_of, run_seeded
+from qdq_surgery.sensitivity.runs.length_groups import Group, length_groups
 from qdq_surgery.surgery.model_state import quantization_disabled
 
 __all__ = ["Measure"]

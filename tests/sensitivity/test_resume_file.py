@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.errors import OptionError
-from qdq_surgery.sensitivity.borrowed import Borrowed
+from qdq_surgery.sensitivity.runs.borrowed import Borrowed
 
 OPTIONS: Any = {"sites": False, "layers": False}
 

@@ -20,9 +20,10 @@ import qdq_surgery as qs
 from fuzzing import interruptions
 from fuzzing.state import global_state, state_of
 from qdq_surgery.errors import CalibrationError, ModelError, OptionError
-from qdq_surgery.sensitivity import integer_products, kept_products, output_error
-from qdq_surgery.sensitivity.borrowed import Borrowed
+from qdq_surgery.sensitivity import output_error
 from qdq_surgery.sensitivity.result import Cost
+from qdq_surgery.sensitivity.runs import integer_products, kept_products
+from qdq_surgery.sensitivity.runs.borrowed import Borrowed
 
 #: It sees the hidden states with their outliers.
 SPOILED = "encoder.layer.0.output.add_residual_input_quantizer"

@@ -16,9 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError
-from qdq_surgery.sensitivity.length_groups import Group, length_groups
+from qdq_surgery.sensitivity.runs.length_groups import Group, length_groups
 
-MODULE = sys.modules["qdq_surgery.sensitivity.length_groups"]
+MODULE = sys.modules["qdq_surgery.sensitivity.runs.length_groups"]
 
 #: Tokens of the widest batch.
 WIDE = 40

@@ -10,8 +10,8 @@ from torch import nn
 import qdq_surgery as qs
 from qdq_surgery.integers.choice import unsupported
 from qdq_surgery.quantize.linear import QuantLinear
-from qdq_surgery.sensitivity import integer_products as subject
-from qdq_surgery.sensitivity.integer_products import integer_products
+from qdq_surgery.sensitivity.runs import integer_products as subject
+from qdq_surgery.sensitivity.runs.integer_products import integer_products
 
 LINEAR = "encoder.layer.0.output.dense"
 

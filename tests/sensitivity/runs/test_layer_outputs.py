@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdq_surgery.sensitivity.layer_outputs import kept_outputs, same_tensors, without_running
+from qdq_surgery.sensitivity.runs.layer_outputs import kept_outputs, same_tensors, without_running
 
 
 class Layer(nn.Module):

@@ -22,11 +22,11 @@ from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.safety.transaction import kept_modes, put_back_after
-from qdq_surgery.sensitivity.integer_products import integer_products
-from qdq_surgery.sensitivity.kept_products import KeptProducts, Shortcut, shortcut
-from qdq_surgery.sensitivity.layer_outputs import LayerOutputs, kept_outputs, same_tensors, without_running
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops
 from qdq_surgery.sensitivity.parts import layer_paths
+from qdq_surgery.sensitivity.runs.integer_products import integer_products
+from qdq_surgery.sensitivity.runs.kept_products import KeptProducts, Shortcut, shortcut
+from qdq_surgery.sensitivity.runs.layer_outputs import LayerOutputs, kept_outputs, same_tensors, without_running
 from qdq_surgery.surgery.model_state import quantizers
 
 __all__ = ["Borrowed", "Kept", "borrowed", "gpus_of", "run_seeded"]

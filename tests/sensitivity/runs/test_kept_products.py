@@ -11,8 +11,8 @@ from exported import calibrated, inputs_for
 from torch import Tensor, nn
 
 import qdq_surgery as qs
-from qdq_surgery.sensitivity.borrowed import borrowed
-from qdq_surgery.sensitivity.kept_products import KeptProducts, Shortcut, shortcut
+from qdq_surgery.sensitivity.runs.borrowed import borrowed
+from qdq_surgery.sensitivity.runs.kept_products import KeptProducts, Shortcut, shortcut
 
 ON = (True, True)
 
