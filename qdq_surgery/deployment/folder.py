@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdq_surgery.errors import ModelError, ParityError
-from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
+from qdq_surgery.safety.untrusted import DamagedError, Item, parse_json, read_regular_file
 from qdq_surgery.safety.whole_folder import whole_folder
 from qdq_surgery.targets.target import Target
 from qdq_surgery.texts.tokenizers import copy_tokenizer
@@ -40,11 +40,16 @@ _CONFIGS = (
     "config_sentence_transformers.json",
 )
 
+#: Modules of sentence-transformers that need no file. Their folder was empty for years, and no repository keeps an
+#: empty one: that of all-MiniLM-L6-v2 has none.
+_WITHOUT_FILES = ("Normalize",)
+
 #: The longest list of modules that is read, in bytes.
 _MOST = 1 << 16
 
-#: Factors are multiplied in another order, and a value at a tie then goes the other way: 1 % of the outputs' norm.
-_SAME = 1e-2
+#: As a share of the outputs' norm. The operations are those of the file, so bits are equal; float32 rounding may be,
+#: but no value that goes the other way at a tie.
+_SAME = 1e-5
 
 
 @contextmanager
@@ -66,31 +71,38 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, draft / name)
         copy_tokenizer(tokenizer, draft)
-        for name in _modules(Path(source) / "modules.json"):
-            if not (Path(source) / name).is_dir():
+        for name, kind in _modules(Path(source) / "modules.json").items():
+            if (Path(source) / name).is_dir():
+                shutil.copytree(Path(source) / name, draft / name)
+            elif kind not in _WITHOUT_FILES:
                 raise ModelError(f"{source} has no folder {name}, which its modules.json names; save it whole again")
-            shutil.copytree(Path(source) / name, draft / name)
         yield draft
 
 
-def _modules(file: Path) -> list[str]:
-    """The folders that sentence-transformers' list of modules names, such as 1_Pooling; none without that list.
+def _modules(file: Path) -> dict[str, str]:
+    """The folders that sentence-transformers' list of modules names, such as 1_Pooling, and the class of each.
+
+    There are none without that list.
 
     Raises:
         ModelError: It is no such list.
     """
     if not file.is_file():
-        return []
+        return {}
     try:
-        named = [
-            str(each.entries()["path"].text()) for each in parse_json(read_regular_file(file, _MOST), str(file)).items()
-        ]
+        listed = [each.entries() for each in parse_json(read_regular_file(file, _MOST), str(file)).items()]
+        named = {str(each["path"].text()): _class_name(each) for each in listed}
     except (DamagedError, KeyError, OSError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     odd = next((name for name in named if name and (name in (".", "..") or "/" in name or "\\" in name)), None)
     if odd is not None:
         raise ModelError(f"{file} names {odd!r}, which is no folder beside it")
-    return [name for name in named if name]
+    return {name: kind for name, kind in named.items() if name}
+
+
+def _class_name(module: Mapping[str, Item]) -> str:
+    """Such as Pooling, whatever package it was in when the list was written; nothing where none is named."""
+    return str(module["type"].text()).rpartition(".")[2] if "type" in module else ""
 
 
 def write_own_form(draft: Path, target: Target, inputs: Mapping[str, NDArray[Any]]) -> None:

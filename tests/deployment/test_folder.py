@@ -6,10 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from exported import exported, inputs_for
 
+import qdq_surgery as qs
 from qdq_surgery.deployment.folder import FILE, deployed_folder, model_files, write_own_form
 from qdq_surgery.errors import ModelError, ParityError
 from qdq_surgery.targets.openvino.own_form import write_own_form as written_by_openvino
@@ -28,6 +30,10 @@ def test_openvinos_own_form_is_compared_with_the_file(tmp_path: Path) -> None:
     write_own_form(tmp_path, OPENVINO, inputs)
     form = tmp_path / OPENVINO.own_form.path
     size = form.stat().st_size + form.with_suffix(".bin").stat().st_size
+    wanted = qs.load_onnx(made.path, "openvino", precision="float32")(**inputs_for(qmodel, (2, 9)))
+    found = OPENVINO.own_form.run(form, inputs)
+    # The same operations in the same order.
+    assert all(np.array_equal(found[name], value.numpy()) for name, value in wanted.items())
     files = [(FILE.as_posix(), (tmp_path / FILE).stat().st_size), (OPENVINO.own_form.path, size)]
     assert model_files(tmp_path) == files
 
@@ -57,7 +63,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "modules.json", "model.safetensors", "1_Pooling/config.json"):
         (source / name).write_text(name)
     (source / "3_epochs").mkdir()
-    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    # (No repository keeps the folder of a module without files.)
+    (source / "modules.json").write_text(
+        '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize", "type": "models.Normalize"}]'
+    )
     with pytest.raises(RuntimeError, match="stop"), deployed_folder(tmp_path / "out", source, source):
         raise RuntimeError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
@@ -74,6 +83,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     ("modules", "found"),
     [
         ('[{"path": "2_Dense"}]', "has no folder 2_Dense, which its modules.json names"),
+        ('[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]', "has no folder 2_Dense"),
+        ('[{"path": "../other", "type": "a.Normalize"}]', r"names '\.\./other', which is no folder beside it"),
+        ('[{"path": "2_Normalize", "type": 3}]', "cannot be read"),
         ('[{"path": "../other"}]', r"names '\.\./other', which is no folder beside it"),
         ('[{"path": ".."}]', "which is no folder beside it"),
         ('[{"name": "0"}]', "cannot be read: 'path'"),
