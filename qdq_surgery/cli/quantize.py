@@ -37,6 +37,7 @@ from qdq_surgery.convert import convert
 from qdq_surgery.deployment.card import Deployed, base_name, card
 from qdq_surgery.deployment.folder import CARD, FILE, REPORT, deployed_folder, model_files, write_own_form, write_report
 from qdq_surgery.errors import AlreadyConvertedError, CalibrationError
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.html_report.report import report as write_page
 from qdq_surgery.numerics.range_choice import method_names
 from qdq_surgery.onnx_export import Export, export_onnx
@@ -112,7 +113,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
             model.float()
         size = sum(each.numel() * each.element_size() for each in model.parameters())
         data, held_out = batches(arguments, samples, model), batches(arguments, others, model, notes=False)
-    with deployed_folder(arguments.output, arguments.model, arguments.tokenizer or arguments.model) as draft:
+    tokenizer = arguments.tokenizer or arguments.model
+    with deployed_folder(arguments.output, arguments.model, tokenizer, max_tokens(model.config)) as draft:
         qmodel = convert(model, rules, inplace=True)
         made = _write(qmodel, draft, data, held_out, arguments)
         check_loss(made.loss, arguments)

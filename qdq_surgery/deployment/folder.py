@@ -47,13 +47,18 @@ _WITHOUT_FILES = ("Normalize",)
 #: The longest list of modules that is read, in bytes.
 _MOST = 1 << 16
 
+#: The longest config of a tokenizer that is read, in bytes: it may list thousands of added tokens.
+_LARGE = 1 << 24
+
 #: As a share of the outputs' norm. The operations are those of the file, so bits are equal; float32 rounding may be,
 #: but no value that goes the other way at a tie.
 _SAME = 1e-5
 
 
 @contextmanager
-def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Path) -> Iterator[Path]:
+def deployed_folder(
+    folder: str | Path, source: str | Path, tokenizer: str | Path, most: int | None = None
+) -> Iterator[Path]:
     """A draft with config, tokenizer and sentence-transformers' modules of the float model, to write files into.
 
     It becomes ``folder`` when the block ends, and is gone if the block raises.
@@ -61,6 +66,7 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
     Args:
         source: The folder of the float model.
         tokenizer: The folder that has its tokenizer.
+        most: Tokens that the model has positions for; ``None`` if it takes any number.
 
     Raises:
         ModelError: The folder exists and is not empty, or cannot be written.
@@ -71,12 +77,34 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, draft / name)
         copy_tokenizer(tokenizer, draft)
+        if most is not None:
+            _limit_texts(draft / "tokenizer_config.json", most)
         for name, kind in _modules(Path(source) / "modules.json").items():
             if (Path(source) / name).is_dir():
                 shutil.copytree(Path(source) / name, draft / name)
             elif kind not in _WITHOUT_FILES:
                 raise ModelError(f"{source} has no folder {name}, which its modules.json names; save it whole again")
         yield draft
+
+
+def _limit_texts(file: Path, most: int) -> None:
+    """Say in the tokenizer's config where texts are cut, if it says nothing, or more than the model takes.
+
+    fastembed loads no tokenizer that says nothing, and the others would give the model texts that it has no positions
+    for.
+    """
+    if not file.is_file():
+        return
+    try:
+        config = {
+            key: each.value for key, each in parse_json(read_regular_file(file, _LARGE), str(file)).entries().items()
+        }
+    except (DamagedError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    said = config.get("model_max_length")
+    if isinstance(said, bool) or not isinstance(said, int) or not 0 < said <= most:
+        config["model_max_length"] = most
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _modules(file: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,42 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert names == {"config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"}
     with pytest.raises(ModelError, match="exists and is not empty"), deployed_folder(tmp_path / "out", source, source):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("said", "most", "found"),
+    [
+        ('{"model_max_length": 256, "a": "\u00e9"}', 512, 256),
+        ('{"model_max_length": 1000000000000000019884624838656, "a": "\u00e9"}', 512, 512),
+        ('{"model_max_length": 514, "a": "\u00e9"}', 512, 512),
+        ('{"a": "\u00e9"}', 512, 512),
+        ('{"model_max_length": null, "a": "\u00e9"}', 512, 512),
+        ('{"model_max_length": true, "a": "\u00e9"}', 512, 512),
+        ('{"a": "\u00e9"}', None, None),  # relative positions
+    ],
+)
+def test_the_tokenizer_says_where_texts_are_cut(said: str, most: int | None, found: int | None, tmp_path: Path) -> None:
+    (tmp_path / "float").mkdir()
+    file = tmp_path / "float" / "tokenizer_config.json"
+    file.write_text(said, encoding="utf-8")
+    with deployed_folder(tmp_path / "out", tmp_path / "float", tmp_path / "float", most):
+        pass
+    written = (tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert json.loads(written).get("model_max_length") == found
+    assert json.loads(written)["a"] == "\u00e9"
+    assert file.read_text(encoding="utf-8") == said  # the float model's own stays as it is
+    assert (written == said) is (found in (256, None))
+
+
+def test_a_tokenizer_s_config_is_a_strangers(tmp_path: Path) -> None:
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "tokenizer_config.json").write_text("[]")
+    source = tmp_path / "float"
+    with (
+        pytest.raises(ModelError, match=r"tokenizer_config\.json cannot be read"),
+        deployed_folder(tmp_path / "out", source, source, 512),
+    ):
         pass
 
 

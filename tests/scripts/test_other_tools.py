@@ -35,6 +35,13 @@ TOOLS_FOLDER = ROOT / ".tools"
 PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 FILE = "onnx/model_quantized.onnx"
 
+#: As all-MiniLM-L6-v2 has it, whose folder has no 2_Normalize.
+MODULES = """[
+  {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+  {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+  {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}
+]"""
+
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node")
 
 
@@ -160,6 +167,11 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of the page, of tiny models; each has the file, and OpenVINO's form of it."""
     folder = tmp_path_factory.mktemp("deployed")
     furnish(folder)
+    (folder / SENTENCES / "modules.json").write_text(MODULES)
+    (folder / SENTENCES / "1_Pooling").mkdir()
+    (folder / SENTENCES / "1_Pooling" / "config.json").write_text(
+        '{"word_embedding_dimension": 32, "pooling_mode_mean_tokens": true}'
+    )
     for model, output in (("my-bert", "my-bert-deployed"), (SENTENCES, "my-embedder-deployed")):
         words = [str(folder / model), str(folder / "texts.txt"), str(folder / output), "--target", "openvino"]
         assert command(["quantize", *words, "--no-round-weights"]) == 0
@@ -176,7 +188,11 @@ def installed(tool: Tool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tool", "wanted"), [(tool, wanted) for tool in TOOLS for wanted in tool.wanted], ids=str)
+@pytest.mark.parametrize(
+    ("tool", "wanted"),
+    [(tool, wanted) for tool in TOOLS for wanted in tool.wanted],
+    ids=lambda each: "-".join(each[:2]) if isinstance(each, Tool) else each,
+)
 def test_a_tool_gives_our_numbers(tool: Tool, wanted: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     installed(tool)
     home: Path = request.getfixturevalue("deployed")
