@@ -50,7 +50,14 @@ def deploy(output: Path, target: str, wanted: str) -> Path:
     shutil.rmtree(output, ignore_errors=True)
     texts = output.with_name("calibration.txt")
     texts.write_text("\n".join(standard_library_texts(_CALIBRATION)) + "\n", encoding="utf-8")
-    options = ["--target", target, "--no-round-weights", *(["--metric", "cosine"] if wanted == EMBEDDINGS else [])]
+    options = [
+        "--target",
+        target,
+        "--no-round-weights",
+        "--triton",
+        "int8",
+        *(["--metric", "cosine"] if wanted == EMBEDDINGS else []),
+    ]
     for head in range(1 if wanted == EMBEDDINGS else _HEADS):
         model = checkpoint() if wanted == EMBEDDINGS else _classifier(output.with_name(f"classifier-{head}"), head)
         with contextlib.redirect_stdout(sys.stderr):  # standard output is the table's

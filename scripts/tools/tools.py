@@ -33,5 +33,7 @@ TOOLS = (
     Tool("optimum-onnx", "optimum-onnx", "in_optimum_onnx.py", "onnxruntime", (EMBEDDINGS, LOGITS)),
     Tool("optimum-intel", "optimum-intel", "in_optimum_intel.py", "openvino", (EMBEDDINGS, LOGITS)),
     Tool("fastembed", "fastembed", "in_fastembed.py", "onnxruntime"),
+    # (No server: its own schema reads the config, and the file is run with what the config says.)
+    Tool("Triton's config", "triton", "in_triton.py", "onnxruntime"),
     Tool("Transformers.js", "transformers-js", "in_transformers_js.mjs", "onnxruntime", (EMBEDDINGS, LOGITS)),
 )
