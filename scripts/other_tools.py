@@ -25,14 +25,20 @@ _PAGE = ROOT / "docs" / "deployment.md"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tools; 0 if all give our numbers."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.write_page and arguments.environments:
+        parser.error("--write-page writes the rows of all tools; leave out --environments")
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     asked = [tool for tool in TOOLS if not arguments.environments or tool.environment in arguments.environments]
+    page = _PAGE.read_text(encoding="utf-8")
+    if arguments.write_page:
+        written(page, "")  # whether it can be, before minutes of work
     made = _compare(asked, folder)
     print(printed(made))
     if arguments.write_page:
-        _PAGE.write_text(written(_PAGE.read_text(encoding="utf-8"), page_table(made)), encoding="utf-8")
+        _PAGE.write_text(written(page, page_table(made)), encoding="utf-8")
     return 0 if all(each.right for each in made) else 1
 
 

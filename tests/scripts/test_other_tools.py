@@ -21,7 +21,9 @@ from repository import ROOT
 
 import other_tools
 from qdq_surgery.cli.commands import main as command
+from qdq_surgery.deployment.triton import write_repository
 from qdq_surgery.padding.token_masks import token_means
+from qdq_surgery.targets.registry import TARGETS
 from tools import environments
 from tools.compared import Comparison, Rows, compared, page_table, printed
 from tools.deployed import ours
@@ -149,6 +151,12 @@ def test_what_cannot_be_installed_fails_in_a_line(
     assert not made(TOOLS[-1], tmp_path)
 
 
+def test_a_page_is_written_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        other_tools.main(["--write-page", "--environments", "fastembed"])
+    assert "leave out --environments" in capsys.readouterr().err
+
+
 def test_an_environment_is_made_once_for_its_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = TOOLS[0]
     monkeypatch.setattr(environments, "REQUIREMENTS", tmp_path)
@@ -175,6 +183,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model, output in (("my-bert", "my-bert-deployed"), (SENTENCES, "my-embedder-deployed")):
         words = [str(folder / model), str(folder / "texts.txt"), str(folder / output), "--target", "openvino"]
         assert command(["quantize", *words, "--no-round-weights"]) == 0
+        write_repository(folder / output, "int8", TARGETS["onnxruntime"])
     texts = (folder / "texts.txt").read_text().splitlines()
     (folder / "batches.json").write_text(json.dumps([texts[:8], texts[8:16]]))
     return folder
@@ -203,11 +212,12 @@ def test_a_tool_gives_our_numbers(tool: Tool, wanted: str, request: pytest.Fixtu
     made: Comparison = compared(tool.name, wanted, own, found)
     assert made.right, printed([made])
     assert found.rows.std(0).max() > 1e-3  # texts differ
-    assert found.file.startswith("openvino/" if tool.target == "openvino" else "onnx/")
+    place = "triton" if tool.environment == "triton" else {"onnxruntime": "onnx", "openvino": "openvino"}[tool.target]
+    assert found.file.partition("/")[0] == place
 
 
 def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
-    tool = TOOLS[4]
+    [tool] = [tool for tool in TOOLS if tool.name == "fastembed"]
     installed(tool)
     os.symlink(TOOLS_FOLDER / tool.environment, tmp_path / tool.environment)
     (tmp_path / "batches.json").write_text("[]")
