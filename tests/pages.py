@@ -6,6 +6,8 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,12 @@ class Block:
     language: str
     text: str
     line: int
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Which environment of scripts/other_tools.sh it needs, by its first line."""
+        found = re.match(r"# In an environment with ([\w-]+):\n", self.text)
+        return "transformers-js" if self.language == "js" else found and found[1]
 
 
 def blocks(page: str) -> list[Block]:
@@ -118,9 +126,21 @@ class Reader:
 
     def _python(self, block: Block) -> None:
         code = compile("\n" * (block.line - 1) + block.text, self.page, "exec")
+        if block.elsewhere is not None:  # test_other_tools.py runs it there
+            self.ran.append(block.elsewhere)
+            return
         with self._listening():
             exec(code, self.scope)
         self.ran.append("python")
+
+    def _js(self, block: Block) -> None:
+        """Whether it is a program, where there is node; test_other_tools.py runs it where its packages are."""
+        node = shutil.which("node")
+        if node is not None:
+            command = [node, "--input-type=module", "--check", "-"]
+            done = subprocess.run(command, input=block.text, text=True, capture_output=True, check=False)
+            assert done.returncode == 0, done.stderr
+        self.ran.append("js")
 
     def _yaml(self, block: Block) -> None:
         """A rule file, whole, whose first line is its name; the model of the pages takes it."""

@@ -36,7 +36,9 @@ from qdq_surgery.cli.wording import say
 from qdq_surgery.convert import convert
 from qdq_surgery.deployment.card import Deployed, base_name, card
 from qdq_surgery.deployment.folder import CARD, FILE, REPORT, deployed_folder, model_files, write_own_form, write_report
+from qdq_surgery.deployment.triton import check_repository, write_repository
 from qdq_surgery.errors import AlreadyConvertedError, CalibrationError
+from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.html_report.report import report as write_page
 from qdq_surgery.numerics.range_choice import method_names
 from qdq_surgery.onnx_export import Export, export_onnx
@@ -76,6 +78,9 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     class_option(command)
     loss_options(command)
     command.add_argument("--report", metavar="HTML", help="write all of it as a page, too: a new .html")
+    command.add_argument(
+        "--triton", metavar="NAME", help="write a model repository for Triton, too, in the folder triton"
+    )
     text_options(command)
     output_options(command)
     command.set_defaults(run=_quantize)
@@ -97,6 +102,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
     check_new(arguments.output)
     if arguments.report is not None:
         check_report(arguments.report, overwrite=False)
+    if arguments.triton is not None:
+        check_repository(arguments.triton, TARGETS[arguments.target])
     samples, others = _samples(arguments)
     rules = load_rules(arguments.rules or arguments.target)
     with steps(1) as bar:
@@ -112,10 +119,13 @@ def _quantize(arguments: argparse.Namespace) -> None:
             model.float()
         size = sum(each.numel() * each.element_size() for each in model.parameters())
         data, held_out = batches(arguments, samples, model), batches(arguments, others, model, notes=False)
-    with deployed_folder(arguments.output, arguments.model, arguments.tokenizer or arguments.model) as draft:
+    tokenizer = arguments.tokenizer or arguments.model
+    with deployed_folder(arguments.output, arguments.model, tokenizer, max_tokens(model.config)) as draft:
         qmodel = convert(model, rules, inplace=True)
         made = _write(qmodel, draft, data, held_out, arguments)
         check_loss(made.loss, arguments)
+        if arguments.triton is not None:
+            write_repository(draft, arguments.triton, TARGETS[arguments.target])
         deployed = Deployed(
             base_name(arguments.model),
             arguments.target,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdq_surgery.errors import ModelError, ParityError
-from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
+from qdq_surgery.safety.untrusted import DamagedError, Item, parse_json, read_regular_file
 from qdq_surgery.safety.whole_folder import whole_folder
 from qdq_surgery.targets.target import Target
 from qdq_surgery.texts.tokenizers import copy_tokenizer
@@ -40,18 +40,25 @@ _CONFIGS = (
     "config_sentence_transformers.json",
 )
 
-#: Modules whose folder may be empty, and is then missing in what came out of a Git repository, such as the Hub's.
-_WITHOUT_FILES = frozenset({"Normalize"})
+#: Modules of sentence-transformers that need no file. Their folder was empty for years, and no repository keeps an
+#: empty one: that of all-MiniLM-L6-v2 has none.
+_WITHOUT_FILES = ("Normalize",)
 
 #: The longest list of modules that is read, in bytes.
 _MOST = 1 << 16
 
-#: Factors are multiplied in another order, and a value at a tie then goes the other way: 1 % of the outputs' norm.
-_SAME = 1e-2
+#: The longest config of a tokenizer that is read, in bytes: it may list thousands of added tokens.
+_LARGE = 1 << 24
+
+#: As a share of the outputs' norm. The operations are those of the file, so bits are equal; float32 rounding may be,
+#: but no value that goes the other way at a tie.
+_SAME = 1e-5
 
 
 @contextmanager
-def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Path) -> Iterator[Path]:
+def deployed_folder(
+    folder: str | Path, source: str | Path, tokenizer: str | Path, most: int | None = None
+) -> Iterator[Path]:
     """A draft with config, tokenizer and sentence-transformers' modules of the float model, to write files into.
 
     It becomes ``folder`` when the block ends, and is gone if the block raises.
@@ -59,6 +66,7 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
     Args:
         source: The folder of the float model.
         tokenizer: The folder that has its tokenizer.
+        most: Tokens that the model has positions for; ``None`` if it takes any number.
 
     Raises:
         ModelError: The folder exists and is not empty, or cannot be written.
@@ -69,6 +77,8 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
             if (Path(source) / name).is_file():
                 shutil.copy(Path(source) / name, draft / name)
         copy_tokenizer(tokenizer, draft)
+        if most is not None:
+            _limit_texts(draft / "tokenizer_config.json", most)
         for name, kind in _modules(Path(source) / "modules.json").items():
             if (Path(source) / name).is_dir():
                 shutil.copytree(Path(source) / name, draft / name)
@@ -77,8 +87,30 @@ def deployed_folder(folder: str | Path, source: str | Path, tokenizer: str | Pat
         yield draft
 
 
+def _limit_texts(file: Path, most: int) -> None:
+    """Say in the tokenizer's config where texts are cut, if it says nothing, or more than the model takes.
+
+    fastembed loads no tokenizer that says nothing, and the others would give the model texts that it has no positions
+    for.
+    """
+    if not file.is_file():
+        return
+    try:
+        config = {
+            key: each.value for key, each in parse_json(read_regular_file(file, _LARGE), str(file)).entries().items()
+        }
+    except (DamagedError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    said = config.get("model_max_length")
+    if isinstance(said, bool) or not isinstance(said, int) or not 0 < said <= most:
+        config["model_max_length"] = most
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _modules(file: Path) -> dict[str, str]:
-    """The folders that sentence-transformers' list of modules names, with the module's class; none without that list.
+    """The folders that sentence-transformers' list of modules names, such as 1_Pooling, and the class of each.
+
+    There are none without that list.
 
     Raises:
         ModelError: It is no such list.
@@ -87,7 +119,7 @@ def _modules(file: Path) -> dict[str, str]:
         return {}
     try:
         listed = [each.entries() for each in parse_json(read_regular_file(file, _MOST), str(file)).items()]
-        named = {str(each["path"].text()): _class(each) for each in listed}
+        named = {str(each["path"].text()): _class_name(each) for each in listed}
     except (DamagedError, KeyError, OSError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     odd = next((name for name in named if name and (name in (".", "..") or "/" in name or "\\" in name)), None)
@@ -96,7 +128,8 @@ def _modules(file: Path) -> dict[str, str]:
     return {name: kind for name, kind in named.items() if name}
 
 
-def _class(module: Mapping[str, Any]) -> str:
+def _class_name(module: Mapping[str, Item]) -> str:
+    """Such as Pooling, whatever package it was in when the list was written; nothing where none is named."""
     return str(module["type"].text()).rpartition(".")[2] if "type" in module else ""
 
 

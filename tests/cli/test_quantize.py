@@ -39,7 +39,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(model: Path, texts: Path) -> Path:
     output = model.parent / "made"
-    assert main(["quantize", str(model), str(texts), str(output), "--target", "openvino", "--metric", "cosine"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                str(model),
+                str(texts),
+                str(output),
+                "--target",
+                "openvino",
+                "--metric",
+                "cosine",
+                "--triton",
+                "tiny",
+            ]
+        )
+        == 0
+    )
     return output
 
 
@@ -64,7 +80,10 @@ def test_the_folder_has_what_other_tools_look_for(made: Path, model: Path) -> No
         "1_Pooling/config.json",
         "README.md",
         "qdq_report.json",
+        "triton/tiny/config.pbtxt",
+        "triton/tiny/1/model_quantized.onnx",
     }
+    assert json.loads((made / "tokenizer_config.json").read_text())["model_max_length"] == 128
     assert (made / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert not [path for path in made.parent.iterdir() if path.name.startswith(".")]
 
@@ -172,6 +191,8 @@ def test_a_loss_is_a_number_from_0_on(loss: str, capsys: pytest.CaptureFixture[s
     [
         (["{model}", "{few}", "{out}"], "has 4 texts, too few to keep some to judge by; bring 100 to 500"),
         (["{calibrated}", "{texts}", "{out}"], "is converted already; give the float model, or export it"),
+        (["{model}", "{texts}", "{out}", "--triton", "a/b"], "--triton 'a/b' is no name of a model"),
+        (["{model}", "{texts}", "{out}", "--triton", "a", "--target", "tensorrt"], "Triton serves engines of TensorRT"),
         (["{model}", "{texts}", "{model}"], "exists and is not empty; give a new folder"),
         (["{model}", "{texts}", "{out}", "--rules", "nothing"], "nothing"),
         (["nowhere", "{texts}", "{out}"], "nowhere is no folder"),

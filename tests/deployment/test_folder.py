@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from exported import exported, inputs_for
 
+import qdq_surgery as qs
 from qdq_surgery.deployment.folder import FILE, deployed_folder, model_files, write_own_form
 from qdq_surgery.errors import ModelError, ParityError
 from qdq_surgery.targets.openvino.own_form import write_own_form as written_by_openvino
@@ -28,6 +31,10 @@ def test_openvinos_own_form_is_compared_with_the_file(tmp_path: Path) -> None:
     write_own_form(tmp_path, OPENVINO, inputs)
     form = tmp_path / OPENVINO.own_form.path
     size = form.stat().st_size + form.with_suffix(".bin").stat().st_size
+    wanted = qs.load_onnx(made.path, "openvino", precision="float32")(**inputs_for(qmodel, (2, 9)))
+    found = OPENVINO.own_form.run(form, inputs)
+    # The same operations in the same order.
+    assert all(np.array_equal(found[name], value.numpy()) for name, value in wanted.items())
     files = [(FILE.as_posix(), (tmp_path / FILE).stat().st_size), (OPENVINO.own_form.path, size)]
     assert model_files(tmp_path) == files
 
@@ -57,7 +64,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "modules.json", "model.safetensors", "1_Pooling/config.json"):
         (source / name).write_text(name)
     (source / "3_epochs").mkdir()
-    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    # (No repository keeps the folder of a module without files.)
+    (source / "modules.json").write_text(
+        '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize", "type": "models.Normalize"}]'
+    )
     with pytest.raises(RuntimeError, match="stop"), deployed_folder(tmp_path / "out", source, source):
         raise RuntimeError("stop")
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
@@ -82,11 +92,49 @@ def test_a_module_without_files_has_no_folder_on_the_hub(kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("said", "most", "found"),
+    [
+        ('{"model_max_length": 256, "a": "\u00e9"}', 512, 256),
+        ('{"model_max_length": 1000000000000000019884624838656, "a": "\u00e9"}', 512, 512),
+        ('{"model_max_length": 514, "a": "\u00e9"}', 512, 512),
+        ('{"a": "\u00e9"}', 512, 512),
+        ('{"model_max_length": null, "a": "\u00e9"}', 512, 512),
+        ('{"model_max_length": true, "a": "\u00e9"}', 512, 512),
+        ('{"a": "\u00e9"}', None, None),  # relative positions
+    ],
+)
+def test_the_tokenizer_says_where_texts_are_cut(said: str, most: int | None, found: int | None, tmp_path: Path) -> None:
+    (tmp_path / "float").mkdir()
+    file = tmp_path / "float" / "tokenizer_config.json"
+    file.write_text(said, encoding="utf-8")
+    with deployed_folder(tmp_path / "out", tmp_path / "float", tmp_path / "float", most):
+        pass
+    written = (tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert json.loads(written).get("model_max_length") == found
+    assert json.loads(written)["a"] == "\u00e9"
+    assert file.read_text(encoding="utf-8") == said  # the float model's own stays as it is
+    assert (written == said) is (found in (256, None))
+
+
+def test_a_tokenizer_s_config_is_a_strangers(tmp_path: Path) -> None:
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "tokenizer_config.json").write_text("[]")
+    source = tmp_path / "float"
+    with (
+        pytest.raises(ModelError, match=r"tokenizer_config\.json cannot be read"),
+        deployed_folder(tmp_path / "out", source, source, 512),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
     ("modules", "found"),
     [
         ('[{"path": "2_Dense"}]', "has no folder 2_Dense, which its modules.json names"),
         ('[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]', "has no folder 2_Dense"),
         ('[{"path": "2_Normalize", "type": "x.Normalizer"}]', "has no folder 2_Normalize"),
+        ('[{"path": "../other", "type": "a.Normalize"}]', r"names '\.\./other', which is no folder beside it"),
+        ('[{"path": "2_Normalize", "type": 3}]', "cannot be read"),
         ('[{"path": "../other"}]', r"names '\.\./other', which is no folder beside it"),
         ('[{"path": ".."}]', "which is no folder beside it"),
         ('[{"name": "0"}]', "cannot be read: 'path'"),

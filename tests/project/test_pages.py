@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qdq_surgery.cli import demo
 
 #: What a page needs beside the package itself.
 OPTIONAL = "onnx bokeh openvino accelerate peft sentence_transformers".split()
-LANGUAGES = {"python", "yaml", "bash", "text", "mermaid"}
+LANGUAGES = {"python", "yaml", "bash", "text", "mermaid", "js"}
 
 
 #: Encoder layers of a page's model: tracing takes seconds for each.
@@ -25,7 +26,7 @@ LAYERS = {"docs/rules.md": 2}
 
 
 def needs(page: str) -> list[str]:
-    code = "\n".join(block.text for block in blocks(page))
+    code = "\n".join(block.text for block in blocks(page) if block.elsewhere is None)
     words = {
         "onnx": "export_onnx|qdq-surgery (export|quantize)",
         "bokeh": r"qs\.report|qdq-surgery report",
@@ -105,6 +106,11 @@ def test_every_block_is_of_a_language_that_is_run(page: str) -> None:
         ("yaml", "schema: 1\nname: nameless\n", AssertionError),
         ("yaml", "# bad.yaml\nschema: 1\nname: bad\nrules: 3\n", qs.RuleFileError),
         ("text", "what nobody printed\n", AssertionError),
+        ("python", "# In an environment with fastembed:\nfrom fastembed import (\n", SyntaxError),
+        pytest.param(
+            *("js", "const a = (;\n", AssertionError),
+            marks=pytest.mark.skipif(shutil.which("node") is None, reason="there is no node"),
+        ),
         ("bash", "pip install nothing-of-the-kind\n", AssertionError),
         ("bash", "python scripts/benchmark_load.py --no-such-option 3\n", AssertionError),
         ("bash", "qdq-surgery plan no-such-folder\n", AssertionError),
