@@ -7,9 +7,8 @@ site is fetched, PyTorch runs with these values in place of its own quantizers' 
 is held against the runtime's. What differs then arose between two neighboring sites.
 
 A site agrees if every element is the same but for elements that lie half-way between two steps, which may be one step
-apart. With optimizations on, values inside are fused away; there the outputs are compared. Ties alone can move them
-by a third of what quantization itself changes (all-MiniLM-L6-v2, ONNX Runtime without optimizations), so they agree if
-they differ by no more than half of that, or are as near to the float model's as PyTorch's quantized ones are.
+apart. With optimizations on, values inside are fused away; there the outputs are compared, which ties move, too:
+:mod:`qdq_surgery.prove.output_distance` tells how far.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from qdq_surgery.errors import ExportError, ParityError
 from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_file.opened import OnnxFile, open_exported
+from qdq_surgery.prove.output_distance import Distances, distances, joined, other_texts, together
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
@@ -50,10 +50,6 @@ _OFF_GRID = {torch.float32: 2e-3, torch.float16: 0.25}
 _NOTHING = {torch.float32: 0.0, torch.float16: 2.0**-17}
 #: Largest difference of outputs over their largest magnitude, when all quantizers agree.
 _OUTPUT = {torch.float32: 1e-4, torch.float16: 2e-2}
-#: Optimized: norm of the difference over norm of what quantization changes.
-_SHARE = 0.5
-#: Optimized: distance to the float model's outputs over that of PyTorch's quantized ones.
-_ERROR = 1.1
 
 
 @dataclass(frozen=True)
@@ -208,8 +204,7 @@ def certify(
     """
     for name in asked:
         session_on(name).package("the parity certificate")
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+    arrays = _arrays_of(inputs)
     file = path if isinstance(path, OnnxFile) else open_exported(path)
     missing = sorted({name for site in file.sites for name in site.quantizers} - set(quantizers(qmodel)))
     if missing:
@@ -221,7 +216,7 @@ def certify(
         modes = runtimes(name)
         for mode in modes:
             if mode.optimized:
-                checks.append(_outputs_alone(qmodel, file, inputs, arrays, mode))
+                checks.append(_outputs_alone(qmodel, file, inputs, mode))
             if mode is modes[0]:
                 checks.append(_site_by_site(qmodel, file, inputs, arrays, mode))
     return Parity(type(qmodel).__name__, tuple(checks))
@@ -252,27 +247,41 @@ def _site_by_site(
     return Check(words, runtime.version, checked, outputs, None, None, agrees)
 
 
-def _outputs_alone(
-    qmodel: PreTrainedModel,
-    file: OnnxFile,
-    inputs: Mapping[str, Any],
-    arrays: Mapping[str, NDArray[Any]],
-    runtime: Runtime,
-) -> Check:
-    found, wanted = probe(file, arrays, (), runtime), _run(qmodel, inputs)
+def _outputs_alone(qmodel: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], runtime: Runtime) -> Check:
+    outputs, distances = _apart(qmodel, file, inputs, runtime)
+    agrees = all(value <= _OUTPUT[_precision(qmodel)] for value in outputs.values()) or distances.near
+    if not agrees:  # then quantization changes something, and ties may be why
+        distances = joined([distances, *(each for _, each in _of_others(qmodel, file, inputs, runtime))])
+        agrees = distances.near or distances.explained
+    return Check(runtime.words, runtime.version, (), outputs, distances.share, distances.nearness, agrees)
+
+
+def _of_others(
+    qmodel: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], runtime: Runtime
+) -> Iterator[tuple[dict[str, float], Distances]]:
+    """Of other texts, all at once where the file takes any number of them."""
+    rows = _rows(inputs)
+    batches = list(other_texts(inputs, rows))
+    if batches and file.takes_any_batch:
+        batches = [together(batches, rows)]
+    yield from (_apart(qmodel, file, batch, runtime) for batch in batches)
+
+
+def _apart(
+    qmodel: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], runtime: Runtime
+) -> tuple[dict[str, float], Distances]:
+    found, wanted = probe(file, _arrays_of(inputs), (), runtime), _run(qmodel, inputs)
     with quantization_disabled(qmodel):
         floating = _run(qmodel, inputs)
-    apart = _norm({name: found[name] - wanted[name] for name in wanted})
-    change = _norm({name: floating[name] - wanted[name] for name in wanted})
-    outputs = _differences(wanted, found)
-    tolerance = _OUTPUT[_precision(qmodel)]
-    error = _norm({name: found[name] - floating[name] for name in wanted})
-    if all(value <= tolerance for value in outputs.values()):
-        agrees = True
-    else:  # then quantization changes something
-        agrees = apart <= _SHARE * change or error <= _ERROR * change
-    share, nearness = (apart / change, error / change) if change else (0.0, 1.0)
-    return Check(runtime.words, runtime.version, (), outputs, share, nearness, agrees)
+    return _differences(wanted, found), distances(found, wanted, floating, _rows(inputs))
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    return max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), default=1)
+
+
+def _arrays_of(inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    return {name: value.detach().cpu().numpy() for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 class _Forced:
@@ -378,10 +387,6 @@ def _differences(wanted: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray
         magnitude = max(float(np.abs(value).max(initial=0.0)), float(np.finfo(np.float32).tiny))
         made[name] = float(np.abs(found[name].astype(np.float32) - value).max(initial=0.0)) / magnitude
     return made
-
-
-def _norm(values: Mapping[str, NDArray[Any]]) -> float:
-    return float(np.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in values.values())))
 
 
 def _precision(model: PreTrainedModel) -> torch.dtype:

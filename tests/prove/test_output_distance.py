@@ -1,0 +1,219 @@
+"""How far a runtime's outputs may be: chance is not refused, however few numbers there are, and a worse runtime is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+import qdq_surgery as qs
+from qdq_surgery.errors import ParityError
+from qdq_surgery.prove.output_distance import Distances, distances, joined, other_texts, together
+
+pytest.importorskip("onnxruntime")
+
+from exported import calibrated
+
+from qdq_surgery.prove import parity
+from qdq_surgery.serve.intermediates import Runtime, probe
+from qdq_surgery.surgery.model_state import quantization_disabled
+
+
+def of_errors(theirs: NDArray[Any], ours: NDArray[Any]) -> Distances:
+    """Of what a runtime and PyTorch are off the float model by, (rows, outputs)."""
+    floating = np.zeros_like(ours)
+    return distances({"a": theirs}, {"a": ours}, {"a": floating}, len(ours))
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 200])
+def test_equally_large_errors_are_chance(outputs: int) -> None:
+    """Of a thousand files that are as good as PyTorch, but wrong elsewhere, less than one in two hundred is refused."""
+    random = np.random.default_rng(outputs)
+    refused = 0
+    for _ in range(1000):
+        theirs, ours = random.standard_normal((2, 64, outputs)) * random.lognormal(0, 1, (1, 64, 1))
+        found = of_errors(theirs, ours)
+        refused += not (found.near or found.explained)
+    assert refused < 5
+
+
+@pytest.mark.parametrize(("outputs", "times"), [(1, 4.0), (3, 2.0), (200, 1.3)])
+def test_larger_errors_are_not(outputs: int, times: float) -> None:
+    """The more numbers, the less it takes; more than 95 of 100 are refused."""
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        theirs, ours = random.standard_normal((2, 64, outputs))
+        found = of_errors(times * theirs, ours)
+        refused += not (found.near or found.explained)
+    assert refused > 190
+
+
+def test_one_text_that_is_far_off_is_chance() -> None:
+    """A tie that turns a logit round; the others agree."""
+    ours = np.ones((32, 3))
+    theirs = ours.copy()
+    theirs[5] = 30.0
+    found = of_errors(theirs, ours)
+    assert not found.near
+    assert found.explained
+
+
+@pytest.mark.parametrize(("times", "explained"), [(2.0, True), (4.0, False)])
+def test_of_few_texts_much_is_chance(times: float, explained: bool) -> None:
+    ours = np.ones((2, 3))
+    assert of_errors(times * ours, ours).explained is explained
+
+
+@pytest.mark.parametrize("rows", [2, 32])
+@pytest.mark.parametrize("what", [np.nan, np.inf])
+def test_no_number_is_no_chance(what: float, rows: int) -> None:
+    ours = np.ones((rows, 3))
+    theirs = ours.copy()
+    theirs[0, 0] = what
+    with np.errstate(invalid="ignore"):
+        found = of_errors(theirs, ours)
+        assert not found.near
+        assert not found.explained
+
+
+def test_where_quantization_changes_nothing() -> None:
+    nothing = np.zeros((32, 3))
+    same, off = of_errors(nothing, nothing), of_errors(nothing + 1e-3, nothing)
+    assert (same.near, same.share, same.nearness) == (True, 0.0, 1.0)
+    assert not off.near
+    assert not off.explained
+
+
+def test_each_text_has_its_own_distance() -> None:
+    """What has no entry for each text counts with the first."""
+    found = {"tokens": np.full((2, 3, 1), 2.0), "all": np.array(5.0)}
+    wanted = {"tokens": np.ones((2, 3, 1)), "all": np.array(3.0)}
+    zero = {"tokens": np.zeros((2, 3, 1)), "all": np.array(0.0)}
+    made = distances(found, wanted, zero, 2)
+    assert made.apart.tolist() == [3 + 4, 3]
+    assert made.change.tolist() == [3 + 9, 3]
+    assert made.error.tolist() == [12 + 25, 12]
+    assert joined([made, made]).error.tolist() == [37, 12, 37, 12]
+    assert joined([made, made]).nearness == made.nearness == pytest.approx((49 / 15) ** 0.5)
+
+
+# --- other texts ----------------------------------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 70), tokens=st.integers(1, 9), seed=st.integers(0, 5), choices=st.sampled_from([0, 2]))
+def test_they_are_the_same_tokens(rows: int, tokens: int, seed: int, choices: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = (rows, choices, tokens) if choices else (rows, tokens)
+    ids, mask = (torch.randint(low, high, size, generator=generator) for low, high in ((3, 60), (0, 2)))
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    found = list(other_texts(inputs, rows))
+    assert (len(found) + 1) * rows >= 64
+    assert len(found) * rows < 64
+    for each in found:
+        assert each.keys() == inputs.keys()
+        assert each["attention_mask"] is mask
+        assert torch.equal(each["input_ids"].sort(-1).values, ids.sort(-1).values)
+        assert torch.equal(each["input_ids"][mask == 0], ids[mask == 0])
+
+
+def test_they_are_others_and_the_same_each_time() -> None:
+    inputs = {"input_ids": torch.arange(60).reshape(2, 30)}
+    found = [each["input_ids"] for each in other_texts(inputs, 2)]
+    assert len({tuple(each.flatten().tolist()) for each in found}) == 31
+    assert all(torch.equal(one, two["input_ids"]) for one, two in zip(found, other_texts(inputs, 2), strict=True))
+
+
+def test_states_are_texts_and_images_are_not() -> None:
+    states = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    first = next(other_texts({"inputs_embeds": states}, 2))["inputs_embeds"]
+    assert not torch.equal(first, states)
+    assert torch.equal(first.sort(1).values, states.sort(1).values)
+    assert list(other_texts({"pixel_values": torch.zeros(2, 3, 4, 4)}, 2)) == []
+
+
+def test_both_texts_of_an_encoder_decoder_are_others() -> None:
+    inputs = {"input_ids": torch.arange(60).reshape(2, 30), "decoder_input_ids": torch.arange(40).reshape(2, 20)}
+    first = next(other_texts(inputs, 2))
+    assert not any(torch.equal(first[name], inputs[name]) for name in inputs)
+
+
+def test_batches_become_one() -> None:
+    batch: dict[str, Any] = {"input_ids": torch.zeros(2, 3), "position_ids": torch.zeros(1, 3), "use_cache": False}
+    made = together([batch, {**batch, "input_ids": torch.ones(2, 3)}], 2)
+    assert made["input_ids"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
+    assert made["position_ids"] is batch["position_ids"]
+    assert made["use_cache"] is False
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier() -> PreTrainedModel:
+    return calibrated("bert", "BertForSequenceClassification", "onnxruntime", num_hidden_layers=1)
+
+
+def pair(seed: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def off_by(model: PreTrainedModel, times: float, asked: list[int]) -> Any:
+    """A runtime whose optimized outputs are off by so many times what quantization changes, at other texts."""
+
+    def probed(file: Any, inputs: Mapping[str, Any], values: Any, runtime: Runtime) -> dict[str, NDArray[Any]]:
+        found = probe(file, inputs, values, runtime)
+        if not runtime.optimized or values:
+            return found
+        asked.append(len(inputs["input_ids"]))
+        with torch.no_grad():
+            given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+            wanted = model(**given).logits
+            with quantization_disabled(model):
+                floating = model(**given).logits
+        return {"logits": (floating + times * (floating - wanted).flip(0)).numpy()}
+
+    return probed
+
+
+@pytest.fixture
+def written(classifier: PreTrainedModel, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    dynamic = getattr(request, "param", True)
+    path = tmp_path / "model.onnx"
+    qs.export_onnx(classifier, path, pair(0), dynamic=dynamic, parity=False)
+    return path
+
+
+@pytest.mark.parametrize(("written", "asked_for"), [(True, [2, 62]), (False, [2] * 32)], indirect=["written"])
+def test_no_pair_of_texts_refuses_a_good_classifier(
+    written: Path, asked_for: list[int], classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its few logits: more texts are asked for, at once where the file takes them."""
+    for seed in range(4):
+        asked: list[int] = []
+        monkeypatch.setattr(parity, "probe", off_by(classifier, 1.2, asked))
+        found = [check for check in qs.certify(classifier, written, pair(seed)).checks if not check.sites]
+        assert [check.words() for check in found] == ["agrees"]
+        assert [check.error for check in found] == [pytest.approx(1.2, rel=1e-3)]
+        assert asked == asked_for
+
+
+def test_a_worse_runtime_is_refused(
+    written: Path, classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "probe", off_by(classifier, 3.0, []))
+    for seed in range(3):
+        with pytest.raises(ParityError, match="from the float model by"):
+            qs.certify(classifier, written, pair(seed)).require()
