@@ -28,10 +28,6 @@ __all__ = ["deploy", "given_batches", "ours"]
 
 _CALIBRATION, _TEXTS, _BATCH, _CLASSES = 160, 64, 16, 3
 
-#: The certificate of a classifier rests on two texts, and what values at ties do to two texts' logits does not average
-#: out: now and then it refuses a file that is right, and then another head is taken.
-_HEADS = 5
-
 
 def given_batches(output: Path) -> list[list[str]]:
     """Docstrings of the standard library in batches, written as the programs read them."""
@@ -58,17 +54,16 @@ def deploy(output: Path, target: str, wanted: str) -> Path:
         "int8",
         *(["--metric", "cosine"] if wanted == EMBEDDINGS else []),
     ]
-    for head in range(1 if wanted == EMBEDDINGS else _HEADS):
-        model = checkpoint() if wanted == EMBEDDINGS else _classifier(output.with_name(f"classifier-{head}"), head)
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is the table's
-            if command(["quantize", str(model), str(texts), str(output), *options]) == 0:
-                return output
-    raise RuntimeError(f"qdq-surgery quantize {model} for {target} failed")
+    model = checkpoint() if wanted == EMBEDDINGS else _classifier(output.with_name("classifier"))
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the table's
+        if command(["quantize", str(model), str(texts), str(output), *options]) != 0:
+            raise RuntimeError(f"qdq-surgery quantize {model} for {target} failed")
+    return output
 
 
-def _classifier(folder: Path, seed: int) -> Path:
+def _classifier(folder: Path) -> Path:
     if not folder.exists():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(checkpoint(), num_labels=_CLASSES)
         AutoTokenizer.from_pretrained(checkpoint()).save_pretrained(folder)
         model.save_pretrained(folder)
