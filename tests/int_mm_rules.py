@@ -10,13 +10,12 @@ from torch import Tensor
 
 from qdq_surgery.integers import choice
 from qdq_surgery.integers.int_mm import IntMMProduct
+from qdq_surgery.safety import torch_private
 
 __all__ = ["KERNELS", "int_mm_as_on_cuda", "take_kernel"]
 
 #: What products on a CPU can be made to run on.
 KERNELS = ["oneDNN", "_int_mm"]
-
-_int_mm = torch._int_mm
 
 
 def int_mm_as_on_cuda(one: Tensor, other: Tensor, **more: Any) -> Tensor:
@@ -30,11 +29,11 @@ def int_mm_as_on_cuda(one: Tensor, other: Tensor, **more: Any) -> Tensor:
     assert other.shape[1] % 8 == 0, f"{other.shape[1]} columns"
     assert one.is_contiguous(), "rows first"
     assert other.t().is_contiguous(), "columns first"
-    return _int_mm(one, other, **more)
+    return torch._int_mm(one, other, **more)
 
 
 def take_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the test runs, products on the CPU are those of one of :data:`KERNELS`."""
     if kernel == "_int_mm":
         monkeypatch.setitem(choice.PRODUCTS, "cpu", IntMMProduct)
-        monkeypatch.setattr(torch, "_int_mm", int_mm_as_on_cuda)
+        monkeypatch.setattr(torch_private, "int_mm", int_mm_as_on_cuda)

@@ -27,7 +27,7 @@ def _sizes(model: nn.Module, export: Export | None) -> Iterator[tuple[str, float
     before = sum(weight.numel() * weight.element_size() for weight, _ in kept.values())
     after = sum(weight.numel() * quantizer.grid.bits / 8 for weight, quantizer in kept.values())
     yield "all parameters, as they are in memory", every
-    yield f"of these, the weights of {len(weights)} quantized linears", before
+    yield f"of these, the weights of {len(weights)} quantized linears and tables", before
     yield "these weights as integers", after
     yield "all parameters, with these weights as integers", every - before + after
     if export is not None and export.path.exists():

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qdq_surgery.integers.product import ACTIVATIONS, SIGNED, Product
+from qdq_surgery.safety import torch_private
 
 __all__ = ["IntMMProduct"]
 
@@ -70,7 +71,7 @@ class IntMMProduct(Product):
         more = _ROWS - count if count <= _MOST_REFUSED else 0
         if more or inner % _MULTIPLE:
             stored = functional.pad(stored, (0, -inner % _MULTIPLE, 0, more))
-        sums = torch._int_mm(stored.contiguous(), self.rows.t())
+        sums = torch_private.int_mm(stored.contiguous(), self.rows.t())
         return sums[:count, :outer] if more or outer % _MULTIPLE else sums
 
     def _lazy(self, sums: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch._functorch.eager_transforms as function_transforms
 import torch._functorch.functional_call as functional_calls
 import torch._functorch.vmap as vmap_calls
@@ -33,6 +34,9 @@ try:
 except ImportError:  # pragma: no cover (another release of torch)
     onnx_flags = None  # type: ignore[assignment]
 
+#: int8 times int8 to int32. Inductor has templates for this function on GPUs.
+int_mm = torch._int_mm
+
 __all__ = [
     "ONNX_EXPORTER_LOG",
     "DisableTorchFunction",
@@ -40,6 +44,7 @@ __all__ = [
     "TorchDispatchMode",
     "function_transforms",
     "functional_calls",
+    "int_mm",
     "onnx_flags",
     "python_function",
     "qualified_name",

@@ -16,6 +16,7 @@ from torch.nn import functional
 from qdq_surgery.integers.int_mm import IntMMProduct
 from qdq_surgery.integers.onednn import OneDNNProduct
 from qdq_surgery.integers.product import Product
+from qdq_surgery.safety import torch_private
 
 #: (in_features, out_features): multiples of 8; a classifier with 2 outputs; odd on both axes; next to nothing.
 SIZES = [(48, 24), (32, 2), (13, 9), (1, 1)]
@@ -26,7 +27,7 @@ ZEROS = [0, 32, 128, 255]
 
 @pytest.fixture(autouse=True)
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "_int_mm", int_mm_as_on_cuda)
+    monkeypatch.setattr(torch_private, "int_mm", int_mm_as_on_cuda)
 
 
 def case(rows: int = 5, inner: int = 48, outer: int = 24) -> tuple[Tensor, Tensor]:
@@ -184,4 +185,4 @@ def test_what_it_holds_is_listed_and_small() -> None:
 )
 def test_the_conditions_can_fail(one: Tensor, other: Tensor) -> None:
     with pytest.raises(AssertionError):
-        torch._int_mm(one, other)
+        torch_private.int_mm(one, other)

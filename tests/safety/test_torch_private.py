@@ -59,6 +59,11 @@ def test_a_qualified_name_leads_to_the_function(function: Any) -> None:
     assert found is function
 
 
+def test_integers_are_multiplied_to_the_last_one() -> None:
+    one, other = torch.full((17, 8), 127, dtype=torch.int8), torch.full((8, 8), -128, dtype=torch.int8)
+    assert torch_private.int_mm(one, other).tolist() == [[-127 * 128 * 8] * 8] * 17
+
+
 def test_the_exporter_sets_its_flag() -> None:
     seen = []
     flags = torch_private.onnx_flags
