@@ -90,7 +90,7 @@ class OnnxFile:
         return made
 
     @property
-    def takes_any_batch(self) -> bool:
+    def any_batch(self) -> bool:
         """Whether the first axis of each input is open."""
         shapes = [value.shape for value in self.model.graph.inputs]
         return all(shape is not None and len(shape) and not isinstance(shape[0], int) for shape in shapes)

@@ -4,34 +4,36 @@ Values inside are fused away there, and a value half-way between two steps may b
 from it. Ties alone can move the outputs by a third of what quantization itself changes (all-MiniLM-L6-v2, ONNX Runtime
 without optimizations), and the few logits of two texts by more than all of it. So a file is not refused for a distance
 that chance explains: whoever has few numbers is given more texts, and what decides is whether the runtime's errors are
-the larger ones text by text.
+the larger ones text by text. What is many times as far as PyTorch's is no chance, in how few texts it may be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Distances", "distances", "joined", "other_texts", "together"]
+__all__ = ["Distances", "Texts", "distances", "joined", "other_texts", "rows_of", "together"]
 
 #: Norm of the difference over norm of what quantization changes, up to which nobody asks further.
 _SHARE = 0.5
 #: Distance to the float model's outputs over that of PyTorch's quantized ones, up to which two are equally near.
 _ERROR = 1.1
-#: So many standard errors above that, the distances of single texts are no chance.
+#: The same, from which on it is no chance.
+_FAR = 3.0
+#: So many standard errors above _ERROR, the distances of single texts are no chance either.
 _SURE = 3.0
-#: How many texts that takes: fewer never are so many standard errors apart.
+#: How many texts that takes: fewer are hardly ever so many standard errors apart.
 _FEWEST = 16
-#: The same as ``_ERROR``, where there are no more texts.
-_ERROR_OF_FEW = 3.0
-#: How many texts are looked at in the end.
-_TEXTS = 64
+#: How many texts are looked at in the end; where they are long, so many tokens, but _FEWEST texts at least.
+_MOST, _TOKENS = 64, 1 << 15
+#: Tokens that run at once, where the batch itself has not more.
+_AT_ONCE = 1 << 12
 
 #: What a text is given as, and what it is masked by.
 _MASKS = {
@@ -41,12 +43,12 @@ _MASKS = {
     "decoder_inputs_embeds": "decoder_attention_mask",
 }
 
-Arrays = Mapping[str, NDArray[Any]]
+_Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Squared distances of outputs, each (rows,): one number for each text.
+    """Squared distances of an output, each (texts,); (1,) for one that has no entry for each text.
 
     Attributes:
         apart: The runtime's from PyTorch's.
@@ -77,10 +79,10 @@ class Distances:
     @property
     def explained(self) -> bool:
         """Whether it may be chance that the runtime's outputs are farther from the float model's than PyTorch's."""
-        if len(self.error) < _FEWEST:
-            return bool(self.error.sum() <= _ERROR_OF_FEW**2 * self.change.sum())
-        if not np.isfinite(self.error).all():
+        if not self.error.sum() <= _FAR**2 * self.change.sum():  # so is NaN
             return False
+        if len(self.error) < _FEWEST:
+            return True
         excess = self.error - _ERROR**2 * self.change
         return bool(excess.sum() <= _SURE * np.sqrt((excess**2).sum()))
 
@@ -89,20 +91,25 @@ def _ratio(part: NDArray[np.float64], whole: NDArray[np.float64], without: float
     return float(np.sqrt(part.sum() / whole.sum())) if whole.sum() else without
 
 
-def distances(found: Arrays, wanted: Arrays, floating: Arrays, rows: int) -> Distances:
-    """Of outputs by name; what has no entry for each of ``rows`` counts with the first."""
+def distances(found: _Arrays, wanted: _Arrays, floating: _Arrays, new: NDArray[np.bool_]) -> dict[str, Distances]:
+    """Of each output, by its name.
 
-    def squares(one: Arrays, other: Arrays) -> NDArray[np.float64]:
-        total = np.zeros(rows)
-        for name, value in wanted.items():
-            apart = (one[name].astype(np.float64) - other[name].astype(np.float64)) ** 2
-            if value.ndim and value.shape[0] == rows:
-                total += apart.reshape(rows, -1).sum(1)
-            else:
-                total[0] += apart.sum()
-        return total
+    Args:
+        new: Which texts count, (texts,).
+    """
 
-    return Distances(squares(found, wanted), squares(floating, wanted), squares(found, floating))
+    def squares(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+        apart = (one.astype(np.float64) - other.astype(np.float64)) ** 2
+        has_rows = apart.ndim > 0 and apart.shape[0] == len(new)
+        made: NDArray[np.float64] = apart.reshape(len(new), -1).sum(1)[new] if has_rows else apart.sum(keepdims=True)
+        return made.reshape(-1)
+
+    return {
+        name: Distances(
+            squares(found[name], value), squares(floating[name], value), squares(found[name], floating[name])
+        )
+        for name, value in wanted.items()
+    }
 
 
 def joined(parts: Sequence[Distances]) -> Distances:
@@ -110,23 +117,58 @@ def joined(parts: Sequence[Distances]) -> Distances:
     return Distances(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
-def other_texts(inputs: Mapping[str, Any], rows: int) -> Iterator[dict[str, Any]]:
-    """Batches of the same shapes, so many that there are enough texts: the same tokens in other orders.
+@dataclass(frozen=True)
+class Texts:
+    """A batch.
 
-    Padding stays where it is. There are none where no input is a text.
-
-    Args:
-        rows: Texts in each batch.
+    Attributes:
+        inputs: Keyword arguments of the model's forward.
+        new: Which of its texts were in no batch before, (rows,).
     """
+
+    inputs: Mapping[str, Any]
+    new: NDArray[np.bool_]
+
+
+def rows_of(inputs: Mapping[str, Any]) -> int:
+    """How many texts a batch has: the longest first axis, beside which positions for all of them have one entry."""
+    return max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), default=1)
+
+
+def other_texts(inputs: Mapping[str, Any]) -> Iterator[Texts]:
+    """First the batch itself; then others of the same shapes until there are enough: its tokens in other orders.
+
+    Padding stays where it is. There are no others where no input is a text.
+    """
+    rows = rows_of(inputs)
     names = [name for name in _MASKS if isinstance(inputs.get(name), Tensor)]
+    seen: set[bytes] = set()
+    yield Texts(inputs, _new(inputs, names, rows, seen))
+    longest = max((inputs[name].shape[1] for name in names if inputs[name].ndim > 1), default=1)
+    texts = min(_MOST, max(_FEWEST, _TOKENS // max(1, longest)))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(-(-_TEXTS // rows) - 1 if names else 0):
-        yield {**inputs, **{name: _reordered(inputs[name], inputs.get(_MASKS[name]), generator) for name in names}}
+    for _ in range(-(-texts // rows) - 1 if names else 0):
+        made = {**inputs, **{name: _reordered(inputs[name], inputs.get(_MASKS[name]), generator) for name in names}}
+        yield Texts(made, _new(made, names, rows, seen))
+
+
+def _new(inputs: Mapping[str, Any], names: Sequence[str], rows: int, seen: set[bytes]) -> NDArray[np.bool_]:
+    if not names or any(len(inputs[name]) != rows for name in names):
+        return np.ones(rows, dtype=bool)
+    found = []
+    for row in range(rows):
+        own = (
+            value[row] for value in inputs.values() if isinstance(value, Tensor) and value.ndim and len(value) == rows
+        )
+        key = b"".join(each.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for each in own)
+        found.append(key not in seen)
+        seen.add(key)
+    return np.array(found)
 
 
 def _reordered(tokens: Tensor, mask: Any, generator: torch.Generator) -> Tensor:
     axes = tokens.ndim - (1 if tokens.is_floating_point() else 0)
-    flat = tokens.reshape(-1, *tokens.shape[axes - 1 :]).clone()
+    flat = tokens.detach().reshape(-1, *tokens.shape[axes - 1 :]).clone()
     known = isinstance(mask, Tensor) and mask.shape == tokens.shape[:axes]
     real = (mask.reshape(flat.shape[:2]) != 0).cpu() if known else torch.ones(flat.shape[:2], dtype=torch.bool)
     for row, own in zip(flat, real, strict=True):
@@ -135,10 +177,17 @@ def _reordered(tokens: Tensor, mask: Any, generator: torch.Generator) -> Tensor:
     return flat.reshape(tokens.shape)
 
 
-def together(batches: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
-    """One batch of several with the same arguments; what has no entry for each text is that of the first."""
-    made = dict(batches[0])
-    for name, value in made.items():
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
-            made[name] = torch.cat([batch[name] for batch in batches])
-    return made
+def together(texts: Sequence[Texts]) -> Iterator[Texts]:
+    """Several batches at once, as many as are not too large; what has no entry for each text is that of the first."""
+    if not texts:
+        return
+    rows = rows_of(texts[0].inputs)
+    tokens = max((value.numel() for value in texts[0].inputs.values() if isinstance(value, Tensor)), default=1)
+    count = max(1, _AT_ONCE // max(1, tokens))
+    for start in range(0, len(texts), count):
+        own = texts[start : start + count]
+        made = dict(own[0].inputs)
+        for name, value in made.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+                made[name] = torch.cat([each.inputs[name] for each in own])
+        yield Texts(made, np.concatenate([each.new for each in own]))

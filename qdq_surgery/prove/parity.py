@@ -30,7 +30,7 @@ from qdq_surgery.errors import ExportError, ParityError
 from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_file.opened import OnnxFile, open_exported
-from qdq_surgery.prove.output_distance import Distances, distances, joined, other_texts, together
+from qdq_surgery.prove.output_distance import Distances, Texts, distances, joined, other_texts, together
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
@@ -248,36 +248,29 @@ def _site_by_site(
 
 
 def _outputs_alone(qmodel: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], runtime: Runtime) -> Check:
-    outputs, distances = _apart(qmodel, file, inputs, runtime)
-    agrees = all(value <= _OUTPUT[_precision(qmodel)] for value in outputs.values()) or distances.near
-    if not agrees:  # then quantization changes something, and ties may be why
-        distances = joined([distances, *(each for _, each in _of_others(qmodel, file, inputs, runtime))])
-        agrees = distances.near or distances.explained
-    return Check(runtime.words, runtime.version, (), outputs, distances.share, distances.nearness, agrees)
-
-
-def _of_others(
-    qmodel: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], runtime: Runtime
-) -> Iterator[tuple[dict[str, float], Distances]]:
-    """Of other texts, all at once where the file takes any number of them."""
-    rows = _rows(inputs)
-    batches = list(other_texts(inputs, rows))
-    if batches and file.takes_any_batch:
-        batches = [together(batches, rows)]
-    yield from (_apart(qmodel, file, batch, runtime) for batch in batches)
+    """Each output by itself; the figures are those of the one that is farthest off."""
+    texts = other_texts(inputs)
+    outputs, found = _apart(qmodel, file, next(texts), runtime)
+    open_ones = [
+        name for name, each in found.items() if outputs[name] > _OUTPUT[_precision(qmodel)] and not each.near
+    ]  # quantization changes them, and ties may be why
+    if open_ones:
+        others = list(texts)
+        more = [_apart(qmodel, file, each, runtime)[1] for each in (together(others) if file.any_batch else others)]
+        found |= {name: joined([found[name], *(each[name] for each in more)]) for name in open_ones}
+    agrees = all(found[name].near or found[name].explained for name in open_ones)
+    told = open_ones or [max(outputs, key=lambda name: outputs[name])]
+    worst = max((found[name] for name in told), key=lambda each: each.nearness)
+    return Check(runtime.words, runtime.version, (), outputs, worst.share, worst.nearness, agrees)
 
 
 def _apart(
-    qmodel: PreTrainedModel, file: OnnxFile, inputs: Mapping[str, Any], runtime: Runtime
-) -> tuple[dict[str, float], Distances]:
-    found, wanted = probe(file, _arrays_of(inputs), (), runtime), _run(qmodel, inputs)
+    qmodel: PreTrainedModel, file: OnnxFile, texts: Texts, runtime: Runtime
+) -> tuple[dict[str, float], dict[str, Distances]]:
+    found, wanted = probe(file, _arrays_of(texts.inputs), (), runtime), _run(qmodel, texts.inputs)
     with quantization_disabled(qmodel):
-        floating = _run(qmodel, inputs)
-    return _differences(wanted, found), distances(found, wanted, floating, _rows(inputs))
-
-
-def _rows(inputs: Mapping[str, Any]) -> int:
-    return max((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), default=1)
+        floating = _run(qmodel, texts.inputs)
+    return _differences(wanted, found), distances(found, wanted, floating, texts.new)
 
 
 def _arrays_of(inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:

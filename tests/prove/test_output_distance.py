@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.errors import ParityError
-from qdq_surgery.prove.output_distance import Distances, distances, joined, other_texts, together
+from qdq_surgery.prove.output_distance import Distances, Texts, distances, joined, other_texts, together
 
 pytest.importorskip("onnxruntime")
 
@@ -30,7 +30,7 @@ from qdq_surgery.surgery.model_state import quantization_disabled
 def of_errors(theirs: NDArray[Any], ours: NDArray[Any]) -> Distances:
     """Of what a runtime and PyTorch are off the float model by, (rows, outputs)."""
     floating = np.zeros_like(ours)
-    return distances({"a": theirs}, {"a": ours}, {"a": floating}, len(ours))
+    return distances({"a": theirs}, {"a": ours}, {"a": floating}, np.ones(len(ours), dtype=bool))["a"]
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
@@ -60,14 +60,26 @@ def test_larger_errors_are_not(outputs: int, times: float) -> None:
     assert refused > 190
 
 
-def test_one_text_that_is_far_off_is_chance() -> None:
-    """A tie that turns a logit round; the others agree."""
+@pytest.mark.parametrize(("times", "explained"), [(10.0, True), (30.0, False), (1e7, False)])
+def test_one_text_that_is_off(times: float, explained: bool) -> None:
+    """A tie that turns a logit round is chance, while the others agree; what is beyond any tie is not."""
     ours = np.ones((32, 3))
     theirs = ours.copy()
-    theirs[5] = 30.0
+    theirs[5] = times
     found = of_errors(theirs, ours)
     assert not found.near
-    assert found.explained
+    assert found.explained is explained
+
+
+@pytest.mark.parametrize("rows", [1, 2, 15, 64])
+@pytest.mark.parametrize("few", [1, 9])
+def test_garbage_of_few_texts_is_no_chance(rows: int, few: int) -> None:
+    """So few standard errors as there are texts that are off, at most: that alone would let any of them pass."""
+    ours = np.random.default_rng(0).standard_normal((rows, 3))
+    theirs = ours.copy()
+    theirs[:few] += 100.0
+    found = of_errors(theirs, ours)
+    assert [found.near, found.explained] == [False, False]
 
 
 @pytest.mark.parametrize(("times", "explained"), [(2.0, True), (4.0, False)])
@@ -97,16 +109,18 @@ def test_where_quantization_changes_nothing() -> None:
 
 
 def test_each_text_has_its_own_distance() -> None:
-    """What has no entry for each text counts with the first."""
+    """Of each output; one that has no entry for each text has one."""
     found = {"tokens": np.full((2, 3, 1), 2.0), "all": np.array(5.0)}
     wanted = {"tokens": np.ones((2, 3, 1)), "all": np.array(3.0)}
     zero = {"tokens": np.zeros((2, 3, 1)), "all": np.array(0.0)}
-    made = distances(found, wanted, zero, 2)
-    assert made.apart.tolist() == [3 + 4, 3]
-    assert made.change.tolist() == [3 + 9, 3]
-    assert made.error.tolist() == [12 + 25, 12]
-    assert joined([made, made]).error.tolist() == [37, 12, 37, 12]
-    assert joined([made, made]).nearness == made.nearness == pytest.approx((49 / 15) ** 0.5)
+    made = distances(found, wanted, zero, np.array([True, True]))
+    assert [made["tokens"].apart.tolist(), made["all"].apart.tolist()] == [[3, 3], [4]]
+    assert [made["tokens"].change.tolist(), made["all"].change.tolist()] == [[3, 3], [9]]
+    assert [made["tokens"].error.tolist(), made["all"].error.tolist()] == [[12, 12], [25]]
+    assert joined([made["tokens"], made["tokens"]]).error.tolist() == [12] * 4
+    assert joined([made["tokens"]] * 2).nearness == made["tokens"].nearness == 2.0
+    some = distances(found, wanted, zero, np.array([True, False]))
+    assert [some["tokens"].error.tolist(), some["all"].error.tolist()] == [[12], [25]]
 
 
 # --- other texts ----------------------------------------------------------------------------------------------------
@@ -118,43 +132,74 @@ def test_they_are_the_same_tokens(rows: int, tokens: int, seed: int, choices: in
     size = (rows, choices, tokens) if choices else (rows, tokens)
     ids, mask = (torch.randint(low, high, size, generator=generator) for low, high in ((3, 60), (0, 2)))
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    found = list(other_texts(inputs, rows))
+    first, *found = other_texts(inputs)
+    assert first.inputs is inputs
     assert (len(found) + 1) * rows >= 64
     assert len(found) * rows < 64
     for each in found:
-        assert each.keys() == inputs.keys()
-        assert each["attention_mask"] is mask
-        assert torch.equal(each["input_ids"].sort(-1).values, ids.sort(-1).values)
-        assert torch.equal(each["input_ids"][mask == 0], ids[mask == 0])
+        assert each.inputs.keys() == inputs.keys()
+        assert each.inputs["attention_mask"] is mask
+        assert torch.equal(each.inputs["input_ids"].sort(-1).values, ids.sort(-1).values)
+        assert torch.equal(each.inputs["input_ids"][mask == 0], ids[mask == 0])
+    rows_seen = [
+        (tuple(ids.flatten().tolist()), tuple(own.flatten().tolist()))
+        for each in (first, *found)
+        for ids, own, new in zip(each.inputs["input_ids"], mask, each.new, strict=True)
+        if new
+    ]
+    assert len(set(rows_seen)) == len(rows_seen)
 
 
 def test_they_are_others_and_the_same_each_time() -> None:
     inputs = {"input_ids": torch.arange(60).reshape(2, 30)}
-    found = [each["input_ids"] for each in other_texts(inputs, 2)]
-    assert len({tuple(each.flatten().tolist()) for each in found}) == 31
-    assert all(torch.equal(one, two["input_ids"]) for one, two in zip(found, other_texts(inputs, 2), strict=True))
+    found = [each.inputs["input_ids"] for each in other_texts(inputs)]
+    assert len({tuple(each.flatten().tolist()) for each in found}) == 32
+    again = other_texts(inputs)
+    assert all(torch.equal(one, two.inputs["input_ids"]) for one, two in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize(("ids", "count"), [([[7] * 9], 1), ([[7] * 9] * 2, 1), ([[1, 2]], 2), ([[1, 2, 3]], 6)])
+def test_a_text_counts_once(ids: list[list[int]], count: int) -> None:
+    """Of one token again and again there is one order."""
+    found = list(other_texts({"input_ids": torch.tensor(ids)}))
+    assert sum(int(each.new.sum()) for each in found) == count
+
+
+@pytest.mark.parametrize(("tokens", "texts"), [(8, 64), (512, 64), (1024, 32), (8192, 16)])
+def test_of_long_texts_there_are_fewer(tokens: int, texts: int) -> None:
+    found = list(other_texts({"input_ids": torch.arange(tokens)[None]}))
+    assert len(found) == texts
+    runs = list(together(found[1:]))
+    assert sum(len(each.new) for each in runs) == texts - 1
+    assert all(each.inputs["input_ids"].numel() <= max(4096, tokens) for each in runs)
 
 
 def test_states_are_texts_and_images_are_not() -> None:
-    states = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
-    first = next(other_texts({"inputs_embeds": states}, 2))["inputs_embeds"]
-    assert not torch.equal(first, states)
-    assert torch.equal(first.sort(1).values, states.sort(1).values)
-    assert list(other_texts({"pixel_values": torch.zeros(2, 3, 4, 4)}, 2)) == []
+    states = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_() * 2
+    _, first, *_ = other_texts({"inputs_embeds": states})
+    assert not torch.equal(first.inputs["inputs_embeds"], states)
+    assert torch.equal(first.inputs["inputs_embeds"].sort(1).values, states.sort(1).values)
+    assert len(list(other_texts({"pixel_values": torch.zeros(2, 3, 4, 4)}))) == 1
 
 
 def test_both_texts_of_an_encoder_decoder_are_others() -> None:
     inputs = {"input_ids": torch.arange(60).reshape(2, 30), "decoder_input_ids": torch.arange(40).reshape(2, 20)}
-    first = next(other_texts(inputs, 2))
-    assert not any(torch.equal(first[name], inputs[name]) for name in inputs)
+    _, first, *_ = other_texts(inputs)
+    assert not any(torch.equal(first.inputs[name], inputs[name]) for name in inputs)
 
 
 def test_batches_become_one() -> None:
     batch: dict[str, Any] = {"input_ids": torch.zeros(2, 3), "position_ids": torch.zeros(1, 3), "use_cache": False}
-    made = together([batch, {**batch, "input_ids": torch.ones(2, 3)}], 2)
-    assert made["input_ids"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
-    assert made["position_ids"] is batch["position_ids"]
-    assert made["use_cache"] is False
+    parts = [
+        Texts(batch, np.array([True, False])),
+        Texts({**batch, "input_ids": torch.ones(2, 3)}, np.array([True] * 2)),
+    ]
+    [made] = together(parts)
+    assert made.inputs["input_ids"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2
+    assert made.inputs["position_ids"] is batch["position_ids"]
+    assert made.inputs["use_cache"] is False
+    assert made.new.tolist() == [True, False, True, True]
+    assert list(together([])) == []
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -217,3 +262,35 @@ def test_a_worse_runtime_is_refused(
     for seed in range(3):
         with pytest.raises(ParityError, match="from the float model by"):
             qs.certify(classifier, written, pair(seed)).require()
+
+
+def test_an_output_is_judged_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one with its sign turned round, beside a large one that agrees."""
+    qmodel = calibrated("bert", "BertForPreTraining", "onnxruntime", num_hidden_layers=1)
+    qs.export_onnx(qmodel, tmp_path / "model.onnx", pair(0), parity=False)
+    assert qs.certify(qmodel, tmp_path / "model.onnx", pair(0)).agrees
+
+    def turned(file: Any, inputs: Mapping[str, Any], values: Any, runtime: Runtime) -> dict[str, NDArray[Any]]:
+        found = probe(file, inputs, values, runtime)
+        if runtime.optimized and not values:
+            found["seq_relationship_logits"] = -found["seq_relationship_logits"]
+        return found
+
+    monkeypatch.setattr(parity, "probe", turned)
+    assert not qs.certify(qmodel, tmp_path / "model.onnx", pair(0)).agrees
+
+
+def test_garbage_in_a_padded_text_is_refused(
+    written: Path, classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {name: torch.cat([value] * 4) for name, value in pair(0).items()}
+    inputs["attention_mask"][3, 5:] = 0
+
+    def broken(file: Any, given: Mapping[str, Any], values: Any, runtime: Runtime) -> dict[str, NDArray[Any]]:
+        found = probe(file, given, values, runtime)
+        if runtime.optimized and not values:
+            found["logits"] = found["logits"] + 100 * (given["attention_mask"].min(1, keepdims=True) == 0)
+        return found
+
+    monkeypatch.setattr(parity, "probe", broken)
+    assert not qs.certify(classifier, written, inputs).agrees
