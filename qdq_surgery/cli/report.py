@@ -23,6 +23,7 @@ from qdq_surgery.cli.options import (
     text_options,
     texts_argument,
 )
+from qdq_surgery.cli.wording import say
 from qdq_surgery.errors import OptionError
 from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.html_report.report import Report, report
@@ -114,7 +115,7 @@ def _report(arguments: argparse.Namespace) -> None:
         model = load(arguments)
         plan_of(model)  # it is converted
         data = batches(arguments, samples, model) if samples else []
-        served = load_onnx(arguments.onnx, runtime) if data and runtime else model
+        served = _served(model, runtime, arguments) if data and runtime else model
         bar.next("comparing graphs")
         found: dict[str, Any] = {"diff": diff_of(model)}
     if data:
@@ -135,6 +136,14 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise OptionError("--sensitivity is measured on TEXTS; name them after HTML")
     if arguments.resume is not None and not arguments.sensitivity:
         raise OptionError("--resume goes with --sensitivity only")
+
+
+def _served(model: PreTrainedModel, runtime: str, arguments: argparse.Namespace) -> PreTrainedModel | OnnxModel:
+    """What texts are given to: the file, if it takes any."""
+    if open_exported(arguments.onnx).any_batch:
+        return load_onnx(arguments.onnx, runtime)
+    say("note", f"{arguments.onnx} takes batches of one size only, so the loss is the model's, in PyTorch")
+    return model
 
 
 def _measured(

@@ -44,7 +44,7 @@ def in_words_of_the_command(message: str, options: Iterable[str] = ()) -> str:
     for python, words in ADVICE.items():
         message = message.replace(python, words)
     for option in known:
-        message = re.sub(rf"(?<![\w.-]){option[2:].replace('-', '_')}=", f"{option} ", message)
+        message = re.sub(rf"(?<![\w./\\-]){option[2:].replace('-', '_')}=", f"{option} ", message)
     return message
 
 

@@ -104,7 +104,12 @@ def _limit_texts(file: Path, most: int) -> None:
     said = config.get("model_max_length")
     if isinstance(said, bool) or not isinstance(said, int) or not 0 < said <= most:
         config["model_max_length"] = most
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            text = json.dumps(config, indent=2, allow_nan=False)
+        except ValueError as error:  # a number that is none in JSON
+            raise ModelError(f"{file} cannot be written anew: {error}") from error
+        file.unlink()  # the copy has the permissions of what it is of
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def _modules(file: Path) -> dict[str, str]:

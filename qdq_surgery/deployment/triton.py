@@ -76,5 +76,6 @@ def _config(name: str, backend: str, inputs: Iterable[Port], outputs: Iterable[P
 def _port(role: str, port: Port) -> str:
     """An input or an output: the first axis is that of the rows, which Triton adds itself."""
     sizes = ", ".join("-1" if size is None else str(size) for size in port.shape[1:])
+    shape = f"dims: [ {sizes} ]" if sizes else "dims: [ 1 ], reshape: { shape: [ ] }"  # Triton has no empty dims
     kind = f"TYPE_{_TYPES[np.dtype(port.dtype).name]}"
-    return f'{role} [ {{ name: "{port.name}", data_type: {kind}, dims: [ {sizes} ] }} ]\n'
+    return f'{role} [ {{ name: "{port.name}", data_type: {kind}, {shape} }} ]\n'

@@ -100,7 +100,11 @@ class IntegerLinear(nn.Linear):
         product = moved(self.product, device)  # what may not fit in memory comes first
         for name in self.product.buffers():  # which are not cast, and whose places another kernel has not
             del self._buffers[name]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except BaseException:
+            self.hold(self.product)
+            raise
         self.hold(product)
         self.dtype = dtype
         self.ranges = {name: amax.to(device) for name, amax in self.ranges.items()}

@@ -41,10 +41,11 @@ class OneDNNProduct(Product):
         super().__init__(integers, scale, step, zero_point)
         self._plain: Tensor | None = integers
         self._packed: Tensor | None = None
-        self.zeros = torch.zeros(self.shape[0], dtype=torch.int64)
+        #: Where torch makes tensors by default may be elsewhere.
+        self.zeros = torch.zeros(self.shape[0], dtype=torch.int64, device="cpu")
         number = next(_NUMBERS)
         #: What :func:`integer_linear` takes for it, int64, ().
-        self.number = torch.tensor(number)
+        self.number = torch.tensor(number, device="cpu")
         _PACKED[number] = self
 
     @property
@@ -76,7 +77,7 @@ class OneDNNProduct(Product):
         result: Tensor = integer_linear(
             stored, self.number, self.scale, bias, self.step, self.zero_point, dtype, *words
         )
-        return result
+        return result.reshape(*stored.shape[:-1], self.shape[0])  # of nothing, oneDNN's has two axes
 
 
 _LIBRARY = torch.library.Library("qdq_surgery", "DEF")  # type: ignore[no-untyped-call]

@@ -28,6 +28,8 @@ def _logging_kept() -> Iterator[None]:
         logging.setLoggerClass(kind)
 
 
+with _logging_kept():
+    importlib.import_module("torch")  # whose own filters, and NumPy's, are to stay
 with _logging_kept(), warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"`torch\.jit\.script`")
     importlib.import_module("pytorch_quantization.nn")

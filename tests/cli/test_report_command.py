@@ -123,3 +123,14 @@ def test_mistakes_are_said_and_leave_nothing(
     assert message in capsys.readouterr().err
     assert (tmp_path / "old.html").read_text() == "old"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["old.html", "plain"]
+
+
+def test_a_file_of_one_size_is_not_given_texts(
+    model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    file, output = tmp_path / "static.onnx", tmp_path / "report.html"
+    assert main(["export", str(model), str(file), "--static", "--no-parity"]) == 0
+    assert main(["report", str(model), str(output), str(texts), "--onnx", str(file)]) == 0
+    assert "takes batches of one size only, so the loss is the model's, in PyTorch" in capsys.readouterr().err
+    assert "in PyTorch" in FilePage(output.read_text(encoding="utf-8")).words

@@ -23,6 +23,7 @@ def test_python_becomes_what_is_typed() -> None:
     assert in_words_of_the_command("max_loss=2 is none, and a_max_loss=2", ["--max-loss"]) == (
         "--max-loss 2 is none, and a_max_loss=2"
     )
+    assert in_words_of_the_command("/data/max_loss=2/a is missing", ["--max-loss"]) == "/data/max_loss=2/a is missing"
     taken = "x.onnx exists; pass overwrite=True (--overwrite on the command line), or give another path"
     assert in_words_of_the_command(taken, ["--overwrite"]) == "x.onnx exists; add --overwrite, or give another path"
     assert in_words_of_the_command(taken, ["--json"]) == "x.onnx exists; give another path"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -148,3 +149,17 @@ def test_a_list_of_modules_is_a_strangers(modules: str, found: str, tmp_path: Pa
     with pytest.raises(ModelError, match=found), deployed_folder(tmp_path / "out", tmp_path / "float", tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+def test_a_tokenizers_config_that_may_not_be_written_to_is_written_anew(tmp_path: Path) -> None:
+    """With a name that is half of a character, as Python reads it from JSON."""
+    (tmp_path / "float").mkdir()
+    file = tmp_path / "float" / "tokenizer_config.json"
+    file.write_text('{"a": "a\\ud83d"}')
+    file.chmod(0o444)
+    with deployed_folder(tmp_path / "out", tmp_path / "float", tmp_path / "float", 512):
+        pass
+    written = tmp_path / "out" / "tokenizer_config.json"
+    assert json.loads(written.read_text()) == {"a": "a\ud83d", "model_max_length": 512}
+    assert os.access(written, os.W_OK)
+    assert file.stat().st_mode & 0o777 == 0o444

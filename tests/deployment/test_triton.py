@@ -6,13 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exported import exported
 
 from qdq_surgery.deployment.folder import FILE
-from qdq_surgery.deployment.triton import check_repository, write_repository
+from qdq_surgery.deployment.triton import _port, check_repository, write_repository
 from qdq_surgery.errors import OptionError
 from qdq_surgery.targets.registry import TARGETS
+from qdq_surgery.targets.session import Port
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -58,3 +60,7 @@ def test_a_name_is_a_folder_s(name: str) -> None:
 def test_an_engine_is_built_where_it_runs() -> None:
     with pytest.raises(OptionError, match="engines of TensorRT"):
         check_repository("my-bert", TARGETS["tensorrt"])
+
+
+def test_a_number_for_each_row_has_dims() -> None:
+    assert "dims: [ 1 ], reshape: { shape: [ ] }" in _port("output", Port("score", np.dtype("float32"), (None,)))

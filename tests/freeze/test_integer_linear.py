@@ -154,3 +154,18 @@ def test_states_are_read_and_not_loaded() -> None:
     }
     with pytest.raises(qs.ModelError, match="load into the quantized model"):
         linear.load_state_dict({})
+
+
+def test_a_move_that_fails_leaves_it_as_it_was() -> None:
+    linear = an_integer_linear()
+    values = torch.randn(3, linear.in_features)
+    wanted = linear(values)
+
+    def full(tensor: Tensor) -> Tensor:
+        if tensor.numel():  # all but what is asked with
+            raise torch.OutOfMemoryError("no memory")
+        return tensor
+
+    with pytest.raises(torch.OutOfMemoryError):
+        linear._apply(full)
+    assert torch.equal(linear(values), wanted)

@@ -94,3 +94,27 @@ def test_kernels_that_are_wrong_or_missing(
     monkeypatch.undo()
     monkeypatch.setitem(PRODUCTS, "cpu", kind)
     assert unsupported(CPU, torch.float32) == wanted
+
+
+def test_the_default_type_of_numbers_does_not_count() -> None:
+    wanted = unsupported(torch.device("cpu"), torch.float32)
+    choice._problem.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert unsupported(torch.device("cpu"), torch.float32) == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_lack_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = unsupported(torch.device("cpu"), torch.float32)
+    choice._problem.cache_clear()
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OneDNNProduct, "__call__", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            unsupported(torch.device("cpu"), torch.float32)
+    assert unsupported(torch.device("cpu"), torch.float32) == wanted

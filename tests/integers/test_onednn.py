@@ -108,3 +108,20 @@ def test_packed_weights_are_let_go() -> None:
     del product
     gc.collect()
     assert number not in onednn._PACKED
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 48), (0, 48), (48,)])
+def test_of_nothing_the_shape_is_kept(shape: tuple[int, ...]) -> None:
+    found = product_of(case()[1])(torch.zeros(shape, dtype=torch.uint8), None, torch.float32, "")
+    assert found.shape == (*shape[:-1], 24)
+
+
+def test_tensors_are_made_where_the_kernel_is() -> None:
+    """Where torch makes tensors by default, there is no memory of the kernel's."""
+    inputs, weight = case()
+    wanted = product_of(weight)(inputs, None, torch.float32, "")
+    with torch.device("meta"):
+        made = OneDNNProduct(weight, torch.ones(24, device="cpu"), torch.tensor(1.0, device="cpu"), 128)
+        again = pickle.loads(pickle.dumps(made))
+    for each in (made, again):
+        assert torch.equal(each(inputs, None, torch.float32, ""), wanted)

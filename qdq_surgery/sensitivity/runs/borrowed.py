@@ -172,9 +172,14 @@ def borrowed(
 
 @contextmanager
 def _faster(model: nn.Module, how: Shortcut) -> Iterator[None]:
-    """Neither weights nor ranges change meanwhile."""
-    with _weights_rounded_once(model), integer_products(model), shortcut(model, how):
-        yield
+    """Neither weights nor ranges change meanwhile. What is compiled runs as it is: it would be compiled anew."""
+    compiled = any(getattr(each, "_compiled_call_impl", None) is not None for each in model.modules())
+    with _weights_rounded_once(model):
+        if compiled:
+            yield
+            return
+        with integer_products(model), shortcut(model, how):
+            yield
 
 
 @contextmanager

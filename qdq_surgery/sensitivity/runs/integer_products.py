@@ -67,6 +67,8 @@ def _in_integers(linear: QuantLinear, forward: Callable[[Tensor], Tensor]) -> Ca
         if not made:
             made.append(_made(linear))
         grid, product = made[0]
+        if not bool(input.isfinite().all()):  # no integer stands for it
+            return forward(input)
         return product(grid(input), linear.bias, torch.float32, "")
 
     return run

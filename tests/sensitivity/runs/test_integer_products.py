@@ -100,3 +100,39 @@ def test_who_is_looked_at_stays() -> None:
 def test_without_a_kernel_everything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "unsupported", lambda *_: "no kernel")
     assert replaced(calibrated(num_hidden_layers=1)) == []
+
+
+@pytest.mark.parametrize("where", ["model", "layer", "linear"])
+def test_what_is_compiled_runs_as_it_is(where: str) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    inputs = inputs_for(qmodel, (4, 10))
+    wanted = qs.sensitivity(qmodel, [inputs], sites=False, layers=False)
+    torch._dynamo.reset()
+    qmodel.get_submodule({"model": "", "layer": "encoder.layer.0", "linear": LINEAR}[where]).compile(backend="eager")
+    found = qs.sensitivity(qmodel, [inputs], sites=False, layers=False)
+    assert found.int8 == pytest.approx(wanted.int8, rel=1e-3)
+    torch._dynamo.reset()
+
+
+def test_the_default_device_does_not_count() -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    inputs = inputs_for(qmodel, (4, 10))
+    wanted = qs.sensitivity(qmodel, [inputs], sites=False, layers=False)
+    values = torch.randn(4, 48)
+    with integer_products(qmodel), torch.no_grad():
+        linear = vars(qmodel.get_submodule(LINEAR))["forward"](values)
+    with integer_products(qmodel), torch.no_grad(), torch.device("meta"):
+        assert torch.equal(vars(qmodel.get_submodule(LINEAR))["forward"](values), linear)
+    assert qs.sensitivity(qmodel, [inputs], sites=False, layers=False).to_json() == wanted.to_json()
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_none(what: float) -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    linear = qmodel.get_submodule(LINEAR)
+    values = torch.randn(4, 48)
+    values[1, 2] = what
+    with torch.no_grad():
+        wanted = linear(values)
+        with integer_products(qmodel):
+            assert torch.equal(linear(values).isnan(), wanted.isnan())

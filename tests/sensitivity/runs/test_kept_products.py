@@ -114,3 +114,11 @@ def test_what_a_run_keeps_is_its_own() -> None:
         for kept_of in (plain, rounded):
             outputs = trial.run_after(inputs, every, kept_of, ())
             torch.testing.assert_close(outputs.last_hidden_state, wanted, rtol=0, atol=1e-5)
+
+
+def test_tensors_of_inference_mode_are_not_kept() -> None:
+    """Nobody counts what is written to them."""
+    with torch.inference_mode():
+        given = torch.ones(1, 2)
+    products, linear = kept(given, torch.zeros(1, 2))
+    assert products.find(linear, ON, given) is None
