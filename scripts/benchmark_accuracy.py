@@ -12,8 +12,10 @@ samples, and the spread between the highest and the lowest first one. What runs 
 
 "tuned" is :func:`qdq_surgery.tune` on the calibration texts, some minutes for each sample; ``--only`` leaves it out.
 
-Contenders whose packages are not installed are skipped with a word (``pip install onnx onnxscript onnxruntime openvino
-nncf``, and with ``--no-deps`` torchao, nvidia-modelopt and what that asks for).
+sentence-transformers' own exporter (the dynamic one; its static one is NNCF) runs in its environment of
+``scripts/other_tools.sh``, which ``--tools`` names. Contenders whose packages are not installed are skipped with a word
+(``pip install onnx onnxscript onnxruntime openvino nncf``, and with ``--no-deps`` torchao, nvidia-modelopt and what
+that asks for).
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from runtimes.subjects import INPUTS
 from runtimes.with_modelopt import quantize_by_modelopt
 from runtimes.with_onnxruntime import open_session, quantize_dynamic, quantize_static
 from runtimes.with_openvino import compile_model, quantize_by_nncf
+from runtimes.with_sentence_transformers import quantize_by_sentence_transformers
 from runtimes.with_torch import quantize_by_pt2e
 from runtimes.workspace import Missing, package
 
@@ -54,6 +57,7 @@ class Subject:
 
     judged: Judged
     folder: Path
+    tools: Path | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -145,6 +149,11 @@ def onnxruntime_dynamic(subject: Subject, batches: list[Batch]) -> Any:
     return subject.states(open_session(path, torch.get_num_threads()))
 
 
+def sentence_transformers(subject: Subject, _: list[Batch]) -> Any:
+    path = quantize_by_sentence_transformers(subject.tools, subject.folder)
+    return subject.states(open_session(path, torch.get_num_threads()))
+
+
 def onnxruntime_static(subject: Subject, batches: list[Batch]) -> Any:
     path = subject.folder / "ort-static.onnx"
     quantize_static(subject.float_onnx(batches[0]), path, arrays(batches), ["MatMul"])
@@ -177,6 +186,7 @@ def modelopt(config: str, *without: str) -> Make:
 
 CONTENDERS: dict[str, tuple[str, Make]] = {
     "ort-dynamic": ("ONNX Runtime's dynamic INT8", onnxruntime_dynamic),
+    "sentence-transformers": ("sentence-transformers' exporter, dynamic INT8", sentence_transformers),
     "ort-static": ("ONNX Runtime's static INT8, MatMul only", onnxruntime_static),
     "nncf": ("NNCF's INT8 on OpenVINO", nncf(None)),
     "nncf-mixed": ("NNCF's INT8 on OpenVINO, preset MIXED", nncf("MIXED")),
@@ -234,6 +244,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="contenders whose names match this regular expression")
     parser.add_argument("--model", choices=JUDGED, default="minilm", help="what is judged (default minilm)")
     parser.add_argument("--reactions", type=Path, metavar="FILE", help="for rxnfp: a table with a column rxn")
+    parser.add_argument("--tools", type=Path, metavar="FOLDER", help="environments of scripts/other_tools.sh")
     parser.add_argument("--markdown", action="store_true", help="print a table for docs/accuracy.md")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
@@ -247,7 +258,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        subject = Subject(model, Path(temporary))
+        subject = Subject(model, Path(temporary), options.tools if options.model == "minilm" else None)
         drawn = [random.Random(seed).sample(list(rest), options.calibration) for seed in range(options.samples)]
         samples, held = [model.batches(texts) for texts in drawn], model.batches(held_out)
         for name, (words, make) in CONTENDERS.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,29 @@ def integer_products(model: nn.Module) -> Iterator[None]:
         for linear in linears:
             linear.__dict__.pop(_FORWARD, None)
 
+    rounded = _Rounded()
     with put_back_after(put_back):
         for linear in linears:
-            linear.__dict__[_FORWARD] = _in_integers(linear, linear.forward)
+            linear.__dict__[_FORWARD] = _in_integers(linear, linear.forward, rounded)
         yield
+
+
+class _Rounded:
+    """The integers of the tensor that was rounded last: queries, keys and values read one tensor, by equal grids."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, Any, Tensor] | None = None
+
+    def of(self, values: Tensor, grid: InputGrid, key: Any) -> Tensor:
+        """What ``grid``, which has this key, makes of them."""
+        if values.is_inference():  # nobody counts what is written to it
+            return grid(values)  # type: ignore[no-any-return]
+        last = self._last
+        if last is not None and last[0] is values and last[1] == values._version and last[2] == key:
+            return last[3]
+        made: Tensor = grid(values)
+        self._last = values, values._version, key, made
+        return made
 
 
 def _fits(linear: QuantLinear) -> bool:
@@ -56,9 +76,11 @@ def _watched(quantizer: TensorQuantizer) -> bool:
     return bool(quantizer._forward_hooks or quantizer._forward_pre_hooks)
 
 
-def _in_integers(linear: QuantLinear, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _in_integers(
+    linear: QuantLinear, forward: Callable[[Tensor], Tensor], rounded: _Rounded
+) -> Callable[[Tensor], Tensor]:
     quantizers = [each for each in (linear._input_quantizer, linear._weight_quantizer) if each is not None]
-    made: list[tuple[InputGrid, Product]] = []
+    made: list[tuple[InputGrid, Any, Product]] = []
 
     def run(input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
         casts = input.dtype != torch.float32 or torch.is_autocast_enabled(input.device.type)
@@ -66,17 +88,17 @@ def _in_integers(linear: QuantLinear, forward: Callable[[Tensor], Tensor]) -> Ca
             return forward(input)
         if not made:
             made.append(_made(linear))
-        grid, product = made[0]
-        if not bool(input.isfinite().all()):  # no integer stands for it
+        grid, key, product = made[0]
+        if not bool(input.sum().isfinite()):  # no integer stands for what is no number
             return forward(input)
-        return product(grid(input), linear.bias, torch.float32, "")
+        return product(rounded.of(input, grid, key), linear.bias, torch.float32, "")
 
     return run
 
 
-def _made(linear: QuantLinear) -> tuple[InputGrid, Product]:
+def _made(linear: QuantLinear) -> tuple[InputGrid, Any, Product]:
     assert linear._input_quantizer is not None
     grid = InputGrid(linear._input_quantizer)
     product = make_product(*to_integers(linear), grid.step, grid.zero_point)
     grid.stored = product.stored
-    return grid, product
+    return grid, (grid.key, grid.stored), product

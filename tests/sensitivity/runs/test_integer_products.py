@@ -106,10 +106,10 @@ def test_without_a_kernel_everything_stays(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_compiled_runs_as_it_is(where: str) -> None:
     qmodel = calibrated(num_hidden_layers=1)
     inputs = inputs_for(qmodel, (4, 10))
-    wanted = qs.sensitivity(qmodel, [inputs], sites=False, layers=False)
+    wanted = qs.sensitivity(qmodel, [inputs], sites=False, kinds=False)
     torch._dynamo.reset()
     qmodel.get_submodule({"model": "", "layer": "encoder.layer.0", "linear": LINEAR}[where]).compile(backend="eager")
-    found = qs.sensitivity(qmodel, [inputs], sites=False, layers=False)
+    found = qs.sensitivity(qmodel, [inputs], sites=False, kinds=False)
     assert found.int8 == pytest.approx(wanted.int8, rel=1e-3)
     torch._dynamo.reset()
 
@@ -136,3 +136,26 @@ def test_what_is_no_number_stays_none(what: float) -> None:
         wanted = linear(values)
         with integer_products(qmodel):
             assert torch.equal(linear(values).isnan(), wanted.isnan())
+
+
+def test_one_tensor_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For queries, keys and values; and anew when it was written to, or for another grid."""
+    qmodel = calibrated(num_hidden_layers=1)
+    calls = []
+    real = subject.InputGrid.forward
+    monkeypatch.setattr(subject.InputGrid, "forward", lambda self, values: calls.append(1) or real(self, values))
+    attention = qmodel.get_submodule("encoder.layer.0.attention.self")
+    linears = [attention.get_submodule(name) for name in ("query", "key", "value")]
+    values = torch.randn(4, 32)
+    with integer_products(qmodel), torch.no_grad():
+        found = [linear(values) for linear in linears]
+        assert len(calls) == 1
+        values *= 2
+        assert not torch.equal(linears[2](values), found[2])
+        assert len(calls) == 2
+        quantizer = linears[0].get_submodule("_input_quantizer")
+    quantizer._amax *= 2  # type: ignore[operator]
+    with integer_products(qmodel), torch.no_grad():
+        for linear in linears:
+            linear(values)
+    assert len(calls) == 4
