@@ -155,12 +155,11 @@ def other_texts(inputs: Mapping[str, Any]) -> Iterator[Texts]:
 def _new(inputs: Mapping[str, Any], names: Sequence[str], rows: int, seen: set[bytes]) -> NDArray[np.bool_]:
     if not names or any(len(inputs[name]) != rows for name in names):
         return np.ones(rows, dtype=bool)
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim and len(value) == rows]
+    flat = [value.detach().cpu().reshape(rows, -1).contiguous().view(torch.uint8) for value in tensors]
     found = []
     for row in range(rows):
-        own = (
-            value[row] for value in inputs.values() if isinstance(value, Tensor) and value.ndim and len(value) == rows
-        )
-        key = b"".join(each.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for each in own)
+        key = b"".join(each[row].numpy().tobytes() for each in flat)
         found.append(key not in seen)
         seen.add(key)
     return np.array(found)

@@ -251,9 +251,9 @@ def _outputs_alone(qmodel: PreTrainedModel, file: OnnxFile, inputs: Mapping[str,
     """Each output by itself; the figures are those of the one that is farthest off."""
     texts = other_texts(inputs)
     outputs, found = _apart(qmodel, file, next(texts), runtime)
-    open_ones = [
-        name for name, each in found.items() if outputs[name] > _OUTPUT[_precision(qmodel)] and not each.near
-    ]  # quantization changes them, and ties may be why
+    same = _OUTPUT[_precision(qmodel)]
+    # What quantization changes, and ties may be why; or it is no number, and then nothing is less than it.
+    open_ones = [name for name, each in found.items() if not (outputs[name] <= same or each.near)]
     if open_ones:
         others = list(texts)
         more = [_apart(qmodel, file, each, runtime)[1] for each in (together(others) if file.any_batch else others)]

@@ -165,6 +165,15 @@ def test_a_text_counts_once(ids: list[list[int]], count: int) -> None:
     assert sum(int(each.new.sum()) for each in found) == count
 
 
+def test_numbers_for_each_text_are_part_of_it() -> None:
+    """One for each row, in whatever type; and an empty axis."""
+    ids, own = torch.tensor([[7, 7], [7, 7]]), torch.tensor([0, 1])
+    more = {"own": own, "flags": own.bool(), "half": own.bfloat16(), "none": torch.zeros(2, 0)}
+    first, *others = other_texts({"input_ids": ids, **more})
+    assert first.new.tolist() == [True, True]
+    assert not any(each.new.any() for each in others)
+
+
 @pytest.mark.parametrize(("tokens", "texts"), [(8, 64), (512, 64), (1024, 32), (8192, 16)])
 def test_of_long_texts_there_are_fewer(tokens: int, texts: int) -> None:
     found = list(other_texts({"input_ids": torch.arange(tokens)[None]}))
@@ -294,3 +303,18 @@ def test_garbage_in_a_padded_text_is_refused(
 
     monkeypatch.setattr(parity, "probe", broken)
     assert not qs.certify(classifier, written, inputs).agrees
+
+
+@pytest.mark.parametrize("what", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_refused(
+    what: float, written: Path, classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: Any, given: Mapping[str, Any], values: Any, runtime: Runtime) -> dict[str, NDArray[Any]]:
+        found = probe(file, given, values, runtime)
+        if runtime.optimized and not values:
+            found["logits"] = np.full_like(found["logits"], what)
+        return found
+
+    monkeypatch.setattr(parity, "probe", broken)
+    with np.errstate(invalid="ignore"):
+        assert not qs.certify(classifier, written, pair(0)).agrees
