@@ -1,6 +1,6 @@
 """Time BERT on an NVIDIA GPU: float, torchao's INT8, and what this package adds to training; prints three tables.
 
-    python scripts/benchmark_gpu.py [--minutes 8] [--rounds 7] [--json FILE]
+    python scripts/benchmark_gpu.py [--minutes 8] [--rounds 7] [--json FILE] [--sizes base] [--shapes 32x128]
 
 Inference in bf16 against torchao's INT8 (skipped with a word where it is not installed) and this package's fake
 quantization and frozen models (``qs.freeze`` by the rules ``pytorch``, the rest in bf16 or float16), eager and
@@ -18,9 +18,9 @@ import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -40,7 +40,7 @@ SIZES: dict[str, dict[str, int]] = {
         "intermediate_size": 4096,
     },
 }
-SHAPES = ((32, 128), (1, 128), (8, 512))
+SHAPES = ("32x128", "1x128", "8x512")
 
 #: Milliseconds that one turn of a contender takes at least, so that the clock's own noise is small.
 TURN = 20.0
@@ -50,12 +50,25 @@ Run = Callable[[], object]
 Figures = Iterator[tuple[str, dict[str, float]]]
 
 
+class Task(NamedTuple):
+    """What is to be measured, and how."""
+
+    console: Console
+    rounds: int
+    #: By ``time.monotonic``: no other contender is started after it.
+    end: float
+    sizes: Sequence[str]
+    shapes: Sequence[str]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no other contender is started")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="a file for the figures, written after each part")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models of the forwards")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxTOKENS", help="batches of the forwards")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmark_gpu.py needs an NVIDIA GPU, and torch sees none")
@@ -66,7 +79,7 @@ def main() -> None:
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     for part in arguments.only:
         figures[part] = {}
-        for name, values in PARTS[part](console, arguments.rounds, end):
+        for name, values in PARTS[part](Task(console, arguments.rounds, end, arguments.sizes, arguments.shapes)):
             figures[part][name] = values
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -100,7 +113,7 @@ def _milliseconds(run: Run, times: int) -> float:
 # Products ------------------------------------------------------------------------------------------------------------
 
 
-def products(console: Console, rounds: int, _end: float) -> Figures:
+def products(task: Task) -> Figures:
     """10^12 operations per second of the encoder's products, alone."""
     table = Table("product, rows x in x out", "bf16", "INT8", "INT8 / bf16", title="plain products, Tops", box=None)
     for rows in (128, 4096):
@@ -111,18 +124,18 @@ def products(console: Console, rounds: int, _end: float) -> Figures:
                 "bf16": functools.partial(torch.mm, x, w.t()),
                 "int8": functools.partial(torch._int_mm, i, j.t()),
             }
-            taken = interleaved(runs, rounds)
+            taken = interleaved(runs, task.rounds)
             rate = {name: 2e-9 * rows * width * out / each for name, each in taken.items()}
             name = f"{rows} x {width} x {out}"
             table.add_row(name, *(f"{each:.0f}" for each in rate.values()), f"{rate['int8'] / rate['bf16']:.2f}")
             yield name, rate
-    console.print(table)
+    task.console.print(table)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def training(console: Console, rounds: int, _end: float) -> Figures:
+def training(task: Task) -> Figures:
     """Steps of QAT, and a calibration's batches, against the float model's."""
     size = (32, 128)
     batch, model = batch_of(*size), float_model("base")
@@ -145,12 +158,12 @@ def training(console: Console, rounds: int, _end: float) -> Figures:
     }
     table = Table("BERT-base, 32 x 128", "ms", "x float", title="training and calibration", box=None)
     for title, group in (("steps", steps), ("passes", passes)):
-        found = interleaved(group, rounds)
+        found = interleaved(group, task.rounds)
         first = next(iter(found.values()))
         for name, each in found.items():
             table.add_row(name, f"{each:.2f}", f"{each / first:.2f}")
         yield title, found
-    console.print(table)
+    task.console.print(table)
 
 
 def _step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
@@ -170,46 +183,46 @@ def _passes(model: Callable[..., Any], batches: list[Batch]) -> None:
 # Inference -----------------------------------------------------------------------------------------------------------
 
 
-def inference(console: Console, rounds: int, end: float) -> Figures:
+def inference(task: Task) -> Figures:
     """Forwards of all contenders; a size and shape at a time, while there is time."""
     found: dict[str, dict[str, float]] = {}
-    for size in SIZES:
+    for size in task.sizes:
         made: dict[str, Callable[..., Any]] = {}
         for name, make in CONTENDERS.items():
             try:
                 made[name] = make(size)
             except (ImportError, NotImplementedError, RuntimeError, qs.ModelError) as error:
-                console.print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0]})")
-        for rows, tokens in SHAPES:
-            runs = _runs(console, made, f"{size} {rows} x {tokens}", batch_of(rows, tokens), end)
+                task.console.print(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0]})")
+        for shape in task.shapes:
+            what = f"{size} {shape}"
+            runs = _runs(task, made, what, batch_of(*map(int, shape.split("x"))))
             if runs:
-                found[f"{size} {rows} x {tokens}"] = taken = interleaved(runs, rounds)
-                yield f"{size} {rows} x {tokens}", taken
+                found[what] = interleaved(runs, task.rounds)
+                yield what, found[what]
         torch.compiler.reset()
     table = Table("ms", *found, title="forward", box=None)
     for name in CONTENDERS:
         table.add_row(name, *(f"{each[name]:.2f}" if name in each else "-" for each in found.values()))
-    console.print(table)
+    task.console.print(table)
 
 
-def _runs(
-    console: Console, made: Mapping[str, Callable[..., Any]], what: str, batch: Batch, end: float
-) -> dict[str, Run]:
-    """What runs on this batch, each run once, so that it is compiled."""
+def _runs(task: Task, made: Mapping[str, Callable[..., Any]], what: str, batch: Batch) -> dict[str, Run]:
+    """What runs on this batch, each run so often that it is compiled and its launches are recorded."""
     runs: dict[str, Run] = {}
     for name, model in made.items():
-        if time.monotonic() > end:
-            console.print(f"{what}, {name}: left out, the time is up")
+        if time.monotonic() > task.end:
+            task.console.print(f"{what}, {name}: left out, the time is up")
             continue
         run = functools.partial(_passes, model, [batch])
         start = time.monotonic()
         try:
-            run()
+            for _ in range(3):
+                run()
         except Exception as error:  # a peer's compiler may raise anything; the others go on
-            console.print(f"{what}, {name}: left out ({type(error).__name__}: {str(error)[:200]})")
+            task.console.print(f"{what}, {name}: left out ({type(error).__name__}: {str(error)[:200]})")
             continue
         if (seconds := time.monotonic() - start) > 2:
-            console.print(f"{what}, {name}: {seconds:.0f} s to compile")
+            task.console.print(f"{what}, {name}: {seconds:.0f} s to compile")
         runs[name] = run
     return runs
 
@@ -230,7 +243,8 @@ def _sdpa(size: str) -> nn.Module:
 
 def _compiled(make: Callable[[str], nn.Module]) -> Callable[[str], Callable[..., Any]]:
     def made(size: str) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = torch.compile(make(size), dynamic=False)
+        # CUDA graphs: one row of 128 tokens would be measured by how fast Python launches kernels else.
+        compiled: Callable[..., Any] = torch.compile(make(size), dynamic=False, mode="reduce-overhead")
         return compiled
 
     return made
@@ -309,7 +323,7 @@ CONTENDERS: dict[str, Callable[[str], Callable[..., Any]]] = {
     "ours, frozen, float16 compiled": _compiled(functools.partial(_frozen, dtype=torch.float16)),
 }
 
-PARTS: dict[str, Callable[[Console, int, float], Figures]] = {
+PARTS: dict[str, Callable[[Task], Figures]] = {
     "products": products,
     "training": training,
     "inference": inference,

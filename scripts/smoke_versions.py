@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "modernbert": _MODERNBERT,
 }
 
-STEPS = ("import", "convert", "exact", "calibrate", "reload", "across", "export", "serve")
+STEPS = ("import", "convert", "exact", "calibrate", "reload", "across", "export", "serve", "freeze", "compile")
 
 #: Another version may order the operations of a float kernel otherwise; the logits are of the order of 1. (Integers
 #: differ only where a value lies at a tie of two; in these models none does.)
@@ -142,6 +142,7 @@ class _Smoke:
         self.float_model: Any = None
         self.model: Any = None
         self.loaded: Any = None
+        self.frozen: Any = None
 
     def run(self) -> None:
         steps: list[tuple[str, Callable[[], None]]] = [
@@ -151,6 +152,8 @@ class _Smoke:
             ("reload", self.reload),
             ("export", self.export),
             ("serve", self.serve),
+            ("freeze", self.freeze),
+            ("compile", self.compile),
         ]
         goes_on = True
         for step, do in steps:
@@ -210,6 +213,27 @@ class _Smoke:
         for batch in _batches():
             found, wanted = served(**batch).logits, _logits(self.loaded, batch)
             _check_equal(found, wanted, "logits, on ONNX Runtime", tolerance=SERVED)
+
+    def freeze(self) -> None:
+        import qdq_surgery as qs
+
+        frozen = qs.freeze(self.loaded)
+        folder = self.saved / f"{self.name}-frozen"
+        frozen.save_pretrained(folder)
+        self.frozen = _load(folder)
+        for batch in _batches():
+            found, wanted = _logits(frozen, batch), _logits(self.loaded, batch)
+            _check_equal(found, wanted, "logits, frozen", tolerance=SERVED)
+            _check_equal(_logits(self.frozen, batch), found, "logits, frozen and loaded again")
+
+    def compile(self) -> None:
+        for what, model in (("converted", self.loaded), ("frozen", self.frozen)):
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend="aot_eager")
+            for batch in _batches():
+                _check_equal(
+                    _logits(compiled, batch), _logits(model, batch), f"logits, {what} and compiled", tolerance=SERVED
+                )
 
 
 def _batches() -> list[dict[str, Tensor]]:

@@ -189,9 +189,7 @@ class QDQQuantizer(HfQuantizer):  # type: ignore[misc]
         check_known(found, ranges, model, left)
         check_fits(self._implants, ranges, self._stored.zeros)
         roundings = roundings_of(self._implants, ranges, self._stored.roundings, record, names)
-        one = model.device if len(set(getattr(model, "hf_device_map", {}).values())) < 2 else None
-        if one is not None and one.type == "meta":  # all of it is on a disk
-            one = None
+        one = _single_device(model)
         for name, each in made.items():
             device = device_of(each.owner, model) if one is None else one
             found[name].settle(device, each.owner.training, ranges.get(name), roundings.get(name))
@@ -284,6 +282,15 @@ def adopt(
     # (Its config stays as it is until it is saved. Where it was loaded, transformers has said it there.)
     # Fake quantization leaves the weights in float: nothing that transformers forbids packed integers applies.
     vars(model).pop("is_quantized", None)
+
+
+def _single_device(model: PreTrainedModel) -> torch.device | None:
+    """Where all of a model is; ``None`` if it is in several places, or on a disk."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return None
+    # What a frozen model has as integers is not there yet: an embedding, say, which is the first that transformers
+    # would ask.
+    return next((each.device for each in model.parameters() if each.device.type != "meta"), None)
 
 
 def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:

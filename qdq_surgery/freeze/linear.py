@@ -15,6 +15,7 @@ from qdq_surgery.integers.product import Product
 from qdq_surgery.integers.weight import to_integers, weight_steps
 from qdq_surgery.match.site_names import INTEGERS_SUFFIX
 from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.safety import torch_private
 
 __all__ = ["FROZEN", "IntegerLinear", "hooked", "make_integer"]
 
@@ -52,7 +53,7 @@ class IntegerLinear(nn.Linear):
         """
         if self.training or (input.requires_grad and torch.is_grad_enabled()):
             _refuse_training(self.training)
-        if torch.compiler.is_exporting():
+        if torch_private.is_exporting():
             raise ModelError(
                 f"{FROZEN}, and its integers are in no such file; export the quantized model it is made of"
             )

@@ -167,6 +167,8 @@ def _channel_axis(amax: Tensor, rank: int) -> int | None:
 
 
 def _round_to_grid(inputs: Tensor, amax: Tensor, qmin: int, qmax: int) -> Tensor:
+    if amax.device != inputs.device:
+        amax = amax.to(inputs.device)  # torch divides by a number of the CPU as by its reciprocal, which rounds twice
     if cuda_kernels.runs(inputs, amax):
         return cuda_kernels.round_to_grid(inputs, amax, qmin, qmax, SMALLEST_AMAX)
     integers, inv_scale = _integers(inputs, amax, qmin, qmax)

@@ -90,9 +90,9 @@ def _describe(descriptor: Any) -> str:
 
 def device_of(owner: nn.Module, model: PreTrainedModel) -> torch.device:
     """Where the quantizers of a module belong: where it computes."""
-    own = (tensor for module in owner.modules() for tensor in module._parameters.values() if tensor is not None)
-    tensor = next(own, None)
-    device = model.device if tensor is None else tensor.device
+    own = [tensor.device for each in owner.modules() for tensor in each._parameters.values() if tensor is not None]
+    # A frozen linear has no weight while it is loaded, and a bias that has its place.
+    device = next((each for each in own if each.type != "meta"), own[0] if own else model.device)
     if device.type == "meta":  # not loaded yet, or kept elsewhere and brought in by a hook of accelerate for each call
         hook = getattr(owner, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or "cpu")

@@ -45,6 +45,7 @@ __all__ = [
     "function_transforms",
     "functional_calls",
     "int_mm",
+    "is_exporting",
     "onnx_flags",
     "python_function",
     "qualified_name",
@@ -54,6 +55,15 @@ __all__ = [
 
 #: The name of the exporter's logger.
 ONNX_EXPORTER_LOG = "torch.onnx._internal.exporter"
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing; ``torch.compiler.is_exporting()``.
+
+    That is a constant ``True`` for dynamo, and so in each compiled model, in releases before 2.13 (seen in 2.11), whose
+    flag it is for all else.
+    """
+    return bool(torch.compiler._is_exporting_flag)
 
 
 def python_function(scripted: Any) -> Callable[..., Any] | None:

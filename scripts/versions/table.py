@@ -10,7 +10,7 @@ from versions.environments import Row
 __all__ = ["COLUMNS", "Outcome", "document", "failures", "printed"]
 
 #: The steps, in the order in which they are done.
-COLUMNS = ("import", "convert", "exact", "calibrate", "reload", "across", "export", "serve")
+COLUMNS = ("import", "convert", "exact", "calibrate", "reload", "across", "export", "serve", "freeze", "compile")
 
 #: What is right, by column.
 _MEANINGS = {
@@ -24,6 +24,8 @@ _MEANINGS = {
     "to the bit, logits to 1e-5",
     "export": "`export_onnx`, with its certificate",
     "serve": "`load_onnx` on ONNX Runtime gives the logits",
+    "freeze": "`freeze` on the CPU gives the logits, and after saving and loading the same to the bit",
+    "compile": "`torch.compile` of the converted model and of the frozen one, traced for `aot_eager`, gives the logits",
 }
 
 #: What a step came to, by model; or why there is nothing, in one line.

@@ -45,6 +45,20 @@ def test_a_mode_sees_nothing_where_functions_are_disabled() -> None:
     assert seen.calls == []
 
 
+class Asking(torch.nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + 1 if torch_private.is_exporting() else values - 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_says_that_it_is_one_and_a_compiler_does_not(strict: bool) -> None:
+    values = torch.ones(2)
+    asking = Asking()
+    exported = torch.export.export(asking, (values,), strict=strict).module()
+    compiled = torch.compile(asking, backend="eager", fullgraph=True)
+    assert [float(each(values)[0]) for each in (asking, exported, compiled)] == [0, 2, 0]
+
+
 def test_tensors_without_values_are_fake() -> None:
     with FakeTensorMode():
         assert isinstance(torch.ones(2), torch_private.FakeTensor)

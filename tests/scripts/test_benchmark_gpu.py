@@ -26,11 +26,14 @@ def console(monkeypatch: pytest.MonkeyPatch) -> Console:
     for kind in (torch.Tensor, nn.Module):
         monkeypatch.setattr(kind, "cuda", lambda self: self)
     monkeypatch.setattr(benchmark_gpu, "SIZES", {"tiny": {**TINY, "intermediate_size": 64}})
-    monkeypatch.setattr(benchmark_gpu, "SHAPES", ((2, 9), (1, 3)))
     monkeypatch.setattr(benchmark_gpu, "_milliseconds", lambda *_: 1.0)
     for cached in (benchmark_gpu._weights, benchmark_gpu._calibrated, benchmark_gpu.batch_of):
         cached.cache_clear()
     return Console(file=io.StringIO(), width=150)
+
+
+def task(console: Console, seconds: float) -> benchmark_gpu.Task:
+    return benchmark_gpu.Task(console, 1, time.monotonic() + seconds, ["tiny"], ["2x9", "1x3"])
 
 
 def test_contenders_run_and_who_cannot_is_named(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +51,8 @@ def test_contenders_run_and_who_cannot_is_named(console: Console, monkeypatch: p
         name: not_here if name.startswith("torchao") else make for name, make in benchmark_gpu.CONTENDERS.items()
     }
     monkeypatch.setattr(benchmark_gpu, "CONTENDERS", contenders)
-    figures = dict(benchmark_gpu.inference(console, 1, time.monotonic() + 60))
-    assert figures.keys() == {"tiny 2 x 9", "tiny 1 x 3"}
+    figures = dict(benchmark_gpu.inference(task(console, 60)))
+    assert figures.keys() == {"tiny 2x9", "tiny 1x3"}
     wanted = {name for name in contenders if not name.startswith("torchao")}
     assert {"ours, frozen, bf16 eager", "ours, frozen, bf16 compiled", "ours, frozen, float16 compiled"} <= wanted
     assert all(each.keys() == wanted for each in figures.values())
@@ -62,7 +65,7 @@ def test_contenders_run_and_who_cannot_is_named(console: Console, monkeypatch: p
 
 def test_when_the_time_is_up_the_rest_is_left_out(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_gpu, "CONTENDERS", {"ours, frozen, bf16 eager": benchmark_gpu._frozen})
-    assert dict(benchmark_gpu.inference(console, 1, time.monotonic() - 1)) == {}
+    assert dict(benchmark_gpu.inference(task(console, -1))) == {}
     assert "ours, frozen, bf16 eager: left out, the time is up" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
