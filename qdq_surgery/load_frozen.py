@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -23,9 +24,10 @@ from qdq_surgery.checkpoint.plugin import Patterns, QDQQuantizer
 from qdq_surgery.checkpoint.reconcile import Names
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.checks import reasons_kept
-from qdq_surgery.freeze.epilogues import Epilogue, can_fuse
+from qdq_surgery.freeze.epilogues import Epilogue, activations, can_fuse
 from qdq_surgery.freeze.freeze import assemble, assemble_as
 from qdq_surgery.freeze.frozen_state import NOTES, FrozenOrigin, FrozenState
+from qdq_surgery.freeze.handovers import Handover, can_hand
 from qdq_surgery.freeze.linear import IntegerLinear, make_integer
 from qdq_surgery.graph.shell_copy import real_tensors
 from qdq_surgery.integers.choice import unsupported
@@ -50,6 +52,9 @@ _IGNORED = "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpecte
 
 #: Words of a device map that are devices; the others are wishes, or a disk.
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+
+#: A path, which is empty for the model itself, or the place of an argument.
+_WORDS = re.compile(rf"(?:{MODULE_PATH.pattern})?")
 
 _CHANGED = "its files are not those that were saved together, or were changed"
 
@@ -244,16 +249,20 @@ def _state_in(metadata: Mapping[str, str], model: PreTrainedModel, origin: Froze
     if text is None:
         return None
     try:
-        notes = parse_json(text, f"what is stored under '{NOTES}'").fields(("epilogues", "shared"))
+        notes = parse_json(text, f"what is stored under '{NOTES}'").fields(("epilogues", "shared", "handovers"))
         epilogues = tuple(_epilogue(item, model) for item in notes["epilogues"].items())
         if len({each.linear for each in epilogues} | {each.function for each in epilogues}) < 2 * len(epilogues):
             notes["epilogues"].refuse("each linear and each function once")
         modules = dict(model.named_modules())
         shared = {block: _groups(item, block, modules) for block, item in notes["shared"].entries().items()}
+        computed = activations(model, epilogues)
+        handed = tuple(_handover(item, model, computed) for item in notes["handovers"].items())
+        if len({each.linear for each in handed}) < len(handed):
+            notes["handovers"].refuse("each linear once")
     except DamagedError as error:
         logger.warning(f"{error}; the model is looked at anew, which needs none")
         return None
-    return FrozenState(plan_of(model), reasons_kept(model), epilogues, shared, origin)
+    return FrozenState(plan_of(model), reasons_kept(model), epilogues, shared, handed, origin)
 
 
 def _epilogue(item: Item, model: nn.Module) -> Epilogue:
@@ -263,6 +272,16 @@ def _epilogue(item: Item, model: nn.Module) -> Epilogue:
     made = Epilogue(*(each.text(pattern=MODULE_PATH, wanted="the path of a module") for each in parts))
     if not can_fuse(model, made):
         item.refuse("an integer linear, and a function that its product can compute")
+    return made
+
+
+def _handover(item: Item, model: nn.Module, computed: Mapping[str, str]) -> Handover:
+    parts = [each.text(pattern=_WORDS, wanted="a path, or the place of an argument") for each in item.items()]
+    if len(parts) != len(fields(Handover)):
+        item.refuse(f"{len(fields(Handover))} words")
+    made = Handover(*parts)
+    if not can_hand(model, made, computed.get(made.linear, "")):
+        item.refuse("two integer linears in a block, of which one can round for the other")
     return made
 
 

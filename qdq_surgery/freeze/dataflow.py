@@ -9,16 +9,25 @@ from torch.fx import Node
 from qdq_surgery.graph.block_graph import BlockGraph, flatten_call
 from qdq_surgery.match.subgraph import Value
 
-__all__ = ["readers"]
+__all__ = ["PASSES", "readers", "readers_inside"]
 
 #: What hands on what it is given, in eval mode.
-_PASSES = ("dropout", "identity")
+PASSES = ("dropout", "identity")
 
 
 def readers(value: Value) -> list[Value] | None:
     """The operators that read ``value``, wherever they are; ``None`` where it leaves what was recorded."""
+    return _all(_readers(value))
+
+
+def readers_inside(value: Value, call: Node) -> list[Value] | None:
+    """Those that a block has that ``call`` calls, and that is handed ``value``; ``None`` as there."""
+    return _all(_inside(value, call))
+
+
+def _all(values: Iterator[Value | None]) -> list[Value] | None:
     found: list[Value] = []
-    for each in _readers(value):
+    for each in values:
         if each is None:
             return None
         found.append(each)
@@ -30,7 +39,7 @@ def _readers(value: Value) -> Iterator[Value | None]:
         reader = Value(value.graph, user)
         if user.op == "output":
             yield from _outside(value)
-        elif reader.op in _PASSES and user.args[:1] == (value.node,):
+        elif reader.op in PASSES and user.args[:1] == (value.node,):
             yield from _readers(reader)
         elif reader.op == "block":
             yield from _inside(value, user)

@@ -3,8 +3,7 @@
     linear -> GELU    becomes    linear with GELU
 
 The function's module becomes one that lets everything pass; so whatever calls it, recorded graph or original code,
-finds it done. (The rounding for the next product could move, too, but nothing would tell a call that was not recorded,
-or a hook, that what it reads are integers.)
+finds it done.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.integers.product import ACTIVATIONS
 from qdq_surgery.match.subgraph import Value
 
-__all__ = ["Done", "Epilogue", "can_fuse", "find_epilogues", "fuse"]
+__all__ = ["Done", "Epilogue", "activations", "can_fuse", "find_epilogues", "fuse"]
 
 #: Where functions are compared: closely around 0, and far away, where some are cut off.
 _PROBE = torch.cat([torch.linspace(-12.0, 12.0, 4801), *(sign * torch.logspace(-4, 5, 400) for sign in (-1.0, 1.0))])
@@ -136,6 +135,11 @@ def can_fuse(model: nn.Module, epilogue: Epilogue) -> bool:
     """Whether there are such an integer linear and such a function, whoever says so."""
     linear, function = _module(model, epilogue.linear), _module(model, epilogue.function)
     return isinstance(linear, IntegerLinear) and _activation(function) is not None
+
+
+def activations(model: nn.Module, epilogues: Iterable[Epilogue]) -> dict[str, str]:
+    """What the products compute, or are to compute, by the paths of their linears."""
+    return {each.linear: _activation(_module(model, each.function)) or "" for each in epilogues}
 
 
 def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> None:

@@ -15,6 +15,7 @@ from qdq_surgery.freeze.checks import Choice, choose
 from qdq_surgery.freeze.epilogues import find_epilogues, fuse
 from qdq_surgery.freeze.forward import FrozenForward
 from qdq_surgery.freeze.frozen_state import FrozenOrigin, FrozenState, declare
+from qdq_surgery.freeze.handovers import Handover, find_handovers, link, steps_of
 from qdq_surgery.freeze.linear import make_integer
 from qdq_surgery.freeze.shared_inputs import groups, makes
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
@@ -96,8 +97,13 @@ def assemble(
     units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
     fused = tuple(find_epilogues(target, units))
     fuse(target, fused)
-    shared = _share(target, list(surveys[0].graphs()))
-    declare(target, FrozenState(plan, kept, fused, shared, origin))
+    recorded = list(surveys[0].graphs())
+    shared = _shared(target, recorded)
+    reading = [path for together in shared.values() for group in together for path in group]
+    whole = _rewritable(target, recorded)
+    handed = tuple(each for each in find_handovers(target, units, fused, reading) if each.block in whole)
+    _rewrite(target, shared, handed)
+    declare(target, FrozenState(plan, kept, fused, shared, handed, origin))
     # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
     for inputs in calls:
         _run(target, inputs)
@@ -107,9 +113,7 @@ def assemble(
 def assemble_as(target: PreTrainedModel, state: FrozenState) -> None:
     """The same by what was found before, of the same model: it is looked at when it is first called."""
     fuse(target, state.epilogues)
-    made: dict[tuple[Any, ...], CompiledGraphs] = {}
-    for block in state.shared:
-        _rewrite(target.get_submodule(block), made)
+    _rewrite(target, state.shared, state.handovers)
     declare(target, state)
     target.requires_grad_(False)
 
@@ -147,22 +151,27 @@ def _mark_baked_sizes(model: PreTrainedModel, seen: Survey, inputs: dict[str, An
                 raise
 
 
-def _share(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Rewrite the blocks in which linears share what they read; returns these linears by block."""
-    made: dict[tuple[Any, ...], CompiledGraphs] = {}
+def _shared(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The linears that share what they read, by block."""
     shared: dict[str, tuple[tuple[str, ...], ...]] = {}
+    blocks = _rewritable(model, recorded)
+    for path, graph in recorded:
+        if path in blocks and path not in shared and graph.kind == "forward":
+            found = groups(graph.graph, blocks[path])
+            if found:
+                shared[path] = tuple(tuple(join_path(path, str(node.target)) for node in calls) for calls in found)
+    return shared
+
+
+def _rewritable(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> dict[str, nn.Module]:
+    """The blocks that may run another graph than their code, by path."""
+    found = {}
     for path, graph in recorded:
         block = model.get_submodule(path) if path else model
-        if path in shared or graph.kind != "forward" or graph.failure or graph.baked_size:
-            continue
-        if not _is_of(block, graph) or "forward" in vars(block):
-            continue
-        found = groups(graph.graph, block)
-        if found:
-            names = tuple(tuple(join_path(path, str(node.target)) for node in calls) for calls in found)
-            shared[path] = names
-            _rewrite(block, made)
-    return shared
+        runs = graph.kind == "forward" and not graph.failure and not graph.baked_size
+        if runs and _is_of(block, graph) and "forward" not in vars(block):
+            found[path] = block
+    return found
 
 
 def _is_of(block: nn.Module, graph: BlockGraph) -> bool:
@@ -170,16 +179,21 @@ def _is_of(block: nn.Module, graph: BlockGraph) -> bool:
     return type(graph.owner).__name__ == type(block).__name__
 
 
-def _rewrite(block: nn.Module, made: dict[tuple[Any, ...], CompiledGraphs]) -> None:
-    base = base_class(type(block))
-    before = quantized_forwards(block).get("forward")
-    original = base.forward if before is None else before.original
-    edits, known = ((), frozenset()) if before is None else (before.edits, before.known)
-    # Blocks that are alike share their graphs, if their linears also share the same.
-    make = (base, edits, known, structure(block), makes(block))
-    forward = FrozenForward("forward", original, edits, known, made.setdefault(make, CompiledGraphs()))
-    object.__setattr__(block, "__class__", quantized_class(base))
-    vars(block)[QUANTIZED_FORWARDS["forward"]] = forward
+def _rewrite(model: nn.Module, shared: Mapping[str, tuple[tuple[str, ...], ...]], handed: tuple[Handover, ...]) -> None:
+    """Rewrite the blocks in which linears share what they read, or one rounds for the next."""
+    link(model, handed)
+    made: dict[tuple[Any, ...], CompiledGraphs] = {}
+    for path in dict.fromkeys((*shared, *(each.block for each in handed))):
+        block = model.get_submodule(path)
+        base, steps = base_class(type(block)), steps_of(path, handed)
+        before = quantized_forwards(block).get("forward")
+        original = base.forward if before is None else before.original
+        edits, known = ((), frozenset()) if before is None else (before.edits, before.known)
+        # Blocks that are alike share their graphs, if their linears also share the same, and hand over alike.
+        make = (base, edits, known, structure(block), makes(block), steps)
+        forward = FrozenForward.of(original, edits, known, made.setdefault(make, CompiledGraphs()), steps)
+        object.__setattr__(block, "__class__", quantized_class(base))
+        vars(block)[QUANTIZED_FORWARDS["forward"]] = forward
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from qdq_surgery.checkpoint.save import SAVE_ATTRIBUTE, SavePretrained, without_
 from qdq_surgery.checkpoint.weight_conversions import keep_ranges_apart
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.epilogues import Epilogue
+from qdq_surgery.freeze.handovers import Handover
 from qdq_surgery.freeze.linear import FROZEN, IntegerLinear
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.match.site_names import LINEAR_NAMES
@@ -41,6 +42,7 @@ class FrozenState:
         kept: Of each quantized linear that stays in float, why.
         epilogues: The functions that products compute in their epilogues.
         shared: For each block in which linears share what they read, their paths, group by group.
+        handovers: The linears that round for the next one.
         origin: What its files say of the quantized model that it was made of.
     """
 
@@ -48,6 +50,7 @@ class FrozenState:
     kept: dict[str, str]
     epilogues: tuple[Epilogue, ...]
     shared: dict[str, tuple[tuple[str, ...], ...]]
+    handovers: tuple[Handover, ...]
     origin: FrozenOrigin
 
 
@@ -127,6 +130,7 @@ class FrozenQuantizer(QDQQuantizer):
         notes = {
             "epilogues": [[each.linear, each.function] for each in state.epilogues],
             "shared": {block: list(map(list, groups)) for block, groups in state.shared.items()},
+            "handovers": [each.parts() for each in state.handovers],
         }
         return without_aliases(model, self._state_dict), {**state.origin.lock, NOTES: json.dumps(notes)}
 

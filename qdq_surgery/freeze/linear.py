@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qdq_surgery.errors import ModelError
+from qdq_surgery.integers.arranged import Arrangement, arranged
 from qdq_surgery.integers.choice import make_product, moved, unsupported
 from qdq_surgery.integers.input_grid import InputGrid
+from qdq_surgery.integers.onednn import OneDNNProduct
 from qdq_surgery.integers.product import Product
 from qdq_surgery.integers.weight import to_integers, weight_steps
 from qdq_surgery.match.site_names import INTEGERS_SUFFIX
@@ -35,6 +37,9 @@ class IntegerLinear(nn.Linear):
             :data:`~qdq_surgery.integers.product.ACTIVATIONS`; empty if nothing is.
         dtype: Of the results.
         ranges: Those of its two quantizers, by their names in a state dict.
+        next_grid: That of the linear that alone reads what it gives, where it was linked to one.
+        between: Who would see what it gives, or what it is given, on the way between the two.
+        arrangement: How its weight is sorted for that; ``None`` if it is not.
     """
 
     weight: None  # type: ignore[assignment]
@@ -44,9 +49,14 @@ class IntegerLinear(nn.Linear):
     activation: str
     dtype: torch.dtype
     ranges: Mapping[str, Tensor]
+    next_grid: InputGrid | None
+    between: tuple[nn.Module, ...]
+    arrangement: Arrangement | None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
         """(..., in_features), float or integers, to (..., out_features).
+
+        Where it is linked to the next linear, and given integers, it gives the integers that that one reads.
 
         Raises:
             ModelError: It is asked for gradients, by training mode or by an input that wants them, or exported.
@@ -57,7 +67,31 @@ class IntegerLinear(nn.Linear):
             raise ModelError(
                 f"{FROZEN}, and its integers are in no such file; export the quantized model it is made of"
             )
-        return self.product(self.input_grid(input), self.bias, self.dtype, self.activation)
+        stored: Tensor = self.input_grid(input)
+        following = self.next_grid
+        if following is not None and input.dtype == self.product.stored and self.product.rounds:
+            return self.product.rounded(stored, self.bias, self.activation, following.factor, following.zero_point)
+        return self.product(stored, self.bias, self.dtype, self.activation)
+
+    def handed(self, values: Tensor) -> Tensor:
+        """What to give it so that it gives integers, (..., in_features); ``values`` if somebody would see them."""
+        if not self.product.rounds or any(map(hooked, self.between)):
+            return values
+        stored: Tensor = self.input_grid(values)
+        return stored
+
+    def hand_to(self, grid: InputGrid, between: tuple[nn.Module, ...]) -> None:
+        """Round for the linear that has this grid, wherever integers are given.
+
+        Args:
+            between: Modules that would see integers, had they hooks.
+        """
+        vars(self).update(next_grid=grid, between=between)
+
+    def arrange(self, arrangement: Arrangement) -> None:
+        """Sort its weight, wherever its product rounds; what it gives and is given as floats stays in its order."""
+        vars(self)["arrangement"] = arrangement
+        self.hold(self.product)
 
     def quantized_weight(self) -> Tensor:
         """The weight as it is multiplied with, (out_features, in_features), float32; a new tensor for each call.
@@ -87,9 +121,13 @@ class IntegerLinear(nn.Linear):
         return probe.device, probe.dtype
 
     def hold(self, product: Product) -> None:
-        """Multiply by this product from now on."""
+        """Multiply by this product from now on, sorted if it is to be and can be."""
         for name in self.product.buffers() if "product" in vars(self) else ():
             self._buffers.pop(name, None)
+        if self.arrangement is not None:
+            ordered = isinstance(product, OneDNNProduct)
+            product = arranged(product, self.arrangement) if isinstance(product, OneDNNProduct) else product
+            self.input_grid.order = self.arrangement.columns if ordered else None
         buffers = product.buffers()
         vars(self)["product"] = product
         self._buffers.update(buffers)
@@ -163,5 +201,6 @@ def make_integer(linear: QuantLinear, integers: Tensor | None = None) -> Integer
     linear._parameters["weight"] = None
     linear._modules["input_grid"] = grid
     linear.__dict__.update(dtype=dtype, activation="", ranges=ranges)
+    linear.__dict__.update(next_grid=None, between=(), arrangement=None)
     linear.hold(product)
     return linear

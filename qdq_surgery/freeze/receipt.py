@@ -227,6 +227,7 @@ def _reason(state: FrozenState, module: str, kind: str) -> str:
 def _steps(model: nn.Module, state: FrozenState) -> Iterator[str]:
     """The linears whose input is rounded in a pass of its own."""
     later = {path for groups in state.shared.values() for group in groups for path in group[1:]}
+    later |= {each.reader for each in state.handovers}
     for name, module in model.named_modules():
         if isinstance(module, IntegerLinear) and name not in later:
             yield f"{name}._input_quantizer"

@@ -31,7 +31,7 @@ def make_product(integers: Tensor, scale: Tensor, step: Tensor, zero_point: int)
 
 def moved(product: Product, device: torch.device) -> Product:
     """The same product on another device; itself if it is there, as the kernel of that device."""
-    if product.device == device and type(product) is PRODUCTS[device.type]:
+    if product.device == device and isinstance(product, PRODUCTS[device.type]):
         return product
     integers, scale, step = (each.to(device) for each in (product.integers(), product.scale, product.step))
     return make_product(integers, scale, step, product.zero_point)

@@ -28,10 +28,12 @@ class InputGrid(nn.Module):
         zero_point: The integer that means 0, where they are stored as uint8.
         lowest, highest: The limits of the integers, counted from that one.
         stored: What integers are stored as: uint8, or int8, in which each is 128 less.
+        order: The order in which the product reads the channels, int64, (channels,); ``None`` for their own.
     """
 
     factor: Tensor
     step: Tensor
+    order: Tensor | None
     #: Whether a tensor was looked at on a GPU, which would be waited for each time.
     _looked = False
 
@@ -53,6 +55,7 @@ class InputGrid(nn.Module):
         step = torch.where(least <= SMALLEST_AMAX, torch.ones_like(least), least / grid.qmax)
         self.register_buffer("factor", factor.clone(), persistent=False)
         self.register_buffer("step", step.clone(), persistent=False)
+        self.register_buffer("order", None, persistent=False)
         self.eval()
 
     @property
@@ -68,6 +71,10 @@ class InputGrid(nn.Module):
         """
         if inputs.dtype == self.stored:
             return inputs
+        stored = self._rounded(inputs)
+        return stored if self.order is None else stored.index_select(-1, self.order)
+
+    def _rounded(self, inputs: Tensor) -> Tensor:
         zero = self.zero_point - (SIGNED if self.stored == torch.int8 else 0)
         if torch.compiler.is_compiling():
             # What inductor merges into whatever made the values.

@@ -35,6 +35,7 @@ class OneDNNProduct(Product):
     stored = torch.uint8
     dtypes = (torch.float32, torch.bfloat16)
     missing = "torch {} has no int8 linear of oneDNN that runs on this machine"
+    rounds = True
     inexact = "oneDNN's int8 linear saturates on this machine, whose CPU has no instruction for the product (VNNI)"
 
     def __init__(self, integers: Tensor, scale: Tensor, step: Tensor, zero_point: int) -> None:
@@ -55,9 +56,13 @@ class OneDNNProduct(Product):
         plain, packed = self._plain, self._packed
         if packed is None:
             assert plain is not None
-            packed = self._packed = torch.ops.onednn.qlinear_prepack(plain.contiguous(), None)
+            packed = self._packed = torch.ops.onednn.qlinear_prepack(self.chosen(plain), None)
             self._plain = None
         return packed
+
+    def chosen(self, plain: Tensor) -> Tensor:
+        """What is packed of what was given."""
+        return plain.contiguous()
 
     def integers(self) -> Tensor:
         """The integers as they were given, a new tensor."""
@@ -73,17 +78,30 @@ class OneDNNProduct(Product):
 
     def __call__(self, stored: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str) -> Tensor:
         """As there."""
-        words = _POST_OPS[activation]
-        result: Tensor = integer_linear(
-            stored, self.number, self.scale, bias, self.step, self.zero_point, dtype, *words
-        )
+        return self._product(stored, bias, dtype, activation, None, 0)
+
+    def rounded(self, stored: Tensor, bias: Tensor | None, activation: str, factor: Tensor, zero_point: int) -> Tensor:
+        """As there, by its epilogue."""
+        return self._product(stored, bias, torch.uint8, activation, factor, zero_point)
+
+    def _product(
+        self,
+        stored: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        activation: str,
+        factor: Tensor | None,
+        zero_point: int,
+    ) -> Tensor:
+        of_self = self.number, self.scale, bias, self.step, self.zero_point
+        result: Tensor = integer_linear(stored, *of_self, dtype, *_POST_OPS[activation], factor, zero_point)
         return result.reshape(*stored.shape[:-1], self.shape[0])  # of nothing, oneDNN's has two axes
 
 
 _LIBRARY = torch.library.Library("qdq_surgery", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "integer_linear(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor step, int zero_point, "
-    "ScalarType dtype, str post_op, str algorithm) -> Tensor"
+    "ScalarType dtype, str post_op, str algorithm, Tensor? factor, int next_zero_point) -> Tensor"
 )
 
 
@@ -97,6 +115,8 @@ def _on_cpu(
     dtype: torch.dtype,
     post_op: str,
     algorithm: str,
+    factor: Tensor | None,
+    next_zero_point: int,
 ) -> Tensor:
     packed = _PACKED[int(weight)]
     result: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -107,8 +127,8 @@ def _on_cpu(
         scale,
         packed.zeros,
         bias,
-        1.0,  # what results are rounded to, were they integers, and where 0 is among these
-        0,
+        1.0 if factor is None else 1.0 / float(factor),
+        next_zero_point,
         dtype,
         post_op,
         [],
@@ -131,12 +151,14 @@ def _shape_only(
     dtype: torch.dtype,
     post_op: str,  # noqa: ARG001
     algorithm: str,  # noqa: ARG001
+    factor: Tensor | None,  # noqa: ARG001
+    next_zero_point: int,  # noqa: ARG001
 ) -> Tensor:
     return input.new_empty((*input.shape[:-1], scale.shape[0]), dtype=dtype)
 
 
-#: (input, weight, scale, bias, step, zero_point, dtype, post_op, algorithm) -> Tensor in ``dtype``:
+#: (input, weight, scale, bias, step, zero_point, dtype, post_op, algorithm, factor, next_zero_point) -> ``dtype``:
 #: ``post_op((input - zero_point) * step @ (integers * scale).T + bias)``. ``input`` is uint8, (..., in_features);
 #: ``weight`` is the number of a :class:`OneDNNProduct`, int64, (); ``scale`` float32, (out_features,);
-#: ``step`` float32, ().
+#: ``step`` float32, (). With a factor, float32, (), uint8: times ``factor``, rounded, plus ``next_zero_point``.
 integer_linear = torch.ops.qdq_surgery.integer_linear.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "SIGNED", "Product", "words_of"]
+__all__ = ["ACTIVATIONS", "LEAST", "SIGNED", "Product", "words_of"]
 
 #: What a product can compute of its results, by name. The empty name is nothing.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -19,6 +20,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
+
+#: No result of theirs is smaller.
+LEAST = {"": -math.inf, "gelu": -0.1701, "gelu_tanh": -0.1701, "relu": 0.0}
 
 #: The zero point of signed integers that are stored as uint8, and what lies between the two ways to store one.
 SIGNED = 128
@@ -40,6 +44,7 @@ class Product(ABC):
         missing: Why it does not run, where calling it fails, with the place of torch's version.
         inexact: Why it does not run, where its sums are wrong.
         shape: (out_features, in_features).
+        rounds: Whether it can round its results for the next product: whether it has :meth:`rounded`.
     """
 
     kernel: ClassVar[str]
@@ -47,6 +52,7 @@ class Product(ABC):
     dtypes: ClassVar[tuple[torch.dtype, ...]]
     missing: ClassVar[str]
     inexact: ClassVar[str]
+    rounds: ClassVar[bool] = False
 
     def __init__(self, integers: Tensor, scale: Tensor, step: Tensor, zero_point: int) -> None:
         self.shape = (int(integers.shape[0]), int(integers.shape[1]))
@@ -68,6 +74,15 @@ class Product(ABC):
         Returns:
             (..., out_features), in ``dtype``.
         """
+
+    def rounded(self, stored: Tensor, bias: Tensor | None, activation: str, factor: Tensor, zero_point: int) -> Tensor:
+        """The integers that the next product reads, of the type :attr:`stored`: rounded from what it is to give.
+
+        Args:
+            factor: How many steps of the next grid are 1, float32, ().
+            zero_point: Its integer for 0; integers are cut off at 0 and 255.
+        """
+        raise NotImplementedError(f"{self.kernel} does not round")
 
     @property
     def device(self) -> torch.device:
