@@ -53,7 +53,7 @@ def test_it_is_what_was_saved(model_type: str, tmp_path: Path, monkeypatch: pyte
     batch = batch_for(model, (2, 9))
     assert same(outputs(again, batch), outputs(model, batch))
     one, other = frozen_state(again), frozen_state(model)
-    assert (one.kept, one.epilogues, one.shared) == (other.kept, other.epilogues, other.shared)
+    assert all(getattr(one, name) == getattr(other, name) for name in ("kept", "epilogues", "shared", "handovers"))
     assert type(again.get_input_embeddings()) is IntegerEmbedding
     assert qs.frozen_receipt(again, shape=(1, 4)).to_json() == qs.frozen_receipt(model, shape=(1, 4)).to_json()
 
@@ -229,7 +229,14 @@ def test_files_that_do_not_fit_are_refused(change: Callable[[Path], Any], messag
         loaded(folder)
 
 
-NOTE = {"epilogues": [], "shared": {}}
+NOTE = {"epilogues": [], "shared": {}, "handovers": []}
+PARTS = ["encoder.layer.0", *(f"encoder.layer.0.{name}.dense" for name in ("intermediate", "output"))]
+HANDED = [*PARTS, "encoder.layer.0.intermediate", "0", "encoder.layer.0.output", "0"]
+
+
+def handed(*words: str, at: int) -> str:
+    """Notes of one handover, with other words from this place on."""
+    return json.dumps({**NOTE, "handovers": [[*HANDED[:at], *words, *HANDED[at + len(words) :]]]})
 
 
 @pytest.mark.parametrize(
@@ -253,6 +260,19 @@ NOTE = {"epilogues": [], "shared": {}}
         json.dumps({**NOTE, "shared": {"encoder.layer": [["encoder.layer.0.output.dense"]]}}),
         json.dumps({**NOTE, "shared": {"encoder.layer.0": [["pooler.dense"]]}}),
         json.dumps({**NOTE, "shared": {"encoder.layer.0": []}}),
+        json.dumps({name: each for name, each in NOTE.items() if name != "handovers"}),
+        json.dumps({**NOTE, "handovers": [HANDED[:-1]]}),
+        handed("encoder.layer", at=0),
+        handed("encoder.layer.7", at=0),
+        handed("encoder.layer.1", at=0),
+        handed("encoder.layer.0.attention.self", at=1),
+        handed("encoder.layer.0.intermediate.dense", at=2),
+        handed("encoder.layer.0.attention.output.dense", at=2),  # reads as many as another gives
+        handed("encoder.layer.1.output.dense", at=2),
+        handed("encoder.layer.0.output", at=3),
+        handed("encoder.layer.0.attention", at=5),
+        handed("__import__('os')", at=4),
+        json.dumps({**NOTE, "handovers": [HANDED] * 2}),
     ],
 )
 def test_notes_that_do_not_fit_are_found_again(note: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,6 +284,7 @@ def test_notes_that_do_not_fit_are_found_again(note: str, folder: Path, caplog: 
     again = loaded(folder)
     assert any("the model is looked at anew" in record.message for record in caplog.records)
     assert frozen_state(again).epilogues == frozen_state(model).epilogues != ()
+    assert frozen_state(again).handovers == frozen_state(model).handovers != ()
     batch = batch_for(model, (2, 9))
     assert same(outputs(again, batch), outputs(model, batch))
 

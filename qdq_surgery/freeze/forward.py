@@ -82,7 +82,7 @@ class FrozenForward(QuantizedForward):
         if self.edits:
             super().edit(routine)
         share_inputs(routine.graph, routine.owner)
-        hand_over(routine.graph, self.steps)
+        hand_over(routine.graph, routine.owner, self.steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenForward:
         made = super().__deepcopy__(memo)

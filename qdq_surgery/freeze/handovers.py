@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from qdq_surgery.freeze.dataflow import PASSES, readers, readers_inside
-from qdq_surgery.freeze.epilogues import Epilogue
+from qdq_surgery.freeze.epilogues import Done, Epilogue
 from qdq_surgery.freeze.linear import IntegerLinear
 from qdq_surgery.graph.block_graph import BlockGraph, flatten_call, join_path
 from qdq_surgery.integers.arranged import Arrangement, by_step
@@ -233,9 +233,9 @@ def _between(model: nn.Module, handover: Handover) -> tuple[nn.Module, ...]:
     return tuple(module for module in dict.fromkeys((*ends, *beside)) if not isinstance(module, InputGrid))
 
 
-def hand_over(graph: Graph, steps: Iterable[Step]) -> int:
+def hand_over(graph: Graph, block: nn.Module, steps: Iterable[Step]) -> int:
     """Ask for integers where the graph is as it was when it was looked at, in place; returns at how many places."""
-    found = [(step, call) for step in steps for call in graph.nodes if _is_place(call, step)]
+    found = [(step, call) for step in steps for call in graph.nodes if _is_place(block, call, step)]
     for step, call in found:
         values = _argument(call, step.given)
         assert values is not None
@@ -249,16 +249,21 @@ def hand_over(graph: Graph, steps: Iterable[Step]) -> int:
     return len(found)
 
 
-def _is_place(call: Node, step: Step) -> bool:
+def _is_place(block: nn.Module, call: Node, step: Step) -> bool:
     if call.op != "call_module" or call.target != step.giver or _argument(call, step.given) is None:
         return False
     result, users = call, list(call.users)
-    while len(users) == 1 and users[0].meta.get("op") in PASSES and users[0].args[:1] == (result,):
+    while len(users) == 1 and _passes(block, users[0]) and users[0].args[:1] == (result,):
         result, users = users[0], list(users[0].users)
     if len(users) != 1 or users[0].op != "call_module" or users[0].target != step.taker:
         return False
     handed = flatten_call(users[0].args, dict(users[0].kwargs))
     return [path for value, path in zip(*handed, strict=True) if value is result] == [step.taken]
+
+
+def _passes(block: nn.Module, node: Node) -> bool:
+    done = node.op == "call_module" and isinstance(_module(block, str(node.target)), Done)
+    return done or node.meta.get("op") in PASSES
 
 
 def _argument(call: Node, path: str) -> Node | None:

@@ -178,6 +178,8 @@ def _told(ghost: nn.Module, watch: _Watch) -> Iterator[None]:
     for name, module in ghost.named_modules():
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(lambda module, _, result: watch.leave(module, result), always_call=True)
+        if isinstance(module, IntegerLinear):
+            module.between = ()  # these hooks only count: it hands on integers as it does without them
     yield
 
 
@@ -227,7 +229,8 @@ def _reason(state: FrozenState, module: str, kind: str) -> str:
 def _steps(model: nn.Module, state: FrozenState) -> Iterator[str]:
     """The linears whose input is rounded in a pass of its own."""
     later = {path for groups in state.shared.values() for group in groups for path in group[1:]}
-    later |= {each.reader for each in state.handovers}
-    for name, module in model.named_modules():
-        if isinstance(module, IntegerLinear) and name not in later:
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, IntegerLinear)}
+    later |= {each.reader for each in state.handovers if linears[each.linear].product.rounds}
+    for name in linears:
+        if name not in later:
             yield f"{name}._input_quantizer"

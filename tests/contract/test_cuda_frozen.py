@@ -54,7 +54,11 @@ def here(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def kinds(model: torch.nn.Module) -> set[type]:
-    return {type(each.product) for each in model.modules() if isinstance(each, IntegerLinear)}
+    return {
+        OneDNNProduct if isinstance(each.product, OneDNNProduct) else type(each.product)
+        for each in model.modules()
+        if isinstance(each, IntegerLinear)
+    }
 
 
 def devices(model: torch.nn.Module) -> set[str]:

@@ -122,18 +122,19 @@ def test_a_call_that_was_not_looked_at_computes_the_same() -> None:
     qmodel = calibrated(num_hidden_layers=1)
 
     class Layer(type(qmodel.encoder.layer[0])):  # type: ignore[misc]
-        extra = False
+        extra: bool
 
         def feed_forward_chunk(self, attention_output: torch.Tensor) -> torch.Tensor:
             between = self.intermediate(attention_output)
             out: torch.Tensor = self.output(between, attention_output)
-            return out + between.float().mean(-1, keepdim=True) if Layer.extra else out
+            return out + between.float().mean(-1, keepdim=True) if self.extra else out
 
     plain = build("bert", "BertModel", num_hidden_layers=1)
     plain.encoder.layer[0].__class__ = Layer
+    plain.encoder.layer[0].extra = False
     qmodel = qs.convert(plain, "linear-only")
     batch = batch_for(qmodel, (3, 8))
     qs.calibrate(qmodel, [batch])
     model = qs.freeze(qmodel)
-    Layer.extra = True
+    model.encoder.layer[0].extra = qmodel.encoder.layer[0].extra = True
     assert apart(outputs(model, batch), outputs(qmodel, batch)) < 0.05

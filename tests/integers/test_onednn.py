@@ -84,6 +84,8 @@ def test_the_shape_is_known_without_values() -> None:
         torch.bfloat16,
         "none",
         "",
+        None,
+        0,
     )
     assert (found.shape, found.dtype) == ((5, 24), torch.bfloat16)
 
