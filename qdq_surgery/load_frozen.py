@@ -27,7 +27,7 @@ from qdq_surgery.freeze.checks import reasons_kept
 from qdq_surgery.freeze.epilogues import Epilogue, activations, can_fuse
 from qdq_surgery.freeze.freeze import assemble, assemble_as
 from qdq_surgery.freeze.frozen_state import NOTES, FrozenOrigin, FrozenState
-from qdq_surgery.freeze.handovers import Handover, can_hand
+from qdq_surgery.freeze.handovers import Handover, can_hand, in_one_role
 from qdq_surgery.freeze.linear import IntegerLinear, make_integer
 from qdq_surgery.graph.shell_copy import real_tensors
 from qdq_surgery.integers.choice import unsupported
@@ -257,8 +257,9 @@ def _state_in(metadata: Mapping[str, str], model: PreTrainedModel, origin: Froze
         shared = {block: _groups(item, block, modules) for block, item in notes["shared"].entries().items()}
         computed = activations(model, epilogues)
         handed = tuple(_handover(item, model, computed) for item in notes["handovers"].items())
-        if len({each.linear for each in handed}) < len(handed):
-            notes["handovers"].refuse("each linear once")
+        reading = {path for groups in shared.values() for group in groups for path in group}
+        if len({each.linear for each in handed}) < len(handed) or in_one_role(handed, reading) != handed:
+            notes["handovers"].refuse("each linear once, and none that reads integers otherwise")
     except DamagedError as error:
         logger.warning(f"{error}; the model is looked at anew, which needs none")
         return None

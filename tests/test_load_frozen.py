@@ -273,6 +273,9 @@ def handed(*words: str, at: int) -> str:
         handed("encoder.layer.0.attention", at=5),
         handed("__import__('os')", at=4),
         json.dumps({**NOTE, "handovers": [HANDED] * 2}),
+        # One that reads integers already would give some that nobody asked for.
+        json.dumps({**NOTE, "shared": {PARTS[0]: [[PARTS[1]]]}, "handovers": [HANDED]}),
+        json.dumps({**NOTE, "shared": {PARTS[0]: [[PARTS[2]]]}, "handovers": [HANDED]}),
     ],
 )
 def test_notes_that_do_not_fit_are_found_again(note: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@
 Both may lie in blocks of their own, which the block around them calls. That one's graph is rewritten, and asks for
 integers by giving some: a linear that was linked to the next one and reads integers gives integers. Whoever calls it
 otherwise, by code that was not recorded or from outside, gives it floats and gets floats; so does the graph while
-anything on the way has a hook.
+anything on the way has a hook or was replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from qdq_surgery.freeze.dataflow import PASSES, readers, readers_inside
@@ -22,11 +22,10 @@ from qdq_surgery.freeze.epilogues import Done, Epilogue
 from qdq_surgery.freeze.linear import IntegerLinear
 from qdq_surgery.graph.block_graph import BlockGraph, flatten_call, join_path
 from qdq_surgery.integers.arranged import Arrangement, by_step
-from qdq_surgery.integers.input_grid import InputGrid
 from qdq_surgery.integers.product import LEAST
 from qdq_surgery.match.subgraph import Value
 
-__all__ = ["Handover", "Step", "can_hand", "find_handovers", "hand_over", "link", "steps_of"]
+__all__ = ["Handover", "Step", "can_hand", "find_handovers", "hand_over", "in_one_role", "link", "steps_of"]
 
 
 #: Parts of a product that are worth calling one by one.
@@ -106,15 +105,26 @@ def find_handovers(
                     found.setdefault(where, []).append(place)
     # A module that hangs in two places has two paths, and is called from elsewhere, too.
     seen = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-    firsts = {linear: places[0] for linear, places in found.items() if linear not in apart}
-    return tuple(
+    firsts = {linear: places[0] for linear, places in found.items()}
+    handed = (
         first
         for linear, first in firsts.items()
         if first is not None
-        and first.reader not in apart
         and all(place == first for place in found[linear])
         and all(seen.count(id(model.get_submodule(path))) == 1 for path in (linear, first.reader))
     )
+    return in_one_role(handed, apart)
+
+
+def in_one_role(handovers: Iterable[Handover], apart: Collection[str]) -> tuple[Handover, ...]:
+    """Those whose linears do nothing else: one that reads integers anyway would give some that nobody asked for."""
+    kept: list[Handover] = []
+    for each in handovers:
+        given = {*apart, *(other.reader for other in kept)}
+        taken = {*apart, *(other.linear for other in kept)}
+        if each.linear not in given and each.reader not in taken:
+            kept.append(each)
+    return tuple(kept)
 
 
 def _handover(model: nn.Module, unit: str, value: Value, path: str, function: str | None) -> Handover | None:
@@ -230,35 +240,48 @@ def _between(model: nn.Module, handover: Handover) -> tuple[nn.Module, ...]:
     ends = (module for path in (handover.giver, handover.taker) for module in model.get_submodule(path).modules())
     # What lies beside them is an activation, say, or a dropout.
     beside = (child for child in model.get_submodule(handover.block).children() if not any(child.children()))
-    return tuple(module for module in dict.fromkeys((*ends, *beside)) if not isinstance(module, InputGrid))
+    return tuple(dict.fromkeys((*ends, *beside)))
 
 
 def hand_over(graph: Graph, block: nn.Module, steps: Iterable[Step]) -> int:
     """Ask for integers where the graph is as it was when it was looked at, in place; returns at how many places."""
-    found = [(step, call) for step in steps for call in graph.nodes if _is_place(block, call, step)]
-    for step, call in found:
+    found = [
+        (step, call, way) for step in steps for call in graph.nodes if (way := _way(block, call, step)) is not None
+    ]
+    for step, call, way in found:
         values = _argument(call, step.given)
-        assert values is not None
+        below = step.linear[len(step.giver) + 1 :]
         with graph.inserting_before(call):
-            linear = graph.get_attr(step.linear)
-            handed = graph.call_method("handed", (linear, values))
-        linear.meta.update(op="parameter", origin=(*call.meta["origin"], "handed"), source=call.meta["source"])
-        handed.meta.update(op="quantizer", origin=linear.meta["origin"], source=call.meta["source"])
+            called = [graph.get_attr(target) for target in way]
+            handed = graph.call_function(_handed, (values, below, *called))
+        origin = (*call.meta["origin"], "handed")
+        for node in called:
+            node.meta.update(op="parameter", origin=origin, source=call.meta["source"])
+        handed.meta.update(op="quantizer", origin=origin, source=call.meta["source"])
         _replace(call, step.given, handed)
     graph.lint()
     return len(found)
 
 
-def _is_place(block: nn.Module, call: Node, step: Step) -> bool:
+def _handed(values: Tensor, below: str, giver: nn.Module, *others: nn.Module) -> Tensor:
+    """What to give ``giver`` for its linear at ``below`` to give integers; ``values`` if that is another one by now."""
+    linear = _module(giver, below)
+    return linear.handed(values, (giver, *others)) if isinstance(linear, IntegerLinear) else values
+
+
+def _way(block: nn.Module, call: Node, step: Step) -> list[str] | None:
+    """The modules that are called from ``call`` to the next linear; ``None`` if that is not such a place."""
     if call.op != "call_module" or call.target != step.giver or _argument(call, step.given) is None:
-        return False
-    result, users = call, list(call.users)
+        return None
+    result, users, way = call, list(call.users), [step.giver]
     while len(users) == 1 and _passes(block, users[0]) and users[0].args[:1] == (result,):
         result, users = users[0], list(users[0].users)
+        way += [str(result.target)] if result.op == "call_module" else []
     if len(users) != 1 or users[0].op != "call_module" or users[0].target != step.taker:
-        return False
+        return None
     handed = flatten_call(users[0].args, dict(users[0].kwargs))
-    return [path for value, path in zip(*handed, strict=True) if value is result] == [step.taken]
+    reads = [path for value, path in zip(*handed, strict=True) if value is result]
+    return [*way, step.taker] if reads == [step.taken] else None
 
 
 def _passes(block: nn.Module, node: Node) -> bool:

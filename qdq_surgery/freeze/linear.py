@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -38,7 +38,7 @@ class IntegerLinear(nn.Linear):
         dtype: Of the results.
         ranges: Those of its two quantizers, by their names in a state dict.
         next_grid: That of the linear that alone reads what it gives, where it was linked to one.
-        between: Who would see what it gives, or what it is given, on the way between the two.
+        between: Who would see what it gives, or what it is given, on the way between the two; ``None`` if nobody minds.
         arrangement: How its weight is sorted for that; ``None`` if it is not.
     """
 
@@ -50,7 +50,7 @@ class IntegerLinear(nn.Linear):
     dtype: torch.dtype
     ranges: Mapping[str, Tensor]
     next_grid: InputGrid | None
-    between: tuple[nn.Module, ...]
+    between: tuple[nn.Module, ...] | None
     arrangement: Arrangement | None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
@@ -73,9 +73,16 @@ class IntegerLinear(nn.Linear):
             return self.product.rounded(stored, self.bias, self.activation, following.factor, following.zero_point)
         return self.product(stored, self.bias, self.dtype, self.activation)
 
-    def handed(self, values: Tensor) -> Tensor:
-        """What to give it so that it gives integers, (..., in_features); ``values`` if somebody would see them."""
-        if not self.product.rounds or any(map(hooked, self.between)):
+    def handed(self, values: Tensor, called: Iterable[nn.Module] = ()) -> Tensor:
+        """What to give it so that it gives integers, (..., in_features); ``values`` if somebody would see them.
+
+        That is, too, if gradients are wanted, which :meth:`forward` refuses of floats.
+
+        Args:
+            called: What is called from it to the next linear, which may not be what it was linked with.
+        """
+        wanted = values.requires_grad and torch.is_grad_enabled()
+        if wanted or not self.product.rounds or (self.between is not None and _looked_at(called, self.between)):
             return values
         stored: Tensor = self.input_grid(values)
         return stored
@@ -84,7 +91,7 @@ class IntegerLinear(nn.Linear):
         """Round for the linear that has this grid, wherever integers are given.
 
         Args:
-            between: Modules that would see integers, had they hooks.
+            between: Modules that are known to pass integers on, and would see them, had they hooks.
         """
         vars(self).update(next_grid=grid, between=between)
 
@@ -174,6 +181,15 @@ def _refuse_training(training: bool) -> NoReturn:
 def hooked(module: nn.Module | None) -> bool:
     """Whether somebody looks at what a module is given or gives, which then has to stay what it was."""
     return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _looked_at(called: Iterable[nn.Module], known: tuple[nn.Module, ...]) -> bool:
+    """Whether a hook would see what passes, or what was put in the place of a module or of its forward."""
+    modules = [module for each in called for module in each.modules()]
+    replaced = any(module not in known or "forward" in vars(module) for module in modules)
+    # Whoever has a hook on a grid asks for what it makes.
+    hooks = any(hooked(module) for module in known if not isinstance(module, InputGrid))
+    return replaced or hooks or torch_private.has_global_hooks()
 
 
 def make_integer(linear: QuantLinear, integers: Tensor | None = None) -> IntegerLinear:

@@ -179,7 +179,7 @@ def _told(ghost: nn.Module, watch: _Watch) -> Iterator[None]:
         module.register_forward_pre_hook(enter(name))
         module.register_forward_hook(lambda module, _, result: watch.leave(module, result), always_call=True)
         if isinstance(module, IntegerLinear):
-            module.between = ()  # these hooks only count: it hands on integers as it does without them
+            module.between = None  # these hooks only count: it hands on integers as it does without them
     yield
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "TorchDispatchMode",
     "function_transforms",
     "functional_calls",
+    "has_global_hooks",
     "int_mm",
     "is_exporting",
     "onnx_flags",
@@ -55,6 +56,12 @@ __all__ = [
 
 #: The name of the exporter's logger.
 ONNX_EXPORTER_LOG = "torch.onnx._internal.exporter"
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks look at every module's forward, as by ``register_module_forward_hook``."""
+    module = torch.nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 def is_exporting() -> bool:

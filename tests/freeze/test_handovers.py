@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 import qdq_surgery as qs
+from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.frozen_state import frozen_state
-from qdq_surgery.freeze.handovers import _can_round
+from qdq_surgery.freeze.handovers import Handover, _can_round, in_one_role
 from qdq_surgery.freeze.linear import IntegerLinear
 from qdq_surgery.integers.arranged import ArrangedProduct
 from qdq_surgery.integers.input_grid import InputGrid
@@ -130,6 +131,77 @@ def test_a_hook_on_the_way_sees_floats_whenever_it_comes(place: str, pre: bool) 
     assert apart(found, wanted) < NEAR
     handle.remove()
     assert all(torch.equal(wanted[name], value) for name, value in outputs(model, batch).items())
+
+
+class _Around(nn.Module):
+    """What an adapter, say, puts in the place of a module."""
+
+    def __init__(self, inner: nn.Module, seen: list[torch.dtype]) -> None:
+        super().__init__()
+        self.inner, self.seen = inner, seen
+
+    def forward(self, values: Tensor, *others: Tensor) -> Tensor:
+        self.seen.append(values.dtype)
+        result: Tensor = self.inner(values, *others)
+        return result
+
+
+@pytest.mark.parametrize("place", ["intermediate", "intermediate.dense", "output", "output.dense", "output.dropout"])
+def test_what_is_put_in_the_place_of_a_module_sees_floats(place: str) -> None:
+    model = frozen("bert", "pytorch")
+    batch, seen = batch_for(model, (3, 8)), list[torch.dtype]()
+    wanted = outputs(model, batch)
+    layer = model.encoder.layer[0]
+    layer.set_submodule(place, _Around(layer.get_submodule(place), seen))
+    assert apart(outputs(model, batch), wanted) < NEAR
+    assert seen == [torch.float32]
+
+
+def test_what_is_put_in_the_place_of_a_forward_sees_floats() -> None:
+    model = frozen("bert", "pytorch")
+    batch, seen = batch_for(model, (3, 8)), list[torch.dtype]()
+    wanted = outputs(model, batch)
+    output = model.encoder.layer[0].output
+    output.forward = _Around(type(output).forward.__get__(output), seen).forward
+    assert apart(outputs(model, batch), wanted) < NEAR
+    assert seen == [torch.float32]
+
+
+def test_a_hook_on_all_modules_sees_floats_between_blocks() -> None:
+    model = frozen("bert", "pytorch")
+    batch, seen = batch_for(model, (3, 8)), set[torch.dtype]()
+    blocks = {type(model.encoder.layer[0].get_submodule(name)) for name in ("intermediate", "output")}
+
+    def look(module: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+        if type(module) in blocks:
+            seen.update((given[0].dtype, result.dtype))
+
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        outputs(model, batch)
+    finally:
+        handle.remove()
+    assert seen == {torch.float32}
+
+
+def test_gradients_are_refused_where_integers_are_handed_on() -> None:
+    model = frozen("bert", "pytorch")
+    values = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with pytest.raises(ModelError, match="its input wants gradients"):
+        model(inputs_embeds=values)
+
+
+def test_no_linear_gives_integers_that_nobody_asked_for() -> None:
+    """It would if it read some: those of the linear before it, or those that it shares with others."""
+
+    def handover(linear: str, reader: str) -> Handover:
+        return Handover("", linear, reader, linear, "0", reader, "0")
+
+    chain = tuple(handover(*names) for names in ("ab", "bc", "cd"))
+    assert in_one_role(chain, ()) == (chain[0], chain[2])
+    assert in_one_role(chain[::-1], ()) == (chain[2], chain[0])
+    assert in_one_role(chain, ("a",)) == (chain[1],)
+    assert in_one_role(chain, ("c",)) == (chain[0],)
 
 
 @torch.no_grad()
