@@ -175,9 +175,9 @@ def test_every_shard_has_it(tmp_path: Path) -> None:
 def test_it_grows_by_a_few_bytes(tmp_path: Path) -> None:
     """Of a deep model as of a shallow one; the sites in config.json as well."""
     sizes = []
-    for layers in (2, 12):
-        folder = tmp_path / str(layers)
-        qs.convert(build("bert", "BertModel", num_hidden_layers=layers), inplace=True).save_pretrained(folder)
+    for count in (2, 12):
+        folder = tmp_path / str(count)
+        qs.convert(build("bert", "BertModel", num_hidden_layers=count), inplace=True).save_pretrained(folder)
         sizes.append((len(metadata_of(folder / WEIGHTS)[METADATA]), len(json.dumps(config_of(folder)))))
     assert sizes[1][0] - sizes[0][0] < 100
     assert sizes[1][1] - sizes[0][1] < 100
@@ -228,7 +228,7 @@ def test_another_text_under_a_known_digest_is_not_believed(tmp_path: Path, monke
 def test_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_ACCEPTED", {})
     monkeypatch.setattr(lock, "_MOST_ACCEPTED", 2)
-    for layers in (1, 2, 3):
-        qs.convert(build("bert", "BertModel", num_hidden_layers=layers)).save_pretrained(tmp_path / str(layers))
-        BertModel.from_pretrained(tmp_path / str(layers))
+    for count in (1, 2, 3):
+        qs.convert(build("bert", "BertModel", num_hidden_layers=count)).save_pretrained(tmp_path / str(count))
+        BertModel.from_pretrained(tmp_path / str(count))
     assert len(lock._ACCEPTED) == 2
