@@ -147,6 +147,14 @@ def test_another_class_or_config_matches_anew(tmp_path: Path, monkeypatch: pytes
     assert made == ["BertModel", CLASSIFIER]
 
 
+def test_a_fact_of_the_config_that_no_module_shows_is_part_of_it() -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    rules, modules = plan_of(qmodel).rules, dict(qmodel.named_modules())
+    before = fingerprint(qmodel, rules, modules)
+    qmodel.config.chunk_size_feed_forward = 2
+    assert fingerprint(qmodel, rules, modules) != before
+
+
 def test_rules_that_were_edited_are_heard(tmp_path: Path) -> None:
     """The lock was made by other rules, and does not hide that these find other sites."""
     calibrated().save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -88,6 +89,15 @@ def test_every_rule_set(rules: str) -> None:
     assert again == plan
     assert [site.quantizer for site in again.sites] == [site.quantizer for site in plan.sites]
     assert bool(plan.shared) == (rules == "fuse-qkv" or bool(plan.rules.share))
+
+
+def test_a_refusal_of_several_places_comes_back() -> None:
+    qmodel = converted("bert", "qdqbert")
+    plan = plan_of(qmodel)
+    first, *others = plan.refusals
+    plan = dataclasses.replace(plan, refusals=(dataclasses.replace(first, count=3), *others))
+    data = json.loads(json.dumps(plan_to_data(plan)))
+    assert plan_from_data(Item(data, "plan"), plan.rules, order(qmodel)) == plan
 
 
 @pytest.mark.parametrize("model_type", ["bert", "deberta-v2", "modernbert"])

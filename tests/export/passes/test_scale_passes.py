@@ -239,7 +239,7 @@ def test_openvino_takes_a_model_with_scaled_embeddings(tmp_path: Path) -> None:
     qmodel = qs.convert(PegasusModel._from_config(config, attn_implementation="eager").eval(), "openvino", inplace=True)
     batch = make_examples(qmodel, (2, 9))
     qs.calibrate(qmodel, [batch])
-    file = qs.export_onnx(qmodel, tmp_path / "model.onnx", target="openvino", example_inputs=batch, dynamic=False)
+    file = qs.export_onnx(qmodel, tmp_path / "model.onnx", target="openvino", example_inputs=batch)
     assert file.parity is not None
     assert file.parity.agrees
 
