@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import BertForTokenClassification, GPT2Config, GPT2Model
 
 import qdq_surgery as qs
+from qdq_surgery.cli import demo
 from qdq_surgery.cli.commands import COMMANDS, main
 from qdq_surgery.cli.folder import load_model, save_model
 from qdq_surgery.surgery.model_state import plan_of
@@ -128,8 +129,14 @@ def test_rules(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_mistakes_end_in_one_line(
-    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(demo, "_prose", lambda: ("a text", "another"))  # reading all of Python's own takes seconds
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "bert"}')
