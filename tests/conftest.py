@@ -26,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
     MobileBERT's embeddings hold each token's neighbours: calibrated on padding it says so, wherever it is used.
     """
     config.addinivalue_line("filterwarnings", r"ignore:MobileBert\w* lets padding into real tokens:UserWarning")
+    # MKL's products may differ in their last bit with where in memory a weight lies (seen on AMD), and tensors that are
+    # loaded lie elsewhere than those that are made; so they do not. MKL reads this at its first product; the processes
+    # that tests start, the real QDQBERT's among them, have it from here.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
     if not hasattr(config, "workerinput"):
         kept.begin()
         if config.getoption("numprocesses", None):  # it runs no test itself: its workers need not wait for its imports
@@ -34,9 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     gc.disable()  # until all tests are collected
-    # MKL's products may differ in their last bit with where in memory a weight lies (seen on AMD), and tensors that are
-    # loaded lie elsewhere than those that are made; so they do not. MKL reads this at its first product.
-    os.environ.setdefault("MKL_CBWR", "AUTO")
     torch.set_num_threads(1)
     # torch says what it does at every step of a trace, to pytest, which keeps it: a third of an export's time.
     logging.getLogger("torch.__trace").disabled = True
