@@ -62,10 +62,8 @@ COPIES = ("roberta", "xlm-roberta", "camembert")
 
 @pytest.mark.parametrize("model_type", [each for each in BY_TYPE if each not in COPIES])
 def test_every_architecture(model_type: str) -> None:
-    # Two layers where the second is not like the first: of the same modules, or local.
-    model = build(
-        model_type, BASE[model_type], **layers(model_type, 2 if model_type in ("albert", "modernbert") else 1)
-    )
+    deep = model_type in ("albert", "mpnet", "modernbert")  # the second layer: the same again, another, a local one
+    model = build(model_type, BASE[model_type], **layers(model_type, 2 if deep else 1))
     data = batches_of(model)
     made = qs.tune(model, data, "qdqbert-scaled")
     assert made.error == error_of(model, made.rules, data) <= made.start
