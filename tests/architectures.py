@@ -99,6 +99,11 @@ _KINDS = {
 }
 
 
+def layers(model_type: str, count: int) -> dict[str, int]:
+    """The option that gives a model so many of them."""
+    return {"n_layers" if model_type == "distilbert" else "num_hidden_layers": count}
+
+
 def kind_of(head: str) -> str:
     """What a head is for; ``base`` if for nothing in particular."""
     for kind, mapping in _KINDS.items():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Generator, Iterator
@@ -9,12 +10,6 @@ from pathlib import Path
 
 import kept
 import pytest
-import reference_run
-import stored_recordings
-import torch
-from pytorch_quantization import nn as quant_nn
-
-from reference_cases import THREADS
 
 HAS_EXPORTER = all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir", "onnxscript"))
 
@@ -30,16 +25,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
     MobileBERT's embeddings hold each token's neighbours: calibrated on padding it says so, wherever it is used.
     """
-    gc.disable()  # until all tests are collected
+    config.addinivalue_line("filterwarnings", r"ignore:MobileBert\w* lets padding into real tokens:UserWarning")
     # MKL's products may differ in their last bit with where in memory a weight lies (seen on AMD), and tensors that are
-    # loaded lie elsewhere than those that are made; so they do not. MKL reads this at its first product.
+    # loaded lie elsewhere than those that are made; so they do not. MKL reads this at its first product; the processes
+    # that tests start, the real QDQBERT's among them, have it from here.
     os.environ.setdefault("MKL_CBWR", "AUTO")
+    if not hasattr(config, "workerinput"):
+        kept.begin()
+        if config.getoption("numprocesses", None):  # it runs no test itself: its workers need not wait for its imports
+            return
+    import reference_run  # noqa: F401 - before other libraries set variables
+    import torch
+
+    gc.disable()  # until all tests are collected
     torch.set_num_threads(1)
     # torch says what it does at every step of a trace, to pytest, which keeps it: a third of an export's time.
     logging.getLogger("torch.__trace").disabled = True
-    if not hasattr(config, "workerinput"):
-        kept.begin()
-    config.addinivalue_line("filterwarnings", r"ignore:MobileBert\w* lets padding into real tokens:UserWarning")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -56,9 +57,35 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
-        gc.collect()
-        gc.freeze()
+        _freeze()
+        gc.set_threshold(700, 10, 100)
         gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """What is left of a file of tests stays, too: models and recordings that are kept for others, millions of objects.
+
+    Python would look through them again and again, and Trainer, torch's compilers and others ask it to, at every turn.
+    """
+    try:
+        return (yield)
+    finally:
+        if nextitem is not None and nextitem.path != item.path:
+            if next(_FILES) % _ANEW == 0:  # what was kept and is no longer is garbage now
+                gc.unfreeze()
+            _freeze()
+
+
+_FILES = itertools.count(1)
+
+#: After so many files all that lives is looked through again.
+_ANEW = 10
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +101,16 @@ def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def recordings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal models are recorded once in a process, but for tests of what looks at a model."""
     if not RECORDED_ANEW.intersection(request.path.parts) and request.path.stem not in RECORDED_ANEW:
+        import stored_recordings
+
         stored_recordings.install(monkeypatch)
 
 
 @pytest.fixture
 def default_descriptors() -> Iterator[None]:
     """pytorch-quantization's default descriptors are global: put them back afterwards."""
+    from pytorch_quantization import nn as quant_nn
+
     before = quant_nn.QuantLinear.default_quant_desc_input, quant_nn.QuantLinear.default_quant_desc_weight
     yield
     quant_nn.QuantLinear.default_quant_desc_input, quant_nn.QuantLinear.default_quant_desc_weight = before
@@ -88,6 +119,10 @@ def default_descriptors() -> Iterator[None]:
 @pytest.fixture
 def threads_of_the_reference() -> Iterator[None]:
     """One thread alone sums a layer norm's gradients in another order than the reference's two."""
+    import torch
+
+    from reference_cases import THREADS
+
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     yield
@@ -97,6 +132,8 @@ def threads_of_the_reference() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def reference(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what the real QDQBERT computes here: scripts/make_reference.py says what lies in it."""
+    import reference_run
+
     kept = pytestconfig.pluginmanager.hasplugin("cacheprovider")
     cache = pytestconfig.cache.mkdir("reference") if kept else tmp_path_factory.mktemp("reference")
     return reference_run.reference_in(cache)

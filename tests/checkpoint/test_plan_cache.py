@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, build, kind_of
+from architectures import ARCHITECTURES, build, kind_of, layers
 from ecosystem import CLASSIFIER, calibrated
 from saved import (
     WEIGHTS,
@@ -44,9 +44,11 @@ def test_it_holds_for_every_architecture(
 ) -> None:
     """Whether the config was made in Python, or read from a file, or read and written again."""
     cls = getattr(transformers, head)
-    built = qs.convert(build(model_type, head), inplace=True)
+    # One layer, but where another is not like the first.
+    sizes = {} if model_type in ("bert", "albert", "modernbert") else layers(model_type, 1)
+    built = qs.convert(build(model_type, head, **sizes), inplace=True)
     built.save_pretrained(tmp_path / "built")
-    build(model_type, head).save_pretrained(tmp_path / "float")
+    build(model_type, head, **sizes).save_pretrained(tmp_path / "float")
     qs.convert(cls.from_pretrained(tmp_path / "float")).save_pretrained(tmp_path / "loaded")
     made = count_matches(monkeypatch)
     first = cls.from_pretrained(tmp_path / "built")
@@ -145,6 +147,14 @@ def test_another_class_or_config_matches_anew(tmp_path: Path, monkeypatch: pytes
     assert made == ["BertModel", CLASSIFIER]
 
 
+def test_a_fact_of_the_config_that_no_module_shows_is_part_of_it() -> None:
+    qmodel = calibrated(num_hidden_layers=1)
+    rules, modules = plan_of(qmodel).rules, dict(qmodel.named_modules())
+    before = fingerprint(qmodel, rules, modules)
+    qmodel.config.chunk_size_feed_forward = 2
+    assert fingerprint(qmodel, rules, modules) != before
+
+
 def test_rules_that_were_edited_are_heard(tmp_path: Path) -> None:
     """The lock was made by other rules, and does not hide that these find other sites."""
     calibrated().save_pretrained(tmp_path)
@@ -173,9 +183,9 @@ def test_every_shard_has_it(tmp_path: Path) -> None:
 def test_it_grows_by_a_few_bytes(tmp_path: Path) -> None:
     """Of a deep model as of a shallow one; the sites in config.json as well."""
     sizes = []
-    for layers in (2, 12):
-        folder = tmp_path / str(layers)
-        qs.convert(build("bert", "BertModel", num_hidden_layers=layers), inplace=True).save_pretrained(folder)
+    for count in (2, 12):
+        folder = tmp_path / str(count)
+        qs.convert(build("bert", "BertModel", num_hidden_layers=count), inplace=True).save_pretrained(folder)
         sizes.append((len(metadata_of(folder / WEIGHTS)[METADATA]), len(json.dumps(config_of(folder)))))
     assert sizes[1][0] - sizes[0][0] < 100
     assert sizes[1][1] - sizes[0][1] < 100
@@ -226,7 +236,7 @@ def test_another_text_under_a_known_digest_is_not_believed(tmp_path: Path, monke
 def test_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_ACCEPTED", {})
     monkeypatch.setattr(lock, "_MOST_ACCEPTED", 2)
-    for layers in (1, 2, 3):
-        qs.convert(build("bert", "BertModel", num_hidden_layers=layers)).save_pretrained(tmp_path / str(layers))
-        BertModel.from_pretrained(tmp_path / str(layers))
+    for count in (1, 2, 3):
+        qs.convert(build("bert", "BertModel", num_hidden_layers=count)).save_pretrained(tmp_path / str(count))
+        BertModel.from_pretrained(tmp_path / str(count))
     assert len(lock._ACCEPTED) == 2

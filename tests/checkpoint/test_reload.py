@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import BY_TYPE, EVERY_HEAD, batch_for, build, kind_of, tensors_of
+from architectures import BY_TYPE, EVERY_HEAD, batch_for, build, kind_of, layers, tensors_of
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
@@ -102,7 +102,8 @@ CASES = [
 
 @pytest.mark.parametrize(("model_type", "head", "dtype", "calibrated"), CASES, ids=str)
 def test_every_head(model_type: str, head: str, dtype: torch.dtype, calibrated: bool, tmp_path: Path) -> None:
-    build(model_type, head).save_pretrained(tmp_path / "float")
+    # Several layers are saved, of every architecture, in the tests below.
+    build(model_type, head, **layers(model_type, 1)).save_pretrained(tmp_path / "float")
     # (Not .to(dtype), which casts tables that transformers keeps in float32.)
     qmodel = qs.convert(loader(head).from_pretrained(tmp_path / "float", dtype=dtype), inplace=True)
     if calibrated:

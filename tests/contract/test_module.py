@@ -141,9 +141,10 @@ def test_gradient_checkpointing(model_type: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(("model_type", "strict"), [("deberta-v2", False), ("modernbert", False), ("bert", True)])
+@pytest.mark.parametrize(("model_type", "strict"), [("deberta-v2", False), ("bert", True)])
 def test_torch_export_with_dynamic_shapes(model_type: str, strict: bool) -> None:
-    qmodel = calibrated(model_type, num_hidden_layers=2 if model_type == "modernbert" else 1)  # the second is local
+    """Others are exported so in tests/test_onnx_export.py, and compared behind one more translation."""
+    qmodel = calibrated(model_type, num_hidden_layers=1)
     example = batch_for(qmodel, (3, 9))
     dynamic = {name: {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("tokens", max=32)} for name in example}
     program = torch.export.export(qmodel, (), example, dynamic_shapes=dynamic, strict=strict)
@@ -169,12 +170,15 @@ def test_torch_compile_without_graph_breaks(model_type: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_torch_compile_with_inductor() -> None:
+    """Of a layer, which has all that is quantized: the compiler of C++ takes seconds for each kernel."""
     qmodel = calibrated("bert", num_hidden_layers=1)
+    plain = copy.deepcopy(qmodel)
     torch._dynamo.reset()
     batch = batch_for(qmodel, (2, 5))
-    found = states(torch.compile(qmodel, fullgraph=True), batch)
+    qmodel.encoder.layer[0].compile(fullgraph=True)
+    found = states(qmodel, batch)
     # Fused kernels round float32 otherwise; with these ranges no value lies on the edge of a step.
-    assert torch.allclose(found, states(qmodel, batch), rtol=0, atol=1e-4)
+    assert torch.allclose(found, states(plain, batch), rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import batch_for, build
+from fresh_import import fresh_import
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedModel
 
@@ -144,23 +142,10 @@ def test_a_first_call_of_a_new_kind_leaves_buffers_alone() -> None:
 
 @pytest.mark.slow
 def test_importing_changes_no_logging_and_warns_of_nothing() -> None:
-    """Of another process: in this one it has been imported long since. (What others warn of is theirs.)"""
-    code = """
-import json, logging
-import torch, transformers
-def state(): return [len(logging.root.handlers), logging.root.level, logging.getLoggerClass().__name__]
-before = state()
-import qdq_surgery
-after = state()
-logging.basicConfig(level=logging.INFO)
-logging.getLogger("mine").info("heard")
-print(json.dumps([before, after]))
-"""
-    options = ["-W", "ignore", "-W", "error:`torch.jit.script`"]  # which pytorch-quantization makes torch say
-    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
-    before, after = json.loads(done.stdout)
-    assert before == after
-    assert "INFO:mine:heard" in done.stderr
+    """Of another process: in this one it has been imported long since."""
+    told = fresh_import()
+    assert told.before == told.after
+    assert "INFO:mine:heard" in told.logged
 
 
 # Overlaps -------------------------------------------------------------------------------------------------------------

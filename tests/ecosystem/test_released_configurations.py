@@ -51,7 +51,6 @@ CONFIGURATIONS = {
     "two-towers": scoring(CASES["two-towers"], TwoTowers),
     "one-tower-twice": scoring(CASES["one-tower-twice"], OneTowerTwice),
     "bert2bert": CASES["bert2bert"],
-    "bert-chunks": MORE["bert-chunks"],
     "albert-chunks": MORE["albert-chunks"],
     "layoutlmv3": CASES["layoutlmv3"],
     "luke": CASES["luke"],
@@ -59,7 +58,7 @@ CONFIGURATIONS = {
 
 
 #: Traced with open shapes: a task's towers, boxes and entities have axes of their own. The others in half the time.
-OPEN = ("deberta-v3", "two-towers", "layoutlmv3", "luke")
+OPEN = ("two-towers", "layoutlmv3", "luke")
 
 
 def outputs(model: Any, batch: dict[str, Tensor], masks: tuple[str, ...]) -> dict[str, Tensor]:

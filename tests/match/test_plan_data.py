@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -90,14 +91,23 @@ def test_every_rule_set(rules: str) -> None:
     assert bool(plan.shared) == (rules == "fuse-qkv" or bool(plan.rules.share))
 
 
+def test_a_refusal_of_several_places_comes_back() -> None:
+    qmodel = converted("bert", "qdqbert")
+    plan = plan_of(qmodel)
+    first, *others = plan.refusals
+    plan = dataclasses.replace(plan, refusals=(dataclasses.replace(first, count=3), *others))
+    data = json.loads(json.dumps(plan_to_data(plan)))
+    assert plan_from_data(Item(data, "plan"), plan.rules, order(qmodel)) == plan
+
+
 @pytest.mark.parametrize("model_type", ["bert", "deberta-v2", "modernbert"])
 def test_a_deep_model_is_no_longer(model_type: str) -> None:
     lengths = []
-    for layers in (4, 24):
+    for layers in (4, 12):
         qmodel = converted(model_type, "qdqbert", num_hidden_layers=layers)
         lengths.append(len(text(plan_of(qmodel), known_of(qmodel))))
     # Refusals stand one by one; ModernBERT's local and global layers alternate, which no run can say.
-    plans = [plan_of(converted(model_type, "qdqbert", num_hidden_layers=layers)) for layers in (4, 24)]
+    plans = [plan_of(converted(model_type, "qdqbert", num_hidden_layers=layers)) for layers in (4, 12)]
     refused = [len(json.dumps(plan_to_data(plan)["refusals"])) for plan in plans]
     kinds = [len(plan_to_data(plan)["sites"]) for plan in plans]
     assert kinds[0] == kinds[1]

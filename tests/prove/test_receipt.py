@@ -81,7 +81,7 @@ class Files:
             model = build(model_type, head, **{**WIDTHS[model_type], **dict(sizes)})
             # With fixed shapes, traced in half the time, but for OpenVINO, which then fuses otherwise; a trace for it
             # is one for ONNX Runtime, too.
-            if head in ONNXRUNTIME_ONLY:
+            if head in ONNXRUNTIME_ONLY or target == "tensorrt":
                 more.update(example_inputs=batch_for(model, SHAPE), dynamic=False)
             qmodel = qs.convert(model, rules or target)
             qs.calibrate(qmodel, [batch_for(model, (3, 15))], "max")

@@ -655,7 +655,9 @@ def test_the_script_explains_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_files_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert benchmark_tensorrt.RULES[2:] == ("tensorrt-none",)
+    monkeypatch.setattr(benchmark_tensorrt, "RULES", benchmark_tensorrt.RULES[:2])  # the third is traced like the first
     texts = ["the cat sat on the mat", "a dog ran to the bird"]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     output = str(tmp_path / "out")

@@ -132,17 +132,13 @@ def test_a_number_behind_anything_else_stays() -> None:
 # Whole files ---------------------------------------------------------------------------------------------------------
 
 
-_LAYERS = "num_hidden_layers"
-
-#: Their graphs are BERT's: they differ from it in how positions are counted.
-COPIES = ("roberta", "xlm-roberta", "camembert")
-
-DEPTH = {"distilbert": "n_layers"}
+#: Their graphs are BERT's: they differ from it in how positions are counted, or in names. (ELECTRA is below.)
+COPIES = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra")
 
 
 @functools.cache
 def _calibrated(model_type: str, head: str, rules: str) -> PreTrainedModel:
-    model = build(model_type, head, **({} if model_type == "modernbert" else {DEPTH.get(model_type, _LAYERS): 1}))
+    model = build(model_type, head, **({} if model_type == "modernbert" else {"num_hidden_layers": 1}))
     with torch.no_grad():
         for name, module in model.named_modules():
             wide = isinstance(module, nn.LayerNorm) and module.weight.numel() > 3
