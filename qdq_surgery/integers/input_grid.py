@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdq_surgery.errors import ModelError
 from qdq_surgery.integers.product import SIGNED
 from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
@@ -67,10 +68,16 @@ class InputGrid(nn.Module):
         """Any shape (..., channels), floating point, to integers; what are some has been through here, and passes.
 
         Raises:
+            ModelError: It wants gradients.
             TypeError: There are negative values, and the grid has none, as fake quantization does.
         """
         if inputs.dtype == self.stored:
             return inputs
+        if inputs.requires_grad and torch.is_grad_enabled():
+            raise ModelError(
+                "integers pass no gradients on, and its input wants gradients; call model.eval() and torch.no_grad(), or "
+                "train the quantized model"
+            )
         stored = self._rounded(inputs)
         return stored if self.order is None else stored.index_select(-1, self.order)
 

@@ -189,6 +189,8 @@ def test_gradients_are_refused_where_integers_are_handed_on() -> None:
     values = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     with pytest.raises(ModelError, match="its input wants gradients"):
         model(inputs_embeds=values)
+    with pytest.raises(ModelError, match="its input wants gradients"):  # whose queries, keys and values share integers
+        model.encoder.layer[0].attention(values)
 
 
 def test_no_linear_gives_integers_that_nobody_asked_for() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pytorch_quantization.tensor_quant import QuantDescriptor
 
+from qdq_surgery.errors import ModelError
 from qdq_surgery.integers.input_grid import InputGrid
 from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.quantize.quantizer import TensorQuantizer
@@ -126,3 +127,14 @@ def test_casting_a_model_leaves_steps_in_float32() -> None:
     assert cast.factor.dtype == cast.step.dtype == torch.float32
     assert cast.key == grid.key
     assert "a scale for each of 2 channels" in repr(grid)
+
+
+def test_gradients_are_refused_but_for_integers_and_where_there_are_none() -> None:
+    grid = grid_of(quantizer_of(2.0), torch.uint8)
+    values = torch.ones(3, requires_grad=True)
+    with pytest.raises(
+        ModelError, match=r"integers pass no gradients on, and its input wants gradients; call model\.eval"
+    ):
+        grid(values)
+    with torch.no_grad():
+        assert torch.equal(grid(grid(values)), grid(values.detach()))
