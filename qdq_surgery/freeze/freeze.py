@@ -55,7 +55,8 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
     Returns:
         A model of the same Hugging Face class with the same config, in eval mode, on the same device, whose outputs are
         those of ``qmodel`` but for ties: where a value lies between two integers to the last bit of a float, it may
-        become the other one. (A product that rounds for the next one does so from float32, in a bfloat16 model, too.) It can be moved between CPU and GPU.
+        become the other one. (A product that rounds for the next one does so from float32, in a bfloat16 model, too.)
+        It can be moved between CPU and GPU.
 
     Raises:
         ModelError: The model is not converted, is on another device, holds no linear that can be frozen, or one with a

@@ -75,8 +75,8 @@ class InputGrid(nn.Module):
             return inputs
         if inputs.requires_grad and torch.is_grad_enabled():
             raise ModelError(
-                "integers pass no gradients on, and its input wants gradients; call model.eval() and torch.no_grad(), or "
-                "train the quantized model"
+                "integers pass no gradients on, and its input wants gradients; call model.eval() and torch.no_grad(), "
+                "or train the quantized model"
             )
         stored = self._rounded(inputs)
         return stored if self.order is None else stored.index_select(-1, self.order)
