@@ -229,11 +229,9 @@ class _Smoke:
     def compile(self) -> None:
         for what, model in (("converted", self.loaded), ("frozen", self.frozen)):
             torch._dynamo.reset()
-            compiled = torch.compile(model, backend="aot_eager")
-            for batch in _batches():
-                _check_equal(
-                    _logits(compiled, batch), _logits(model, batch), f"logits, {what} and compiled", tolerance=SERVED
-                )
+            batch = _batches()[0]
+            compiled = torch.compile(model, backend="eager")  # what may differ is what dynamo makes of the model
+            _check_equal(_logits(compiled, batch), _logits(model, batch), f"{what} and compiled", tolerance=SERVED)
 
 
 def _batches() -> list[dict[str, Tensor]]:

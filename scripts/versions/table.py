@@ -25,7 +25,7 @@ _MEANINGS = {
     "export": "`export_onnx`, with its certificate",
     "serve": "`load_onnx` on ONNX Runtime gives the logits",
     "freeze": "`freeze` on the CPU gives the logits, and after saving and loading the same to the bit",
-    "compile": "`torch.compile` of the converted model and of the frozen one, traced for `aot_eager`, gives the logits",
+    "compile": "`torch.compile` of the converted model and of the frozen one, as dynamo traces it, gives the logits",
 }
 
 #: What a step came to, by model; or why there is nothing, in one line.
