@@ -98,11 +98,11 @@ def assemble(
     units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
     fused = tuple(find_epilogues(target, units))
     fuse(target, fused)
-    recorded = list(surveys[0].graphs())
-    shared = _shared(target, recorded)
+    blocks = _rewritable(target, surveys[0])
+    shared = _shared(target, blocks)
     reading = [path for together in shared.values() for group in together for path in group]
-    whole = _rewritable(target, recorded)
-    handed = tuple(each for each in find_handovers(target, units, fused, reading) if each.block in whole)
+    found, paths = find_handovers(target, units, fused, reading), {path for path, _ in blocks}
+    handed = tuple(each for each in found if each.block in paths)
     _rewrite(target, shared, handed)
     declare(target, FrozenState(plan, kept, fused, shared, handed, origin))
     # What the surveys have not recorded as it will be called is recorded now, and it is seen to run.
@@ -152,27 +152,27 @@ def _mark_baked_sizes(model: PreTrainedModel, seen: Survey, inputs: dict[str, An
                 raise
 
 
-def _shared(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The linears that share what they read, by block."""
-    shared: dict[str, tuple[tuple[str, ...], ...]] = {}
-    blocks = _rewritable(model, recorded)
-    for path, graph in recorded:
-        if path in blocks and path not in shared and graph.kind == "forward":
-            found = groups(graph.graph, blocks[path])
-            if found:
-                shared[path] = tuple(tuple(join_path(path, str(node.target)) for node in calls) for calls in found)
-    return shared
-
-
-def _rewritable(model: PreTrainedModel, recorded: list[tuple[str, BlockGraph]]) -> dict[str, nn.Module]:
-    """The blocks that may run another graph than their code, by path."""
-    found = {}
-    for path, graph in recorded:
+def _rewritable(model: PreTrainedModel, seen: Survey) -> list[tuple[str, BlockGraph]]:
+    """The blocks that may run another graph than their code, by path, each with what was recorded of it."""
+    found = []
+    for path, graph in seen.graphs():
         block = model.get_submodule(path) if path else model
         runs = graph.kind == "forward" and not graph.failure and not graph.baked_size
         if runs and _is_of(block, graph) and "forward" not in vars(block):
-            found[path] = block
+            found.append((path, graph))
     return found
+
+
+def _shared(model: PreTrainedModel, blocks: list[tuple[str, BlockGraph]]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The linears that share what they read, by block."""
+    shared: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for path, graph in blocks:
+        if path in shared:
+            continue
+        found = groups(graph.graph, model.get_submodule(path))
+        if found:
+            shared[path] = tuple(tuple(join_path(path, str(node.target)) for node in calls) for calls in found)
+    return shared
 
 
 def _is_of(block: nn.Module, graph: BlockGraph) -> bool:
