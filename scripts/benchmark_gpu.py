@@ -16,6 +16,7 @@ import copy
 import functools
 import importlib
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +69,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the figures, written after each part")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models of the forwards")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="ROWSxTOKENS", help="batches of the forwards")
+    parser.add_argument(
+        "--shapes", nargs="+", default=SHAPES, type=_shape, metavar="ROWSxTOKENS", help="batches of the forwards"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmark_gpu.py needs an NVIDIA GPU, and torch sees none")
@@ -83,6 +86,12 @@ def main() -> None:
             figures[part][name] = values
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _shape(text: str) -> str:
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*", text) is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no shape; give rows and tokens, such as 32x128")
+    return text
 
 
 # The clock -----------------------------------------------------------------------------------------------------------

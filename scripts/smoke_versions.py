@@ -62,8 +62,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "modernbert": _MODERNBERT,
 }
 
-STEPS = ("import", "convert", "exact", "calibrate", "reload", "across", "export", "serve", "freeze", "compile")
-
 #: Another version may order the operations of a float kernel otherwise; the logits are of the order of 1. (Integers
 #: differ only where a value lies at a tie of two; in these models none does.)
 ACROSS = 1e-5
@@ -223,7 +221,7 @@ class _Smoke:
         self.frozen = _load(folder)
         for batch in _batches():
             found, wanted = _logits(frozen, batch), _logits(self.loaded, batch)
-            _check_equal(found, wanted, "logits, frozen", tolerance=SERVED)
+            _check_equal(found, wanted, "logits, frozen", tolerance=ACROSS)
             _check_equal(_logits(self.frozen, batch), found, "logits, frozen and loaded again")
 
     def compile(self) -> None:
@@ -231,7 +229,7 @@ class _Smoke:
             torch._dynamo.reset()
             batch = _batches()[0]
             compiled = torch.compile(model, backend="eager")  # what may differ is what dynamo makes of the model
-            _check_equal(_logits(compiled, batch), _logits(model, batch), f"{what} and compiled", tolerance=SERVED)
+            _check_equal(_logits(compiled, batch), _logits(model, batch), f"{what} and compiled", tolerance=ACROSS)
 
 
 def _batches() -> list[dict[str, Tensor]]:

@@ -131,10 +131,10 @@ class IntegerLinear(nn.Linear):
         """Multiply by this product from now on, sorted if it is to be and can be."""
         for name in self.product.buffers() if "product" in vars(self) else ():
             self._buffers.pop(name, None)
-        if self.arrangement is not None:
-            ordered = isinstance(product, OneDNNProduct)
-            product = arranged(product, self.arrangement) if isinstance(product, OneDNNProduct) else product
-            self.input_grid.order = self.arrangement.columns if ordered else None
+        self.input_grid.order = None
+        if self.arrangement is not None and isinstance(product, OneDNNProduct):
+            product = arranged(product, self.arrangement)
+            self.input_grid.order = self.arrangement.columns
         buffers = product.buffers()
         vars(self)["product"] = product
         self._buffers.update(buffers)

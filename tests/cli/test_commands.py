@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -267,23 +268,32 @@ def test_it_runs_as_a_module_and_through_a_closed_pipe(folder: Path) -> None:
 
 
 def test_a_bar_appears_only_after_a_while(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import time
-
+    """No time passes: the clock is one that is asked for two seconds, which are over at once or never."""
     import rich.console
 
-    monkeypatch.setattr(progress, "PATIENCE", 0.05)
     real = rich.console.Console
+    waits: list[float] = []
 
     def terminal(**options: object) -> rich.console.Console:
         return real(**{**options, "force_terminal": True, "width": 80})  # type: ignore[arg-type]
 
+    class Clock:
+        daemon, over = False, False
+
+        def __init__(self, seconds: float, then: Callable[[], None]) -> None:
+            waits.append(seconds)
+            self.start = then if self.over else lambda: None
+            self.cancel = self.join = lambda: None
+
     monkeypatch.setattr(progress, "Console", terminal)
+    monkeypatch.setattr(progress, "Timer", Clock)
     assert list(progress.track([1, 2], "quick", 2)) == [1, 2]
     assert "quick" not in capsys.readouterr().err
+    monkeypatch.setattr(Clock, "over", True)
     with progress.steps(2) as bar:
         bar.next("slow")
-        time.sleep(0.3)
     assert "slow" in capsys.readouterr().err
+    assert waits == [progress.PATIENCE] * 2
 
 
 def test_nothing_in_a_folder_is_lost_silently(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,11 @@ def private_names(path: Path) -> set[str]:
     return found
 
 
+def test_nobody_asks_for_what_is_true_in_every_compilation_of_earlier_releases() -> None:
+    users = [path for path in PACKAGE.rglob("*.py") if "compiler.is_exporting" in path.read_text()]
+    assert users == [HOME]  # which says why
+
+
 def test_private_names_stay_in_their_places() -> None:
     users = {path: names for path in PACKAGE.rglob("*.py") if (names := private_names(path))}
     assert users.keys() == {HOME, FRAMES}

@@ -74,3 +74,13 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["benchmark_gpu.py"])
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU, and torch sees none"):
         benchmark_gpu.main()
+
+
+@pytest.mark.parametrize("shape", ["32", "x128", "0x8", "32x128x2", "a lot"])
+def test_what_is_no_shape_is_refused(
+    shape: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark_gpu.py", "--shapes", shape])
+    with pytest.raises(SystemExit):
+        benchmark_gpu.main()
+    assert f"'{shape}' is no shape; give rows and tokens, such as 32x128" in capsys.readouterr().err
