@@ -174,7 +174,7 @@ def _end(meeting: BlockGraph, linear: Value) -> tuple[str, str] | None:
     for argument, path in zip(*flatten_call(call.args, dict(call.kwargs)), strict=True):
         if isinstance(argument, Node):
             inside = readers_inside(Value(meeting, argument), call)
-            if inside is not None and len(inside) == 1 and inside[0].node is linear.node:
+            if inside is not None and [each.node for each in inside] == [linear.node]:
                 return str(call.target), path
     return None
 

@@ -76,13 +76,13 @@ class IntegerLinear(nn.Linear):
     def handed(self, values: Tensor, called: Iterable[nn.Module] = ()) -> Tensor:
         """What to give it so that it gives integers, (..., in_features); ``values`` if somebody would see them.
 
-        That is, too, if gradients are wanted, which :meth:`forward` refuses of floats.
-
         Args:
             called: What is called from it to the next linear, which may not be what it was linked with.
+
+        Raises:
+            ModelError: It wants gradients.
         """
-        wanted = values.requires_grad and torch.is_grad_enabled()
-        if wanted or not self.product.rounds or (self.between is not None and _looked_at(called, self.between)):
+        if not self.product.rounds or (self.between is not None and _looked_at(called, self.between)):
             return values
         stored: Tensor = self.input_grid(values)
         return stored

@@ -9,21 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, batch_for, build
+from architectures import ARCHITECTURES, batch_for, build, layers
 from frozen_models import apart, calibrated, frozen, outputs
 from int_mm_rules import take_kernel
 from torch import Tensor, nn
+from torch.fx import Graph
 from transformers import AutoModel, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertIntermediate
 
 import qdq_surgery as qs
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.frozen_state import frozen_state
-from qdq_surgery.freeze.handovers import Handover, _can_round, in_one_role
+from qdq_surgery.freeze.handovers import Handover, Step, _can_round, _way, find_handovers, in_one_role
 from qdq_surgery.freeze.linear import IntegerLinear
 from qdq_surgery.integers.arranged import ArrangedProduct
 from qdq_surgery.integers.input_grid import InputGrid
 from qdq_surgery.integers.onednn import integer_linear
 from qdq_surgery.integers.weight import to_integers
+from qdq_surgery.trace.units import survey
 
 #: A value at a tie may become the integer beside it, one step of 255.
 NEAR = 0.05
@@ -62,12 +65,12 @@ def roundings(model: PreTrainedModel, batch: dict[str, Tensor], monkeypatch: pyt
 @pytest.mark.parametrize("rules", ["pytorch", "qdqbert"])
 @pytest.mark.parametrize("model_type", [each.model_type for each in ARCHITECTURES])
 def test_where_one_linear_alone_reads_another(model_type: str, rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = frozen(model_type, rules, num_hidden_layers=1) if model_type != "distilbert" else frozen(model_type, rules)
-    layers = 2 if model_type == "distilbert" else 1
+    model = frozen(model_type, rules, **layers(model_type, 1))
     state = frozen_state(model)
-    assert len(state.handovers) == layers * HANDOVERS.get(model_type, 1)
+    assert len(state.handovers) == HANDOVERS.get(model_type, 1)
     other, batch = in_float(model), batch_for(model, (3, 8))
-    assert apart(outputs(model, batch), outputs(other, batch)) < NEAR
+    for wanted in (other, calibrated(model_type, rules, **layers(model_type, 1))):
+        assert apart(outputs(model, batch), outputs(wanted, batch)) < NEAR
     assert roundings(other, batch, monkeypatch) - roundings(model, batch, monkeypatch) == len(state.handovers)
 
 
@@ -299,7 +302,77 @@ def test_a_range_that_a_gelu_leaves_below_is_not_handed() -> None:
     assert not _can_round(linear, "gelu", reader)
     grid.lowest = -128
     assert _can_round(linear, "", reader)
+    grid.never_negative = True  # so it refuses what is, which a product would cut off
+    assert not _can_round(linear, "gelu", reader)
+    assert _can_round(linear, "relu", reader)
+    grid.never_negative = False
     grid.factor.fill_(0.0)
     assert not _can_round(linear, "gelu", reader)
     grid.factor = torch.arange(1.0, reader.in_features + 1)
     assert not _can_round(linear, "gelu", reader)  # as many parts as channels
+
+
+def test_only_the_argument_that_the_next_linear_reads() -> None:
+    """A graph of a kind of call that comes later may have the two blocks otherwise."""
+    block = nn.ModuleDict({name: nn.Identity() for name in ("first", "drop", "second")})
+    step = Step("first.dense", "first", "0", "second", "0")
+
+    def way(*given: str, kwargs: dict[str, str] | None = None, again: bool = False) -> list[str] | None:
+        graph = Graph()
+        values = {"x": graph.placeholder("x")}
+        values["first"] = graph.call_module("first", (values["x"],))
+        values["drop"] = graph.call_module("drop", (values["first"],))
+        values["drop"].meta["op"] = "dropout"
+        named = {name: values[each] for name, each in (kwargs or {}).items()}
+        last = graph.call_module("second", tuple(values[each] for each in given), named)
+        graph.output((last, values["first"]) if again else last)
+        return _way(block, values["first"].graph.find_nodes(op="call_module", target="first")[0], step)
+
+    assert way("drop", "x") == ["first", "drop", "second"]
+    assert way("x", "drop") is None
+    assert way("drop", "drop") is None
+    assert way("x", kwargs={"other": "drop"}) is None
+    assert way("drop", "x", again=True) is None
+
+
+class Reading(BertIntermediate):
+    """Looks at what it is given besides, where it is told to."""
+
+    also: bool
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.also:
+            hidden_states.float().mean()
+        found: Tensor = super().forward(hidden_states)
+        return found
+
+
+def test_every_call_of_both_must_be_that_place() -> None:
+    plain = build("bert", "BertModel", num_hidden_layers=1)
+    plain.encoder.layer[0].intermediate.__class__ = Reading
+    found = []
+    for also in (False, True):
+        plain.encoder.layer[0].intermediate.also = also
+        qmodel = qs.convert(plain, "linear-only")
+        qs.calibrate(qmodel, [batch_for(qmodel, (3, 8))])
+        model = qs.freeze(qmodel)
+        found.append(frozen_state(model).handovers)
+        assert apart(outputs(model, batch_for(model, (2, 5))), outputs(qmodel, batch_for(model, (2, 5)))) < NEAR
+    (handover,), nothing = found
+    assert nothing == ()  # what it looks at would be integers
+    model, units = frozen("bert", "linear-only", num_hidden_layers=1), []
+    again = copy.deepcopy(model)
+    again.encoder.layer[0].intermediate.__class__ = Reading
+    for also in (False, True):
+        again.encoder.layer[0].intermediate.also = also
+        seen = survey(again, batch_for(again, (2, 5)))
+        units.append([(unit.path, unit.tree) for unit in seen.units if unit.tree is not None])
+    assert [each.linear for each in find_handovers(again, units[0], (), ())] == [handover.linear]
+    assert find_handovers(again, units[0] + units[1], (), ()) == ()
+
+
+def test_a_linear_that_hangs_in_two_places_does_not_hand_on() -> None:
+    qmodel = calibrated("bert", "linear-only")
+    for layer, name in ((0, "intermediate"), (1, "output")):
+        qmodel.encoder.layer[layer].also = qmodel.encoder.layer[layer].get_submodule(name).dense
+    assert frozen_state(qs.freeze(qmodel)).handovers == ()
