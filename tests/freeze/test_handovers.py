@@ -341,9 +341,9 @@ class Reading(BertIntermediate):
     also: bool
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        found: Tensor = super().forward(hidden_states)
         if self.also:
             hidden_states.float().mean()
-        found: Tensor = super().forward(hidden_states)
         return found
 
 
