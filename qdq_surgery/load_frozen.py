@@ -24,7 +24,7 @@ from qdq_surgery.checkpoint.plugin import Patterns, QDQQuantizer
 from qdq_surgery.checkpoint.reconcile import Names
 from qdq_surgery.errors import ModelError
 from qdq_surgery.freeze.checks import reasons_kept
-from qdq_surgery.freeze.epilogues import Epilogue, activations, can_fuse
+from qdq_surgery.freeze.epilogues import Epilogue, activations
 from qdq_surgery.freeze.freeze import assemble, assemble_as
 from qdq_surgery.freeze.frozen_state import NOTES, FrozenOrigin, FrozenState
 from qdq_surgery.freeze.handovers import Handover, can_hand, in_one_role
@@ -250,12 +250,16 @@ def _state_in(metadata: Mapping[str, str], model: PreTrainedModel, origin: Froze
         return None
     try:
         notes = parse_json(text, f"what is stored under '{NOTES}'").fields(("epilogues", "shared", "handovers"))
-        epilogues = tuple(_epilogue(item, model) for item in notes["epilogues"].items())
+        items = notes["epilogues"].items()
+        epilogues = tuple(_epilogue(item) for item in items)
         if len({each.linear for each in epilogues} | {each.function for each in epilogues}) < 2 * len(epilogues):
             notes["epilogues"].refuse("each linear and each function once")
+        computed = activations(model, epilogues)
+        for item, each in zip(items, epilogues, strict=True):
+            if each.linear not in computed:
+                item.refuse("an integer linear, and a function that its product can compute")
         modules = dict(model.named_modules())
         shared = {block: _groups(item, block, modules) for block, item in notes["shared"].entries().items()}
-        computed = activations(model, epilogues)
         handed = tuple(_handover(item, model, computed) for item in notes["handovers"].items())
         reading = {path for groups in shared.values() for group in groups for path in group}
         if len({each.linear for each in handed}) < len(handed) or in_one_role(handed, reading) != handed:
@@ -266,14 +270,11 @@ def _state_in(metadata: Mapping[str, str], model: PreTrainedModel, origin: Froze
     return FrozenState(plan_of(model), reasons_kept(model), epilogues, shared, handed, origin)
 
 
-def _epilogue(item: Item, model: nn.Module) -> Epilogue:
+def _epilogue(item: Item) -> Epilogue:
     parts = item.items()
     if len(parts) != 2:
         item.refuse("a linear and a function")
-    made = Epilogue(*(each.text(pattern=MODULE_PATH, wanted="the path of a module") for each in parts))
-    if not can_fuse(model, made):
-        item.refuse("an integer linear, and a function that its product can compute")
-    return made
+    return Epilogue(*(each.text(pattern=MODULE_PATH, wanted="the path of a module") for each in parts))
 
 
 def _handover(item: Item, model: nn.Module, computed: Mapping[str, str]) -> Handover:

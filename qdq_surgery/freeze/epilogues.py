@@ -8,7 +8,8 @@ finds it done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.integers.product import ACTIVATIONS
 from qdq_surgery.match.subgraph import Value
 
-__all__ = ["Done", "Epilogue", "activations", "can_fuse", "find_epilogues", "fuse"]
+__all__ = ["Done", "Epilogue", "activations", "find_epilogues", "fuse"]
 
 #: Where functions are compared: closely around 0, and far away, where some are cut off.
 _PROBE = torch.cat([torch.linspace(-12.0, 12.0, 4801), *(sign * torch.logspace(-4, 5, 400) for sign in (-1.0, 1.0))])
@@ -123,33 +124,35 @@ def _activation(module: nn.Module | None) -> str | None:
             return None
     if not isinstance(found, Tensor) or found.shape != _PROBE.shape or found.dtype != _PROBE.dtype:
         return None
-    near = (
-        name
-        for name, function in ACTIVATIONS.items()
-        if torch.allclose(found, function(_PROBE), rtol=1e-6, atol=_ALIKE)
-    )
+    near = (name for name, wanted in _wanted().items() if torch.allclose(found, wanted, rtol=1e-6, atol=_ALIKE))
     return next(near, None)
 
 
-def can_fuse(model: nn.Module, epilogue: Epilogue) -> bool:
-    """Whether there are such an integer linear and such a function, whoever says so."""
-    linear, function = _module(model, epilogue.linear), _module(model, epilogue.function)
-    return isinstance(linear, IntegerLinear) and _activation(function) is not None
+@functools.cache
+def _wanted() -> dict[str, Tensor]:
+    """What each function that products compute makes of the probe; asked for once for each layer that is loaded."""
+    return {name: function(_PROBE) for name, function in ACTIVATIONS.items()}
 
 
 def activations(model: nn.Module, epilogues: Iterable[Epilogue]) -> dict[str, str]:
-    """What the products compute, or are to compute, by the paths of their linears."""
-    return {each.linear: _activation(_module(model, each.function)) or "" for each in epilogues}
+    """What the products are to compute, by the paths of their linears.
+
+    An epilogue that cannot be, whoever says so, is left out: there is no integer linear, or no such function.
+    """
+    linears = {each: isinstance(_module(model, each.linear), IntegerLinear) for each in epilogues}
+    found = {each.linear: _activation(_module(model, each.function)) for each, known in linears.items() if known}
+    return {linear: name for linear, name in found.items() if name is not None}
 
 
-def fuse(model: nn.Module, epilogues: Iterable[Epilogue]) -> None:
-    """Move functions into products, in place."""
+def fuse(model: nn.Module, epilogues: Iterable[Epilogue], computed: Mapping[str, str]) -> None:
+    """Move functions into products, in place.
+
+    Args:
+        computed: What :func:`activations` says of them.
+    """
     for each in epilogues:
         linear = model.get_submodule(each.linear)
         assert isinstance(linear, IntegerLinear)
-        function = model.get_submodule(each.function)
-        activation = _activation(function)
-        assert activation is not None
-        linear.activation = activation
+        linear.activation = computed[each.linear]
         parent, _, name = each.function.rpartition(".")
-        model.get_submodule(parent)._modules[name] = Done(function)
+        model.get_submodule(parent)._modules[name] = Done(model.get_submodule(each.function))

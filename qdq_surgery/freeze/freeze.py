@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError, QdqSurgeryError
 from qdq_surgery.freeze.checks import Choice, choose
-from qdq_surgery.freeze.epilogues import find_epilogues, fuse
+from qdq_surgery.freeze.epilogues import activations, find_epilogues, fuse
 from qdq_surgery.freeze.forward import FrozenForward
 from qdq_surgery.freeze.frozen_state import FrozenOrigin, FrozenState, declare
 from qdq_surgery.freeze.handovers import Handover, find_handovers, link, steps_of
@@ -97,7 +97,7 @@ def assemble(
     _mark_baked_sizes(target, surveys[0], calls[0], example_inputs is None)
     units = [(unit.path, unit.tree) for each in surveys for unit in each.units if unit.tree is not None]
     fused = tuple(find_epilogues(target, units))
-    fuse(target, fused)
+    fuse(target, fused, activations(target, fused))
     blocks = _rewritable(target, surveys[0])
     shared = _shared(target, blocks)
     reading = [path for together in shared.values() for group in together for path in group]
@@ -113,7 +113,7 @@ def assemble(
 
 def assemble_as(target: PreTrainedModel, state: FrozenState) -> None:
     """The same by what was found before, of the same model: it is looked at when it is first called."""
-    fuse(target, state.epilogues)
+    fuse(target, state.epilogues, activations(target, state.epilogues))
     _rewrite(target, state.shared, state.handovers)
     declare(target, state)
     target.requires_grad_(False)
