@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ def test_the_numbers_are_those_of_manual_seed() -> None:
 
 
 @pytest.mark.parametrize("name", ["sensitivity", "calibrate"])
-def test_other_devices_get_no_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_get_no_seed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps a seed until CUDA is first used: what somebody draws there then would always be the same."""
-    qmodel = calibrated()
+    own = tmp_path / "own.yaml"
+    own.write_text("schema: 1\nname: own\nextends: qdqbert\ncalibration: {dropout: true}\n", encoding="utf-8")
+    qmodel = calibrated(rules=str(own))
     data: list[dict[str, Any]] = [batch_for(qmodel, (2, 5))]
     seeded: list[Any] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
@@ -35,5 +38,5 @@ def test_other_devices_get_no_seed(name: str, monkeypatch: pytest.MonkeyPatch) -
     if name == "sensitivity":
         qs.sensitivity(qmodel, data, sites=False, kinds=False)
     else:  # which asks, too, what padding does
-        qs.calibrate(qmodel.train(), data)
+        qs.calibrate(qmodel, data)
     assert seeded == []
