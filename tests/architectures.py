@@ -114,7 +114,7 @@ def kind_of(head: str) -> str:
 
 def build(model_type: str, head: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A model with random weights, with eager attention, in eval mode. Weights are spread so that layers differ."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # of the CPU alone: torch.manual_seed formats the stack, for each device
     config = BY_TYPE[model_type].config(**options)
     model = getattr(transformers, head)._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

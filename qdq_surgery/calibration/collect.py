@@ -28,7 +28,7 @@ from qdq_surgery.quantize.calibrators import HistogramCalibrator, MaxCalibrator,
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
-from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.random_state import kept_random, seed_generators
 from qdq_surgery.safety.transaction import kept_modes, put_back_after
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 from qdq_surgery.text.progress import track
@@ -256,7 +256,7 @@ def _collecting(
     every = list(quantizers(model).values())
     before = [(each, each._calibrator, each._if_calib, each._if_quant) for each in every]
     dropout = plan_of(model).rules.calibration.dropout
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"]
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
     watch = Watch(Padding(model, watched))
 
     def put_back() -> None:
@@ -272,9 +272,9 @@ def _collecting(
             quantizer._calibrator = MomentCalibrator(calibrator) if name in moments else calibrator
             quantizer._if_calib = True
         model.train(dropout)
-        with torch.no_grad(), kept_random(sorted(set(devices), key=str)):
+        with torch.no_grad(), kept_random(devices):
             if dropout:
-                torch.manual_seed(_SEED)
+                seed_generators(_SEED, devices)
             yield watch
 
 

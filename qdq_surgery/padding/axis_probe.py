@@ -22,6 +22,7 @@ from qdq_surgery.hf.config_facts import chunk_size, configs_of, max_tokens
 from qdq_surgery.padding.axes import Axes, Fit, Size, fit
 from qdq_surgery.padding.position_tables import grown
 from qdq_surgery.padding.token_masks import Text, resized, with_padding
+from qdq_surgery.safety.random_state import kept_random, seed_generators
 
 __all__ = ["Call", "Found", "probe"]
 
@@ -205,12 +206,12 @@ def _run(
     """What each quantizer sees, with the same random numbers in every run."""
     before = {name: quantizer._calibrator for name, quantizer in quantizers.items()}
     clock = _Clock()
-    devices = sorted({p.device.index for p in qmodel.parameters() if p.device.type == "cuda"})
+    devices = sorted({p.device for p in qmodel.parameters() if p.device.type == "cuda"}, key=str)
     try:
         for quantizer in quantizers.values():
             quantizer._calibrator = _Recorder(clock)
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(_SEED)
+        with kept_random(devices):
+            seed_generators(_SEED, devices)
             qmodel(**batch)
         return {name: quantizer._calibrator.seen for name, quantizer in quantizers.items()}
     finally:

@@ -11,7 +11,7 @@ import torch
 
 from qdq_surgery.safety.transaction import put_back_after
 
-__all__ = ["kept_random"]
+__all__ = ["kept_random", "seed_generators"]
 
 
 @contextmanager
@@ -29,3 +29,17 @@ def kept_random(devices: Iterable[torch.device]) -> Iterator[None]:
 
     with put_back_after(put_back), torch.random.fork_rng(list(devices)):
         yield
+
+
+def seed_generators(seed: int, devices: Iterable[torch.device]) -> None:
+    """Seed torch's generator of the CPU, and those of ``devices``.
+
+    ``torch.manual_seed`` seeds all devices there are, also those whose generators :func:`kept_random` does not put
+    back. While CUDA is not in use yet, it notes the seed for later, and formats the whole stack for that each time.
+
+    Args:
+        devices: CUDA devices, in use.
+    """
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        torch.cuda.default_generators[device.index].manual_seed(seed)

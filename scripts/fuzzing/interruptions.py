@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,12 +23,30 @@ import qdq_surgery as qs
 from fuzzing.outcome import Outcome
 from fuzzing.state import global_state, state_of
 
-__all__ = ["OPERATIONS", "Injected", "Operation", "lines_of", "run"]
+__all__ = ["OPERATIONS", "Injected", "Line", "Operation", "lines_of", "run"]
 
 _PACKAGE = str(Path(qs.__file__).parent)
 _TRANSFORMERS = str(Path(transformers.__file__).parent)
 
 Place = tuple[str, int]
+#: Of a line: its number, its call and its step, see :class:`Line`.
+Event = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that an operation runs, once.
+
+    Attributes:
+        number: Of the lines that it runs, in their order.
+        call: In which call of a function of the package, in the order in which they begin.
+        step: Which of the lines that this call runs.
+    """
+
+    place: Place
+    number: int
+    call: int
+    step: int
 
 
 class Injected(BaseException):
@@ -61,9 +80,9 @@ def run(count: int, seed: int, names: Iterable[str] = ()) -> Outcome:
     for index, operation in enumerate(chosen):
         share = count // len(chosen) + (index < count % len(chosen))
         check = _check_save if operation is SAVING else functools.partial(_check, operation, _ends(operation))
-        for number, place in _spread(lines_of(operation), share, random.Random(f"{seed} {operation.name}")):
-            where = f"{operation.name} at {Path(place[0]).name}:{place[1]} (line event {number})"
-            outcome.run(operation.name, where, functools.partial(check, number), _Never)
+        for line in _spread(lines_of(operation), share, random.Random(f"{seed} {operation.name}")):
+            where = f"{operation.name} at {Path(line.place[0]).name}:{line.place[1]} (line event {line.number})"
+            outcome.run(operation.name, where, functools.partial(check, line), _Never)
     return outcome
 
 
@@ -71,44 +90,57 @@ class _Never(Exception):
     """No case is refused: each is right or wrong."""
 
 
-def lines_of(operation: Operation) -> list[Place]:
-    """The lines that the operation runs, in the order in which it does."""
-    found: list[Place] = []
+def lines_of(operation: Operation) -> dict[Place, list[Event]]:
+    """The lines of the source that the operation runs, and each time that it does."""
+    found: dict[Place, list[Event]] = {}
     first, subject = operation.start(), operation.start()
     operation.act(first)  # what is done once in a process is done now
-    _traced(lambda: operation.act(subject), operation.homes, lambda frame: found.append(_place(frame)))
+    numbers = itertools.count()
+
+    def entered(call: int) -> Callable[[FrameType], None]:
+        steps = itertools.count()
+
+        def see(frame: FrameType) -> None:
+            place = frame.f_code.co_filename, frame.f_lineno
+            found.setdefault(place, []).append((next(numbers), call, next(steps)))
+
+        return see
+
+    _traced(lambda: operation.act(subject), operation.homes, entered)
     for each in (first, subject):
         if isinstance(each, _Saving):
             each.folder.cleanup()
     return found
 
 
-def _place(frame: FrameType) -> Place:
-    return frame.f_code.co_filename, frame.f_lineno
-
-
-def _spread(lines: list[Place], count: int, random_: random.Random) -> list[tuple[int, Place]]:
-    """Numbers of line events: each line before a second time at any, its first, its last and others in turn."""
-    events: dict[Place, list[int]] = {}
-    for number, place in enumerate(lines):
-        events.setdefault(place, []).append(number)
-    turns: list[tuple[int, Place]] = []
+def _spread(events: Mapping[Place, list[Event]], count: int, random_: random.Random) -> list[Line]:
+    """Each line of the source before a second time at any, its first time, its last and others in turn."""
+    turns: list[Line] = []
     places = random_.sample(sorted(events), len(events))
     while len(turns) < count:
         for place in places:
-            numbers = events[place]
-            turns.append((random_.choice((numbers[0], numbers[-1], random_.choice(numbers))), place))
+            times = events[place]
+            turns.append(Line(place, *random_.choice((times[0], times[-1], random_.choice(times)))))
     return turns[:count]
 
 
-def _traced(act: Callable[[], Any], homes: tuple[str, ...], see: Callable[[FrameType], None]) -> None:
-    def local(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            see(frame)
-        return local
+def _traced(
+    act: Callable[[], Any], homes: tuple[str, ...], entered: Callable[[int], Callable[[FrameType], None] | None]
+) -> None:
+    """Run ``act``; of each call of a function in ``homes``, ``entered`` says who sees its lines, if anybody does."""
+    calls = itertools.count()
 
     def call(frame: FrameType, _: str, __: Any) -> Any:
-        return local if frame.f_code.co_filename.startswith(homes) else None
+        see = entered(next(calls)) if frame.f_code.co_filename.startswith(homes) else None
+        if see is None:
+            return None
+
+        def local(frame: FrameType, event: str, _: Any) -> Any:
+            if event == "line":
+                see(frame)
+            return local
+
+        return local
 
     before = sys.gettrace()
     sys.settrace(call)
@@ -118,18 +150,19 @@ def _traced(act: Callable[[], Any], homes: tuple[str, ...], see: Callable[[Frame
         sys.settrace(before)
 
 
-def _interrupted(operation: Operation, subject: Any, number: int) -> bool:
-    """Run the operation and raise at a line event; whether that came to pass."""
-    count = -1
+def _interrupted(operation: Operation, subject: Any, line: Line) -> bool:
+    """Run the operation and raise at a line; whether that came to pass.
+
+    The lines of all other calls are not looked at, which takes as long as a hundred operations.
+    """
+    steps = itertools.count()
 
     def see(_: FrameType) -> None:
-        nonlocal count
-        count += 1
-        if count == number:
+        if next(steps) == line.step:
             raise Injected
 
     try:
-        _traced(lambda: operation.act(subject), operation.homes, see)
+        _traced(lambda: operation.act(subject), operation.homes, lambda number: see if number == line.call else None)
     except Injected:
         return True
     return False
@@ -142,10 +175,10 @@ def _ends(operation: Operation) -> tuple[Any, Any]:
     return before, state_of(model)
 
 
-def _check(operation: Operation, ends: tuple[Any, Any], number: int) -> str:
+def _check(operation: Operation, ends: tuple[Any, Any], line: Line) -> str:
     before, after = ends
     model, around = operation.start(), global_state()
-    if not _interrupted(operation, model, number):
+    if not _interrupted(operation, model, line):
         return "the line was not reached"
     if global_state() != around:
         return "torch, Python or logging were left in another state"
@@ -163,17 +196,17 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     return ", ".join(names[:4])
 
 
-def _check_save(number: int) -> str:
+def _check_save(line: Line) -> str:
     subject = SAVING.start()
     try:
-        return _saved_wrong(subject, number)
+        return _saved_wrong(subject, line)
     finally:
         subject.folder.cleanup()
 
 
-def _saved_wrong(subject: _Saving, number: int) -> str:
+def _saved_wrong(subject: _Saving, line: Line) -> str:
     new, before = subject.model, state_of(subject.model)
-    if not _interrupted(SAVING, subject, number):
+    if not _interrupted(SAVING, subject, line):
         return "the line was not reached"
     if state_of(new) not in (before, _after_saving()):
         return "the model that was saved was changed"

@@ -72,8 +72,12 @@ def global_state() -> dict[str, Any]:
         "modes": torch._C._len_torch_function_stack(),
         "random": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
         "python": random.getstate(),
-        "numpy": str(np.random.get_state()),
+        "numpy": _of_numpy(np.random.get_state(legacy=False)),
         "handlers": [*logging.root.handlers],
         "level": logging.root.level,
         "profile": sys.getprofile(),
     }
+
+
+def _of_numpy(state: Any) -> Any:
+    return {**state, "state": {**state["state"], "key": state["state"]["key"].tobytes()}}

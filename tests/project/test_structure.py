@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 
@@ -79,10 +80,17 @@ WITHOUT_TRANSFORMERS = {
 MOST_FILES = 12
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """A file of the package, which many tests here look through."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """All modules that a file imports, wherever in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -93,7 +101,7 @@ def imports(path: Path) -> set[str]:
             for alias in node.names:  # a module by its name, or something in one
                 inner = f"{node.module}.{alias.name}"
                 found.add(inner if inner in MODULES else node.module)
-    return found
+    return frozenset(found)
 
 
 def _named(path: Path) -> str:
@@ -166,7 +174,7 @@ def test_functions_can_be_looked_over() -> None:
     """60 lines, without what the docstring takes of them."""
     found = {}
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 told = node.body[0]
                 words = ast.get_docstring(node) is not None and len(node.body) > 1
@@ -176,7 +184,7 @@ def test_functions_can_be_looked_over() -> None:
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    assert not [name for name, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not [name for name, path in MODULES.items() if not ast.get_docstring(parsed(path))]
 
 
 def test_the_test_can_fail(tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import onnx
 import onnxruntime
@@ -287,9 +286,29 @@ def test_long_contexts_are_answered_in_windows(places: dict[str, Place]) -> None
     assert all(answers[name] == candidates[0]["text"] for name, candidates in ranked.items())
 
 
+#: What torchrun does: it tells each of its processes who it is, and runs the script. Without it they need not import
+#: torch, it and they.
+AS_TORCHRUN = """
+import os, runpy, sys
+rank, meet = sys.argv[1:3]
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=meet, OMP_NUM_THREADS="1")
+import torch
+torch.set_num_threads(1)
+sys.argv = sys.argv[3:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 @pytest.mark.slow
-def test_two_processes_calibrate_like_one(places: dict[str, Place]) -> None:
-    """torchrun: each process brings half of the batches, and training leaves the ranges as they are."""
+def test_two_processes_calibrate_like_one(places: dict[str, Place], tmp_path: Path) -> None:
+    """As torchrun starts them: each process brings half of the batches, and training leaves the ranges as they are."""
     place = places["qa"]
     alone = place.run("encoder", "alone", "--do_calib --num_calib_batch 4")
     files = [place.folder / f"qa_{part}.json" for part in ("train", "held_out")]
@@ -297,21 +316,11 @@ def test_two_processes_calibrate_like_one(places: dict[str, Place]) -> None:
     options += (
         f" --do_calib --num_calib_batch 4 --do_train --do_eval --train_file {files[0]} --validation_file {files[1]}"
     )
-    root = Path(run_qa.__file__).parent.parent
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "scripts/run_qa.py"),
-            *options.split(),
-        ],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("calibrated by the rules' methods") == 1  # only one process speaks
+    given = [free_port(), run_qa.__file__, *options.split()]
+    folders = [tmp_path / str(rank) for rank in range(2)]
+    both = [forked.start(AS_TORCHRUN, rank, *given, folder=folder) for rank, folder in enumerate(folders)]
+    said = "".join([forked.ended(process, folder) for process, folder in zip(both, folders, strict=True)])
+    assert said.count("calibrated by the rules' methods") == 1  # only one process speaks
     assert scores(place.folder / "both")["examples"] == 9
     ranges = [load_file(folder / "model.safetensors") for folder in (alone, place.folder / "both")]
     names = [name for name in ranges[0] if name.endswith("_quantizer._amax")]

@@ -20,7 +20,7 @@ from qdq_surgery.calibration.collect import only_borrower
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
-from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.random_state import kept_random, seed_generators
 from qdq_surgery.safety.transaction import kept_modes, put_back_after
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops
 from qdq_surgery.sensitivity.parts import layer_paths
@@ -51,8 +51,9 @@ def run_seeded(model: nn.Module, inputs: Mapping[str, Any], devices: Iterable[to
         CalibrationError: It cannot run.
     """
     try:
-        with kept_random(list(devices)):
-            torch.manual_seed(_SEED)
+        gpus = list(devices)
+        with kept_random(gpus):
+            seed_generators(_SEED, gpus)
             return model(**inputs)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise CalibrationError(f"{type(model).__name__} cannot run it: {error}") from error
