@@ -63,7 +63,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         _freeze()
-        gc.set_threshold(700, 10, 1000)  # looking through all of a file takes a tenth of a second: its end does that
+        gc.set_threshold(700, 10, 100)
         gc.enable()
 
 

@@ -23,7 +23,7 @@ for needed in ("ray", "onnx", "onnxruntime"):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed", allow_module_level=True)
 
-#: So many batches that they do not come in order by luck, the last one not full.
+#: Many batches for two actors, the last one not full.
 BATCH = 16
 COUNT = 50 * BATCH + 3
 
