@@ -179,7 +179,12 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     @property
     def enabled(self) -> bool:
         """Whether it does anything."""
-        return not self._disabled and not self._holders
+        return not self._disabled and not self.held_off
+
+    @property
+    def held_off(self) -> bool:
+        """Whether it lets everything pass for a while, see :meth:`hold_off`."""
+        return bool(self._holders)
 
     def hold_off(self, holder: int) -> None:
         """Let everything pass until ``holder``, and whoever else holds it off, lets go. A calibrator still sees it."""
