@@ -500,7 +500,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             if known is None or known.shape != loaded.shape:
                 learned, rounding = self.learns, self.rounding
                 self.reset_amax()
-                self.set_range(torch.zeros(loaded.shape))
+                self.set_range(torch.ones(loaded.shape))  # a place for it; a scale per channel is never 0
                 self.learn_amax(learned)
                 self.set_rounding(rounding)
         # pytorch-quantization's own version logs, and sends the range to a GPU.
