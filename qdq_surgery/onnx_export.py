@@ -23,7 +23,7 @@ from qdq_surgery.onnx_file.opened import OnnxFile, open_file
 from qdq_surgery.onnx_file.writer import data_beside, draft, writable
 from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.lint import lint
-from qdq_surgery.surgery.model_state import plan_of
+from qdq_surgery.surgery.model_state import plan_of, refuse_disabled
 from qdq_surgery.targets.registry import DEFAULT, REFERENCE, get_target
 from qdq_surgery.targets.target import ACTIVATIONS, PRECISIONS, Target, full_precision
 from qdq_surgery.text.optional_imports import require
@@ -125,7 +125,8 @@ def export_onnx(
         ExportError: There is no such target, opset, precision; a quantizer's grid has no form in ONNX; the file cannot
             be written, or is there already; the model cannot be traced.
         ParityError: The file computes something else; names the first site. Nothing is left behind.
-        ModelError: The model is not converted, is in train mode, or a package is missing; says which extra has it.
+        ModelError: The model is not converted, is in train mode or in ``quantization_disabled``, or a package is
+            missing; says which extra has it.
     """
     chosen = get_target(target)
     precision = None if precision is None else full_precision(precision)
@@ -169,6 +170,7 @@ def _built(
     from qdq_surgery.export.pipeline import build
 
     plan_of(qmodel)
+    refuse_disabled(qmodel, "export_onnx")
     if qmodel.training:
         raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
     _check_dtype(qmodel, form.precision)

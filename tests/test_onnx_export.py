@@ -416,6 +416,17 @@ def test_quantizers_of_every_kind(target: str, tmp_path: Path) -> None:
     assert residual.attributes.get_int("axis", 0) == (2 if target == "onnxruntime" else 0)
 
 
+def test_weights_with_the_scales_of_inputs_that_are_off(tmp_path: Path) -> None:
+    """Their columns are multiplied by scales that nothing divides the activation by."""
+    qmodel = calibrated(rules="onnxruntime", num_hidden_layers=1)
+    for name in ("attention.self.key", "intermediate.dense", "output.dense"):
+        linear = qmodel.get_submodule(f"encoder.layer.0.{name}")
+        linear._input_quantizer.set_range(torch.linspace(2.0, 8.0, linear.in_features))
+        linear._input_quantizer.disable()
+    inputs = inputs_for(qmodel, SHAPES[0])
+    assert_same(qmodel, export_onnx(qmodel, tmp_path / "model.onnx", inputs), inputs)
+
+
 @pytest.mark.usefixtures("quick")
 def test_what_a_runtime_has_no_kernel_for(tiny: PreTrainedModel, folder: Path) -> None:
     pytest.importorskip("openvino")
@@ -707,6 +718,13 @@ def test_models_that_cannot_be_exported(tiny: PreTrainedModel, folder: Path) -> 
         name = str(kind).removeprefix("torch.")
         assert refusal(copy.deepcopy(tiny).to(kind), folder, qs.ModelError) == (
             f"this BertModel is in {name}, and the file is to be in float32; call .float() first"
+        )
+
+
+def test_a_model_whose_quantizers_are_off_for_a_while(tiny: PreTrainedModel, folder: Path) -> None:
+    with qs.quantization_disabled(tiny):
+        assert refusal(tiny, folder, qs.ModelError) == (
+            "the quantizers of this BertModel are off for a while; call export_onnx outside of quantization_disabled"
         )
 
 

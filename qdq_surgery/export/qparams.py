@@ -48,6 +48,8 @@ class QParams:
             what the columns of a weight are multiplied by; ``None``: nothing.
         taken_back: Whether the weight behind an activation is multiplied by ``channels``, so that nothing else has to
             be.
+        given_back: Whether a weight that was multiplied by ``channels`` is divided by them behind its integers, because
+            nothing divides the activation.
         rounding: int8, shape of the weight: how many steps each of its values is moved by before it is rounded;
             ``None``: by none.
         table: Whether it is of an embedding's table, whose rows are looked up.
@@ -61,6 +63,7 @@ class QParams:
     native: bool
     channels: NDArray[np.float32] | None = None
     taken_back: bool = False
+    given_back: bool = False
     rounding: NDArray[np.int8] | None = None
     table: bool = False
 
@@ -148,11 +151,12 @@ def _of_table(qparams: QParams, target: Target) -> QParams:
 
 
 def _pass_scale(found: dict[str, QParams], activation: str, weight: str, linear: QuantLinear) -> None:
-    """What a linear's input is divided by, its weight takes back."""
+    """What a linear's input is divided by, its weight takes back; where it is off, the weight alone has the scale."""
     scale = linear.channel_scale
     if scale is not None and weight in found:
-        found[weight] = replace(found[weight], channels=scale.float().cpu().numpy())
-        if activation in found:
+        channels, divides = scale.float().cpu().numpy(), activation in found
+        found[weight] = replace(found[weight], channels=channels, given_back=not divides)
+        if divides:
             found[activation] = replace(found[activation], taken_back=True)
 
 

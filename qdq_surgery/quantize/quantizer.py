@@ -179,7 +179,12 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     @property
     def enabled(self) -> bool:
         """Whether it does anything."""
-        return not self._disabled and not self._holders
+        return not self._disabled and not self.held_off
+
+    @property
+    def held_off(self) -> bool:
+        """Whether it lets everything pass for a while, see :meth:`hold_off`."""
+        return bool(self._holders)
 
     def hold_off(self, holder: int) -> None:
         """Let everything pass until ``holder``, and whoever else holds it off, lets go. A calibrator still sees it."""
@@ -495,7 +500,7 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             if known is None or known.shape != loaded.shape:
                 learned, rounding = self.learns, self.rounding
                 self.reset_amax()
-                self.set_range(torch.zeros(loaded.shape))
+                self.set_range(torch.ones(loaded.shape))  # a place for it; a scale per channel is never 0
                 self.learn_amax(learned)
                 self.set_rounding(rounding)
         # pytorch-quantization's own version logs, and sends the range to a GPU.

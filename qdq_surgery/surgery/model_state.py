@@ -26,6 +26,7 @@ __all__ = [
     "quantization_disabled",
     "quantized_forwards",
     "quantizers",
+    "refuse_disabled",
     "set_state",
     "state_of",
 ]
@@ -114,6 +115,19 @@ def quantized_forwards(block: nn.Module) -> dict[str, QuantizedForward]:
 def quantizers(qmodel: nn.Module) -> dict[str, TensorQuantizer]:
     """All quantizers of a converted model by qualified name; a module that is shared has one name."""
     return {name: module for name, module in qmodel.named_modules() if isinstance(module, TensorQuantizer)}
+
+
+def refuse_disabled(qmodel: nn.Module, what: str) -> None:
+    """Refuse ``what`` while a :func:`quantization_disabled` holds, in any thread: copies of the model would not be off.
+
+    Raises:
+        ModelError: One holds.
+    """
+    if any(each.held_off for each in quantizers(qmodel).values()):
+        raise ModelError(
+            f"the quantizers of this {type(qmodel).__name__} are off for a while; call {what} outside of "
+            "quantization_disabled"
+        )
 
 
 @contextmanager

@@ -343,3 +343,14 @@ def test_every_method_by_a_rule_file(calibrator: str, tmp_path: Path) -> None:
     qmodel = qs.convert(spoiled(), path)
     qs.calibrate(qmodel, [BATCH])
     assert error(calibrated("qdqbert")) > 4 * error(qmodel)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_loads_into_a_model_that_was_just_converted(assign: bool) -> None:
+    qmodel = calibrated()
+    other = qs.convert(build("bert", "BertModel"), "qdqbert-scaled", inplace=True)
+    assert all(each.amax is None for each in qs.quantizers(other).values() if each.scaled)
+    other.load_state_dict(qmodel.state_dict(), assign=assign)
+    batch = batch_for(qmodel, (3, 8))
+    with torch.no_grad():
+        assert torch.equal(other(**batch).last_hidden_state, qmodel(**batch).last_hidden_state)  # tolerance 0.0

@@ -91,7 +91,7 @@ class _Lowering:
             return
         name = self._unique(qparams.name)
         if qparams.channels is not None:
-            value = self._times(f"{name}{DIVIDED}", value, 1.0 / qparams.channels, node)
+            value = self._scaled("Mul", f"{name}{DIVIDED}", value, 1.0 / qparams.channels, node)
         parameters = [
             self._constant(f"{name}/scale", typed_scale(scale, _numpy_type(value))),
             self._zero_point(np.full(scale.shape, middle, integer_type(stored))),
@@ -116,12 +116,15 @@ class _Lowering:
             return pair.value
         if pair not in self._multiplied:
             name = f"{str(pair.dequantize.name).removesuffix('/DequantizeLinear')}/multiplied"
-            self._multiplied[pair] = self._times(name, pair.value, qparams.channels, node)
+            self._multiplied[pair] = self._scaled("Mul", name, pair.value, qparams.channels, node)
         return self._multiplied[pair]
 
-    def _times(self, name: str, value: ir.Value, channels: NDArray[np.float32], before: ir.Node) -> ir.Value:
+    def _scaled(
+        self, operator: str, name: str, value: ir.Value, channels: NDArray[np.float32], before: ir.Node
+    ) -> ir.Value:
+        """``value``, multiplied or divided channel by channel."""
         factors = self._constant(f"{name}/scale", channels.astype(_numpy_type(value)))
-        product = ir.node("Mul", [value, factors], name=name)
+        product = ir.node(operator, [value, factors], name=name)
         product.outputs[0].name, product.outputs[0].shape, product.outputs[0].type = (
             f"{name}/value",
             value.shape,
@@ -155,13 +158,16 @@ class _Lowering:
         attributes = {} if axis is None else {"axis": axis}
         dequantize = self._dequantize(name, list(parameters), attributes, (readers[0] if turned else node).outputs[0])
         self.graph.insert_before(node, dequantize)
+        found = dequantize.outputs[0]
+        if qparams.given_back and qparams.channels is not None:
+            columns = qparams.channels.reshape(-1, 1) if turned else qparams.channels
+            found = self._scaled("Div", f"{name}/given_back", found, columns, node)
         for old in [reader for reader in readers if turned]:
-            ir.convenience.replace_all_uses_with(old.outputs[0], dequantize.outputs[0])
+            ir.convenience.replace_all_uses_with(old.outputs[0], found)
             self.graph.remove(old, safe=True)
         if not turned:
-            found = dequantize.outputs[0]
             if multiplied and qparams.channels is not None:
-                found = self._times(f"{name}/multiplied", found, qparams.channels, node)
+                found = self._scaled("Mul", f"{name}/multiplied", found, qparams.channels, node)
             ir.convenience.replace_all_uses_with(node.outputs[0], found)
         self.graph.remove(node, safe=True)
         scaled = qparams.role != "weight" and qparams.channels is not None
