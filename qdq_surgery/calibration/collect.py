@@ -67,12 +67,24 @@ class Seen:
         grid: That of the quantizer.
         moments: On the input of a linear, the sum of x x^T over all x, (channels, channels), float32; ``None`` if it
             was not asked for, or if there is no linear behind.
+        lowest: Where the grid has a zero point, how large a range reaches down to the lowest value; of the shape of
+            ``amax``.
     """
 
     histogram: Histogram | None
     amax: Tensor
     grid: Grid
     moments: Tensor | None = None
+    lowest: Tensor | None = None
+
+    @property
+    def needed(self) -> Tensor:
+        """The range in which all values lie, of the shape of ``amax``."""
+        return self.amax if self.lowest is None else torch.maximum(self.amax, self.lowest)
+
+    def reaching(self, amax: float) -> float:
+        """A range for the whole tensor, made large enough to reach down to the lowest value."""
+        return amax if self.lowest is None else max(amax, float(self.lowest))
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,6 +122,7 @@ class Statistics(Result):
             table = seen.histogram.table()
             for method, options in settings:
                 amax, words = choose(seen.histogram, method, seen.grid, **options)
+                amax = seen.reaching(amax)
                 error = relative_error(*table, amax, seen.grid)
                 found.setdefault(name, {})[words] = {"amax": amax, "error": error}
         return found
@@ -355,7 +368,7 @@ def _amax_of(calibrator: Any) -> Tensor | None:
     if isinstance(calibrator, HistogramCalibrator):
         return None if calibrator.histogram is None else calibrator.histogram.amax
     assert isinstance(calibrator, MaxCalibrator)
-    return calibrator.compute_amax()
+    return calibrator.top
 
 
 def _gathered(
@@ -363,20 +376,24 @@ def _gathered(
 ) -> dict[str, Seen]:
     found: dict[str, Histogram | None] = {}
     maxima: dict[str, Tensor | None] = {}
+    lows: dict[str, Tensor | None] = {}
     for name, quantizer in watched.items():
         calibrator = _of_range(quantizer)
         if isinstance(calibrator, HistogramCalibrator):
             found[name] = calibrator.histogram
         else:
-            maxima[name] = calibrator.compute_amax()
+            maxima[name] = calibrator.top
+        if calibrator.lowest is not None:
+            lows[name] = calibrator.lowest.top
     both: dict[str, tuple[Histogram | None, Tensor]] = {
         name: (histogram, histogram.amax) for name, histogram in gather_histograms(found, device).items()
     }
     both.update({name: (None, amax) for name, amax in gather_maxima(maxima, device).items()})
+    lowest = gather_maxima(lows, device)
     moments = gather_moments({name: watched[name]._calibrator.moments for name in channels}, channels, device)
     seen = {}
     for name, quantizer in watched.items():
         histogram, top = both.get(name, (None, None))
         if top is not None and (histogram is None or histogram.total > 0):
-            seen[name] = Seen(histogram, top, quantizer.grid, moments.get(name))
+            seen[name] = Seen(histogram, top, quantizer.grid, moments.get(name), lowest.get(name))
     return seen

@@ -274,7 +274,7 @@ def _activation_range(
     own = None if quantizer.spec is None else quantizer.spec.calibrator
     if own is not None and quantizer.scaled:
         weight_tops = None if linear is None else linear.weight.detach().float().abs().amax(0)
-        tops = seen.amax.reshape(-1)
+        tops = seen.needed.reshape(-1)
         amax = own.channel_ranges(tops, None if weight_tops is None else weight_tops.to(tops.device))
         assert own.scale_method is not None
         return _found(name, quantizer, amax, own.scale_method.words.format(value=own.scale_value))
@@ -284,13 +284,13 @@ def _activation_range(
             "or calibrator: max"
         )
     if quantizer.axes is not None or (seen.histogram is None and not calibrator.is_histogram):
-        return _found(name, quantizer, seen.amax, "max")
+        return _found(name, quantizer, seen.needed, "max")
     if seen.histogram is None:
         raise CalibrationError(
             f"the statistics have no histogram of {name}, which {calibrator} needs; collect with histograms=True"
         )
     value, words = choose(seen.histogram, calibrator.name, quantizer.grid, percentile=calibrator.percentile)
-    found = _found(name, quantizer, torch.tensor(value), words)
+    found = _found(name, quantizer, torch.tensor(seen.reaching(value)), words)
     error = relative_error(*seen.histogram.table(), found.how.amax, quantizer.grid)
     return replace(found, how=replace(found.how, error=error))
 

@@ -45,6 +45,14 @@ class Grid:
         return -self.zero_point if self.unsigned else -self.qmax if self.narrow_range else -self.qmax - 1
 
     @property
+    def below(self) -> float:
+        """How large ``amax`` has to be for the grid to reach down to -1; 0 for a grid without a zero point.
+
+        A signed grid reaches as far down as up, and one of unsigned integers alone reaches nowhere.
+        """
+        return self.qmax / self.zero_point if self.zero_point else 0.0
+
+    @property
     def levels(self) -> int:
         """How many integers a magnitude can become, 0 among them."""
         return self.qmax + 1

@@ -74,9 +74,11 @@ class _Watching:
         turn: How far it has come in the batch that runs; it is copied with the calibrator, when a block may have to
             start again.
         counts: Whether it matters how often a tensor is in a batch.
+        lowest: Beside it, where the grid has a zero point: how large a range reaches down to the lowest value.
     """
 
     counts: ClassVar[bool] = True
+    lowest: _LowestCalibrator | None = None
     watch: Watch | None = None
     quantizer: str = ""
     turn: Turn | None = None
@@ -101,6 +103,11 @@ class _Watching:
         if self.counts and not padding.active and padding.rows > 1:
             self.turn.seen.append((tuple(values.shape), made))
         return made, place.times
+
+    def _collect_lowest(self, values: Tensor) -> None:
+        if self.lowest is not None:
+            self.lowest.watch, self.lowest.quantizer = self.watch, self.quantizer
+            self.lowest.collect(values)
 
     def end_batch(self, alike: bool) -> None:
         """A batch is over.
@@ -143,13 +150,36 @@ class _Watching:
 
 
 class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
-    """The largest magnitude, for the whole tensor or for each channel."""
+    """The largest magnitude, for the whole tensor or for each channel.
+
+    Args:
+        num_bits, axis, unsigned, track_amax: As pytorch-quantization has it.
+        zero_point: That of the grid.
+    """
 
     counts = False
     _calib_amax: Tensor | None
 
+    def __init__(
+        self,
+        num_bits: int,
+        axis: int | tuple[int, ...] | None,
+        unsigned: bool,
+        track_amax: bool = False,
+        *,
+        zero_point: int = 0,
+    ) -> None:
+        super().__init__(num_bits, axis, unsigned, track_amax)
+        self.lowest = _lowest(Grid(num_bits, unsigned, zero_point=zero_point), axis)
+
+    @property
+    def top(self) -> Tensor | None:
+        """The largest magnitude: (), or with 1 in every axis that is not kept; ``None`` before the first tensor."""
+        return self._calib_amax
+
     def collect(self, x: Tensor) -> None:
         """Take note of a tensor."""
+        self._collect_lowest(x)
         amax, _ = self._summary(x)
         if self._calib_amax is None:
             self._calib_amax = amax
@@ -161,9 +191,15 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
             self._amaxs.append(amax.cpu().numpy())
 
     def compute_amax(self) -> Tensor | None:
-        """The range: (), or with 1 in every axis that is not kept; ``None`` before the first tensor."""
-        amax: Tensor | None = self._calib_amax
-        return amax
+        """The range, which reaches down to the lowest value, too: as :attr:`top`."""
+        needed = None if self.lowest is None else self.lowest.compute_amax()
+        return self.top if needed is None or self.top is None else torch.maximum(self.top, needed)
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        super().reset()
+        if self.lowest is not None:
+            self.lowest.reset()
 
     def _kind(self) -> Any:
         return ("max", kept_axes(self._axis))
@@ -182,26 +218,56 @@ class MaxCalibrator(_Watching, calib.MaxCalibrator):  # type: ignore[misc]
         return values.amax([axis for axis in range(values.ndim) if axis not in kept], keepdim=True)
 
 
+class _LowestCalibrator(MaxCalibrator):
+    """How large a range has to be for a grid with a zero point to reach down to the lowest value.
+
+    Magnitudes do not tell: such a grid reaches less far down than up.
+
+    Args:
+        grid, axis: Those of the quantizer.
+    """
+
+    def __init__(self, grid: Grid, axis: int | tuple[int, ...] | None) -> None:
+        super().__init__(grid.bits, axis, grid.unsigned)
+        self._below = grid.below
+
+    def _kind(self) -> Any:
+        return ("lowest", self._below, kept_axes(self._axis))
+
+    def _summarize(self, values: Tensor, invalid: Tensor | None) -> Tensor:
+        return super()._summarize(values.clamp(max=0), invalid) * self._below
+
+
+def _lowest(grid: Grid, axis: int | tuple[int, ...] | None) -> _LowestCalibrator | None:
+    return _LowestCalibrator(grid, axis) if grid.zero_point else None
+
+
 class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore[misc]
     """Every magnitude in a histogram, from which each method takes its range.
 
     Args:
         num_bits, axis, unsigned: As pytorch-quantization has it; ``axis`` is ``None``.
         num_bins: How many bins at least lie between 0 and the largest magnitude.
+        zero_point: That of the grid.
 
     Attributes:
         histogram: ``None`` before the first tensor.
     """
 
-    def __init__(self, num_bits: int, axis: None, unsigned: bool, num_bins: int = BINS // 2) -> None:
+    def __init__(
+        self, num_bits: int, axis: None, unsigned: bool, num_bins: int = BINS // 2, *, zero_point: int = 0
+    ) -> None:
         if axis is not None:
             raise NotImplementedError(f"a histogram is of the whole tensor, but axis is {axis}")
         _Calibrator.__init__(self, num_bits, axis, unsigned)
+        self._grid = Grid(num_bits, unsigned, zero_point=zero_point)
+        self.lowest = _lowest(self._grid, None)
         self._bins = 2 << (num_bins - 1).bit_length()
         self.histogram: Histogram | None = None
 
     def collect(self, x: Tensor) -> None:
         """Count a tensor."""
+        self._collect_lowest(x)
         self._add(*self._summary(x))
 
     def _add(self, made: Histogram, times: int) -> None:
@@ -211,6 +277,8 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
     def reset(self) -> None:
         """Forget what was counted."""
         self.histogram = None
+        if self.lowest is not None:
+            self.lowest.reset()
 
     def compute_amax(
         self, method: str, *, stride: int = 1, start_bin: int = START_BIN, percentile: float = DEFAULT_PERCENTILE
@@ -226,9 +294,10 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
         """
         if self.histogram is None:
             return None
-        grid, options = Grid(self._num_bits, self._unsigned), {"start_bin": start_bin, "stride": stride}
-        amax, _ = choose(self.histogram, method, grid, percentile=percentile, **options)
-        return torch.tensor(amax)
+        options = {"start_bin": start_bin, "stride": stride}
+        amax, _ = choose(self.histogram, method, self._grid, percentile=percentile, **options)
+        needed = None if self.lowest is None else self.lowest.compute_amax()
+        return torch.tensor(amax if needed is None else max(amax, float(needed)))
 
     @property
     def _calib_hist(self) -> Tensor | None:

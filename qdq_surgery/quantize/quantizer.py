@@ -101,9 +101,10 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
     def fresh_calibrator(self, histogram: bool) -> MaxCalibrator | HistogramCalibrator:
         """An empty calibrator for this quantizer: of histograms, or of maxima (also where each channel has its own)."""
         if not histogram or self._axis is not None:
-            return MaxCalibrator(self._num_bits, self._axis, self._unsigned)
+            return MaxCalibrator(self._num_bits, self._axis, self._unsigned, zero_point=self.grid.zero_point)
         bins = None if self.spec is None else self.spec.calibrator.num_bins
-        return HistogramCalibrator(self._num_bits, None, self._unsigned, *(() if bins is None else (bins,)))
+        given = () if bins is None else (bins,)
+        return HistogramCalibrator(self._num_bits, None, self._unsigned, *given, zero_point=self.grid.zero_point)
 
     @property
     def grid(self) -> Grid:

@@ -25,6 +25,7 @@ from qdq_surgery.calibration.distributed import agree, gather_histograms, gather
 from qdq_surgery.numerics.histogram import Histogram
 from qdq_surgery.numerics.range_choice import method_names
 from qdq_surgery.rules.quant_spec import CalibratorSpec, QuantSpec
+from qdq_surgery.rules.spec import Place
 
 Batch = dict[str, Any]
 
@@ -48,9 +49,13 @@ SHARES = {"two-and-one": ([0, 2], [1]), "one-and-two": ([1], [0, 2])}
 def _model_of(head: str, **options: Any) -> PreTrainedModel:
     rules = qs.load_rules("qdqbert")
     spec = QuantSpec(calibrator=CalibratorSpec("histogram", num_bins=128))
+    values = next(rule for rule in qs.load_rules("qdqbert-scaled").rules if rule.name == "attention-output")
+    values = dataclasses.replace(values, quantize={"x": Place("hardly-negative")})
+    low = dataclasses.replace(spec, unsigned=True, zero_point=100)
+    specs = {**rules.specs, "activation": spec, "hardly-negative": low}
     return qs.convert(
         build("bert", head, num_hidden_layers=1, **options),
-        dataclasses.replace(rules, specs={**rules.specs, "activation": spec}),
+        dataclasses.replace(rules, specs=specs, rules=(values, *rules.rules)),
         inplace=True,
     )
 
