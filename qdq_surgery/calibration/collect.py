@@ -42,6 +42,7 @@ __all__ = [
     "collect",
     "only_borrower",
     "planned_name",
+    "refuse_borrowed",
     "unwrapped",
     "weight_quantizers",
 ]
@@ -314,6 +315,22 @@ def only_borrower(model: nn.Module, every: Sequence[TensorQuantizer]) -> Iterato
                 "each thread a copy of the model"
             )
         yield
+
+
+def refuse_borrowed(model: nn.Module, what: str) -> None:
+    """Refuse what would keep a model as it is while something of the package has borrowed it.
+
+    Args:
+        what: What is asked for, a noun.
+
+    Raises:
+        ModelError: A collection or a measurement of it is running, in this thread or in another one.
+    """
+    if any(id(each) in _COLLECTING for each in quantizers(model).values()):
+        raise ModelError(
+            f"this {type(model).__name__} is being calibrated or measured, its quantizers are off and watched, and so "
+            f"they would stay in a {what}; make it before that, or when it is over"
+        )
 
 
 def _run(

@@ -25,6 +25,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from qdq_surgery.calibration.collect import refuse_borrowed
 from qdq_surgery.errors import ModelError
 from qdq_surgery.safety.transaction import all_or_nothing
 
@@ -69,6 +70,7 @@ class SavePretrained:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
         model = self._alive()
+        refuse_borrowed(model, "copy")
         twin = copy.deepcopy(_twin_of(model), memo)  # around the contents of the copy
         return SavePretrained(memo.get(id(model), twin), twin)
 
@@ -80,9 +82,11 @@ class SavePretrained:
         """Save the model.
 
         Raises:
-            ModelError: ``save_directory`` is no folder, or a file in it that would be replaced is no regular file.
+            ModelError: ``save_directory`` is no folder, or a file in it that would be replaced is no regular file; or
+                the model is being calibrated or measured.
         """
         model, own = self._alive(), self._own()
+        refuse_borrowed(model, "saved model")
         bound = inspect.signature(own).bind(model, save_directory, *args, **kwargs).arguments
         given = {**dict([*bound.items()][2:]), **bound.get("kwargs", {})}
         given.pop("kwargs", None)

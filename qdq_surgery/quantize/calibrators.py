@@ -13,14 +13,14 @@ import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from pytorch_quantization import calib
 from pytorch_quantization.calib.calibrator import _Calibrator
 from torch import Tensor
 
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.numerics.histogram import BINS, Histogram, largest
 from qdq_surgery.numerics.range_choice import RANGE_METHODS, choose
@@ -63,6 +63,12 @@ class Watch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise ModelError(
+            "a model that is being calibrated cannot be pickled: its quantizers are off and watched; pickle it before "
+            "that, or when it is over"
+        )
 
 
 class _Watching:

@@ -123,4 +123,4 @@ def _named(cost: Cost) -> str:
 
 
 def _shown(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value + 0.0:.3g}"  # of -0, which nothing that fell is, 0

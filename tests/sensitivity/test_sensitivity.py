@@ -296,6 +296,13 @@ def test_a_metric_of_the_user_s() -> None:
     assert "fall of" in found.to_text()
 
 
+def test_what_does_not_fall_has_fallen_by_0() -> None:
+    qmodel = calibrated("bert", "BertForSequenceClassification")
+    found = qs.sensitivity(qmodel, batches_for(qmodel)[:1], lambda *_: 0.5, sites=False, kinds=False)
+    assert "the whole model in INT8: 0\n" in found.to_text()
+    assert "-0" not in found.to_text()
+
+
 # The model is borrowed ------------------------------------------------------------------------------------------------
 
 
