@@ -58,7 +58,11 @@ def _of_a_file(qmodel: PreTrainedModel) -> dict[str, Any]:
     parity = Parity("BertModel", (Check("ort", "1", sites, {"x": 1e-6}, None, None, True),), ("TensorRT",))
     blocks = Finding("blocks", "MatMulIntegerToFloat", "its input is no pair", "a remedy", (names[0],), ("m.0/MatMul",))
     findings = Findings("BertModel", "onnxruntime", 2, (blocks, Finding("note", "None", "of the model")))
-    gemms = (Gemm("a.0", "a", "linear", 8, "int", True, None), Gemm("b.1", "b", "head", 8, "float", False, "not asked"))
+    query = "encoder.layer.0.attention.self.query"
+    gemms = (
+        Gemm("a.0", query, "linear", 8, "int", True, None),
+        Gemm("b.1", "b", "head", 8, "float", False, "not asked"),
+    )
     leftover = (Leftover("n", ("m.0.q",), "no kernel"),)
     receipt = Receipt(file, "onnxruntime", "1", (1, 8), gemms, leftover, ("s",), ())
     return {"export": Export(file, "onnxruntime", 20, (), findings, parity), "receipt": receipt}

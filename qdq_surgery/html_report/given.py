@@ -75,10 +75,10 @@ def check_kinds(given: Given) -> None:
 
 
 def check_fit(model: PreTrainedModel, given: Given) -> None:
-    """Whether the results are of this model, as far as they name its quantizers.
+    """Whether the results are of this model, as far as they name its quantizers or modules.
 
     Raises:
-        ModelError: One names a quantizer that the model does not have.
+        ModelError: One names a quantizer that the model does not have, or none of its modules.
     """
     known = {planned_name(name, each) for name, each in quantizers(model).items()} | quantizers(model).keys()
     for what, names in _named(given):
@@ -88,6 +88,13 @@ def check_fit(model: PreTrainedModel, given: Given) -> None:
                 f"{what}= is of another model: this {type(model).__name__} has no quantizer {other[0]}; make it from "
                 f"this one, {MAKERS[what][1]}"
             )
+    gemms = () if given.receipt is None else given.receipt.gemms
+    modules = sorted({each.module for each in gemms if each.kind == "linear" and each.module})
+    if modules and not {name for name, _ in model.named_modules(remove_duplicate=False)}.intersection(modules):
+        raise ModelError(
+            f"receipt= is of another model: this {type(model).__name__} has no module {modules[0]}; make it from a "
+            "file of this one, qs.receipt(path)"
+        )
 
 
 def _named(given: Given) -> Iterator[tuple[str, Collection[str]]]:

@@ -260,16 +260,22 @@ class HistogramCalibrator(_Watching, calib.HistogramCalibrator):  # type: ignore
         histogram: ``None`` before the first tensor.
     """
 
+    _zero_point = 0
+
     def __init__(
         self, num_bits: int, axis: None, unsigned: bool, num_bins: int = BINS // 2, *, zero_point: int = 0
     ) -> None:
         if axis is not None:
             raise NotImplementedError(f"a histogram is of the whole tensor, but axis is {axis}")
         _Calibrator.__init__(self, num_bits, axis, unsigned)
-        self._grid = Grid(num_bits, unsigned, zero_point=zero_point)
+        self._zero_point = zero_point
         self.lowest = _lowest(self._grid, None)
         self._bins = 2 << (num_bins - 1).bit_length()
         self.histogram: Histogram | None = None
+
+    @property
+    def _grid(self) -> Grid:
+        return Grid(self._num_bits, self._unsigned, zero_point=self._zero_point)
 
     def collect(self, x: Tensor) -> None:
         """Count a tensor."""

@@ -17,6 +17,7 @@ from report_pages import HOSTILE, FilePage, hostile_rules, reported
 import qdq_surgery as qs
 from qdq_surgery.errors import ExportError, ModelError, OptionError
 from qdq_surgery.html_report.given import MAKERS
+from qdq_surgery.prove.receipt import Gemm, Receipt
 
 pytest.importorskip("bokeh")
 
@@ -211,6 +212,11 @@ def other() -> Any:
     return qs.collect(qmodel, [batch_for(qmodel, (2, 6))])
 
 
+def of_a_distilbert() -> Receipt:
+    gemm = Gemm("MatMul", "transformer.layer.0.ffn.lin1", "linear", 8, "MatMulIntegerToFloat", True, None)
+    return Receipt(Path("other.onnx"), "onnxruntime", "1", (1, 8), (gemm,), (), (), ())
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
@@ -219,6 +225,11 @@ def other() -> Any:
         (lambda: {"times": {"a": -1.0}}, OptionError, "times= has -1.0 for 'a'; give seconds"),
         (lambda: {"times": {"a": float("nan")}}, OptionError, "times= has nan for 'a'"),
         (lambda: {"statistics": other()}, ModelError, "statistics= is of another model: this BertModel has no"),
+        (
+            lambda: {"receipt": of_a_distilbert()},
+            ModelError,
+            "receipt= is of another model: this BertModel has",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(given: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
