@@ -48,8 +48,7 @@ class QParams:
             what the columns of a weight are multiplied by; ``None``: nothing.
         taken_back: Whether the weight behind an activation is multiplied by ``channels``, so that nothing else has to
             be.
-        given_back: Whether a weight that was multiplied by ``channels`` is divided by them behind its integers, because
-            nothing divides the activation.
+        alone: Whether a weight is multiplied by ``channels``, and no pair divides what it is multiplied with by them.
         rounding: int8, shape of the weight: how many steps each of its values is moved by before it is rounded;
             ``None``: by none.
         table: Whether it is of an embedding's table, whose rows are looked up.
@@ -63,7 +62,7 @@ class QParams:
     native: bool
     channels: NDArray[np.float32] | None = None
     taken_back: bool = False
-    given_back: bool = False
+    alone: bool = False
     rounding: NDArray[np.int8] | None = None
     table: bool = False
 
@@ -155,7 +154,7 @@ def _pass_scale(found: dict[str, QParams], activation: str, weight: str, linear:
     scale = linear.channel_scale
     if scale is not None and weight in found:
         channels, divides = scale.float().cpu().numpy(), activation in found
-        found[weight] = replace(found[weight], channels=channels, given_back=not divides)
+        found[weight] = replace(found[weight], channels=channels, alone=not divides)
         if divides:
             found[activation] = replace(found[activation], taken_back=True)
 

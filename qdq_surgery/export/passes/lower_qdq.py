@@ -91,7 +91,7 @@ class _Lowering:
             return
         name = self._unique(qparams.name)
         if qparams.channels is not None:
-            value = self._scaled("Mul", f"{name}{DIVIDED}", value, 1.0 / qparams.channels, node)
+            value = self._times(f"{name}{DIVIDED}", value, 1.0 / qparams.channels, node)
         parameters = [
             self._constant(f"{name}/scale", typed_scale(scale, _numpy_type(value))),
             self._zero_point(np.full(scale.shape, middle, integer_type(stored))),
@@ -116,15 +116,12 @@ class _Lowering:
             return pair.value
         if pair not in self._multiplied:
             name = f"{str(pair.dequantize.name).removesuffix('/DequantizeLinear')}/multiplied"
-            self._multiplied[pair] = self._scaled("Mul", name, pair.value, qparams.channels, node)
+            self._multiplied[pair] = self._times(name, pair.value, qparams.channels, node)
         return self._multiplied[pair]
 
-    def _scaled(
-        self, operator: str, name: str, value: ir.Value, channels: NDArray[np.float32], before: ir.Node
-    ) -> ir.Value:
-        """``value``, multiplied or divided channel by channel."""
+    def _times(self, name: str, value: ir.Value, channels: NDArray[np.float32], before: ir.Node) -> ir.Value:
         factors = self._constant(f"{name}/scale", channels.astype(_numpy_type(value)))
-        product = ir.node(operator, [value, factors], name=name)
+        product = ir.node("Mul", [value, factors], name=name)
         product.outputs[0].name, product.outputs[0].shape, product.outputs[0].type = (
             f"{name}/value",
             value.shape,
@@ -158,21 +155,34 @@ class _Lowering:
         attributes = {} if axis is None else {"axis": axis}
         dequantize = self._dequantize(name, list(parameters), attributes, (readers[0] if turned else node).outputs[0])
         self.graph.insert_before(node, dequantize)
-        found = dequantize.outputs[0]
-        if qparams.given_back and qparams.channels is not None:
-            columns = qparams.channels.reshape(-1, 1) if turned else qparams.channels
-            found = self._scaled("Div", f"{name}/given_back", found, columns, node)
         for old in [reader for reader in readers if turned]:
-            ir.convenience.replace_all_uses_with(old.outputs[0], found)
+            ir.convenience.replace_all_uses_with(old.outputs[0], dequantize.outputs[0])
             self.graph.remove(old, safe=True)
         if not turned:
+            found = dequantize.outputs[0]
             if multiplied and qparams.channels is not None:
-                found = self._scaled("Mul", f"{name}/multiplied", found, qparams.channels, node)
+                found = self._times(f"{name}/multiplied", found, qparams.channels, node)
             ir.convenience.replace_all_uses_with(node.outputs[0], found)
         self.graph.remove(node, safe=True)
+        if qparams.alone and qparams.channels is not None:
+            self._divide_beside(dequantize.outputs[0], qparams.channels, name)
         scaled = qparams.role != "weight" and qparams.channels is not None
         site = Site([qparams.name], "weight", None, *_named(dequantize), transposed=turned, scaled=scaled)
         self.pairs.append(Pair(site, dequantize))
+
+    def _divide_beside(self, weight: ir.Value, channels: NDArray[np.float32], name: str) -> None:
+        """Divide what products multiply ``weight`` with by the scales that its columns were multiplied by.
+
+        Not the weight itself: behind its pair it would be a float weight for a runtime, of four times the size.
+        """
+        for product, at in [(use.node, use.idx) for use in weight.uses()]:
+            other = product.inputs[0]
+            if product.op_type != "MatMul" or at != 1 or other is None:
+                raise ExportError(
+                    f"{name} has scales that its linear's input has no quantizer for, and a {product.op_type} reads "
+                    "it; disable both quantizers, or neither"
+                )
+            product.replace_input_with(0, self._times(f"{name}/beside", other, 1.0 / channels, product))
 
     def table(self, node: ir.Node, value: ir.Value, qparams: QParams) -> None:
         """A table: its integers are stored, and every lookup in it becomes one of integers."""
