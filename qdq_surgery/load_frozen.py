@@ -137,7 +137,7 @@ class FrozenLoader(QDQQuantizer):
             if found is None:
                 assemble(model, reasons_kept(model), origin, None)
             else:
-                assemble_as(model, found)
+                assemble_as(model, *found)
         self._integers = {}
         return model
 
@@ -243,8 +243,13 @@ def _make(module: nn.Module, name: str, integers: Tensor) -> None:
         make_integer_embedding(module, integers.clone())  # what is a view of the whole file else
 
 
-def _state_in(metadata: Mapping[str, str], model: PreTrainedModel, origin: FrozenOrigin) -> FrozenState | None:
-    """What was found when the model was frozen; ``None`` if there is nothing, or nothing that fits the model."""
+def _state_in(
+    metadata: Mapping[str, str], model: PreTrainedModel, origin: FrozenOrigin
+) -> tuple[FrozenState, dict[str, str]] | None:
+    """What was found when the model was frozen, and what its products compute, by the paths of their linears.
+
+    ``None`` if there is nothing, or nothing that fits the model.
+    """
     text = metadata.get(NOTES)
     if text is None:
         return None
@@ -267,7 +272,7 @@ def _state_in(metadata: Mapping[str, str], model: PreTrainedModel, origin: Froze
     except DamagedError as error:
         logger.warning(f"{error}; the model is looked at anew, which needs none")
         return None
-    return FrozenState(plan_of(model), reasons_kept(model), epilogues, shared, handed, origin)
+    return FrozenState(plan_of(model), reasons_kept(model), epilogues, shared, handed, origin), computed
 
 
 def _epilogue(item: Item) -> Epilogue:

@@ -328,8 +328,8 @@ def refuse_borrowed(model: nn.Module, what: str) -> None:
     """
     if any(id(each) in _COLLECTING for each in quantizers(model).values()):
         raise ModelError(
-            f"this {type(model).__name__} is being calibrated or measured, its quantizers are off and watched, and so "
-            f"they would stay in a {what}; make it before that, or when it is over"
+            f"this {type(model).__name__} is being calibrated or measured, with its quantizers off and watched; make "
+            f"the {what} before that, or when it is over"
         )
 
 

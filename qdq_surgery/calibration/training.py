@@ -8,7 +8,7 @@ from qdq_surgery.calibration.collect import planned_name, unwrapped, weight_quan
 from qdq_surgery.calibration.ranges import share_ranges_found, weight_range
 from qdq_surgery.errors import CalibrationError
 from qdq_surgery.safety.transaction import all_or_nothing
-from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.surgery.model_state import plan_of, quantizers, refuse_disabled
 
 __all__ = ["fix_ranges", "learn_ranges", "recalibrate_weights"]
 
@@ -28,9 +28,10 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
 
     Raises:
         CalibrationError: A quantizer has no range; none is changed then.
-        ModelError: The model is not converted.
+        ModelError: The model is not converted, or is in ``quantization_disabled``.
     """
     model = unwrapped(qmodel)
+    refuse_disabled(model, "learn_ranges")
     shared = {name for group in plan_of(model).shared for name in group}
     kept = set() if weights else set(weight_quantizers(model))
     kept |= {name for name, each in quantizers(model).items() if planned_name(name, each) in shared or each.scaled}
@@ -66,9 +67,10 @@ def recalibrate_weights(qmodel: nn.Module) -> None:
 
     Raises:
         CalibrationError: A weight has a NaN or an infinite value; no range is changed then.
-        ModelError: The model is not converted.
+        ModelError: The model is not converted, or is in ``quantization_disabled``.
     """
     model = unwrapped(qmodel)
+    refuse_disabled(model, "recalibrate_weights")
     found = {
         name: weight_range(name, quantizer, module.weight, module.channel_scale)
         for name, (quantizer, module) in weight_quantizers(model).items()

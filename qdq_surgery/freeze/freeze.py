@@ -111,9 +111,13 @@ def assemble(
     target.requires_grad_(False)
 
 
-def assemble_as(target: PreTrainedModel, state: FrozenState) -> None:
-    """The same by what was found before, of the same model: it is looked at when it is first called."""
-    fuse(target, state.epilogues, activations(target, state.epilogues))
+def assemble_as(target: PreTrainedModel, state: FrozenState, computed: Mapping[str, str]) -> None:
+    """The same by what was found before, of the same model: it is looked at when it is first called.
+
+    Args:
+        computed: What products are to compute, by the paths of their linears.
+    """
+    fuse(target, state.epilogues, computed)
     _rewrite(target, state.shared, state.handovers)
     declare(target, state)
     target.requires_grad_(False)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from qdq_surgery.calibration.collect import refuse_borrowed
 from qdq_surgery.errors import ExportError, ParityError
 from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.onnx_file.metadata import Site
@@ -34,7 +35,7 @@ from qdq_surgery.prove.output_distance import Distances, Texts, distances, joine
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
-from qdq_surgery.surgery.model_state import quantization_disabled, quantizers
+from qdq_surgery.surgery.model_state import quantization_disabled, quantizers, refuse_disabled
 from qdq_surgery.targets.registry import DEFAULT, session_on
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line
 
@@ -199,9 +200,12 @@ def certify(
         Each runtime's outputs beside the model's, and what each quantizer gives on it; ``agrees`` says whether all do.
 
     Raises:
-        ModelError: A runtime is not installed.
+        ModelError: A runtime is not installed; or the model is in ``quantization_disabled``, or is being calibrated or
+            measured.
         ExportError: A runtime cannot run the file, or the file is of another model.
     """
+    refuse_borrowed(qmodel, "certificate")
+    refuse_disabled(qmodel, "certify")
     for name in asked:
         session_on(name).package("the parity certificate")
     arrays = _arrays_of(inputs)

@@ -74,7 +74,7 @@ def test_it_is_refused_meanwhile_and_made_afterwards(
     borrow: Callable[..., None], way: str, qmodel: PreTrainedModel, tmp_path: Path
 ) -> None:
     batch, make = batch_for(qmodel, (3, 9), mask=True), COPIES[way]
-    words = f"this BertForSequenceClassification is being calibrated or measured, .* would stay in a {way}; make it"
+    words = f"this BertForSequenceClassification is being calibrated or measured, .* make the {way} before that"
     with torch.no_grad():
         wanted = qmodel(**batch).logits
     with pytest.raises(ModelError, match=words):
@@ -86,6 +86,14 @@ def test_it_is_refused_meanwhile_and_made_afterwards(
     with torch.no_grad():
         assert torch.equal(qmodel(**batch).logits, wanted)
         assert torch.equal(made(**batch).logits, wanted)
+
+
+def test_nor_is_a_file_of_it_certified(qmodel: PreTrainedModel, tmp_path: Path) -> None:
+    """The inputs of a certificate would be among the statistics."""
+    batch = batch_for(qmodel, (3, 9), mask=True)
+    for borrow in (while_collected, while_calibrated_elsewhere, while_measured):
+        with pytest.raises(ModelError, match=r"being calibrated or measured, .* make the certificate before that"):
+            borrow(qmodel, batch, lambda: qs.certify(qmodel, tmp_path / "never.onnx", batch))
 
 
 def test_nor_is_it_pickled(qmodel: PreTrainedModel) -> None:
