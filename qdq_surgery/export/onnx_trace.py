@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
+from qdq_surgery.export.decompositions import decomposed_in_place
 from qdq_surgery.hf.config_facts import without_ffn_chunking
 from qdq_surgery.quantize.export_node import tagged
 from qdq_surgery.safety.torch_private import ONNX_EXPORTER_LOG
@@ -88,7 +89,7 @@ def _torch_graph(
 ) -> ir.Model:
     """What torch makes of the model: seconds, where all the rest of an export takes a tenth of one."""
     program = torch.export.export(qmodel, (), dict(tensors), dynamic_shapes=shapes, strict=False)
-    made = torch.onnx.export(program, (), opset_version=opset, output_names=fields, verbose=False)
+    made = torch.onnx.export(decomposed_in_place(program), (), opset_version=opset, output_names=fields, verbose=False)
     assert made is not None
     return made.model
 

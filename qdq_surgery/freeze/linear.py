@@ -139,7 +139,7 @@ class IntegerLinear(nn.Linear):
         vars(self)["product"] = product
         self._buffers.update(buffers)
         self._non_persistent_buffers_set = {*self._non_persistent_buffers_set, *buffers}
-        self.input_grid.stored = product.stored
+        self.input_grid.stored, self.input_grid.in_one_pass = product.stored, product.rounding()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLinear:
         device, dtype = self.destination(fn)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdq_surgery.errors import ModelError
-from qdq_surgery.integers.product import SIGNED
+from qdq_surgery.integers.product import SIGNED, Rounding
 from qdq_surgery.numerics import cuda_kernels
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX
 from qdq_surgery.quantize.quantizer import TensorQuantizer
@@ -29,6 +29,7 @@ class InputGrid(nn.Module):
         zero_point: The integer that means 0, where they are stored as uint8.
         lowest, highest: The limits of the integers, counted from that one.
         stored: What integers are stored as: uint8, or int8, in which each is 128 less.
+        in_one_pass: What rounds to them on a GPU; ``None`` if torch's operators do.
         order: The order in which the product reads the channels, int64, (channels,); ``None`` for their own.
     """
 
@@ -46,6 +47,7 @@ class InputGrid(nn.Module):
         self.zero_point = grid.zero_point if grid.unsigned else SIGNED
         self.lowest, self.highest = grid.qmin, grid.qmax
         self.stored = torch.uint8
+        self.in_one_pass: Rounding | None = None
         self.never_negative = grid.unsigned and not grid.zero_point
         ranges = amax.detach().float().reshape(-1)
         if bool((ranges == ranges[0]).all()):
@@ -89,6 +91,8 @@ class InputGrid(nn.Module):
             return (integers + zero).to(self.stored)
         self._refuse_negative(inputs)
         if cuda_kernels.runs(inputs, self.factor):
+            if self.in_one_pass is not None:
+                return self.in_one_pass(inputs, self.factor, self.lowest, self.highest, zero)
             return cuda_kernels.to_integers(inputs, self.factor, self.lowest, self.highest, zero).to(self.stored)
         # In place: what costs is memory that is touched for the first time.
         integers = (inputs.float() * self.factor).round_().clamp_(self.lowest, self.highest)

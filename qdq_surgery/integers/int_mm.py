@@ -9,79 +9,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from qdq_surgery.integers.product import ACTIVATIONS, SIGNED, Product
-from qdq_surgery.safety import torch_private
+from qdq_surgery.integers.product import ACTIVATIONS
+from qdq_surgery.integers.rows import RowsProduct
 
 __all__ = ["IntMMProduct"]
 
-#: torch wants more than 16 rows; fewer are filled up to this many.
-_MOST_REFUSED, _ROWS = 16, 32
 
-#: What both axes of the weight have to be a multiple of.
-_MULTIPLE = 8
-
-
-class IntMMProduct(Product):
-    """The weight as rows of int8, of which the transpose is read: that is the layout in which cuBLASLt has kernels.
-
-    Sizes that are no multiples of 8 are filled up with zeros: the weight once, activations in each call (of which only
-    in_features is a size; a classifier with 2 outputs costs nothing).
-    """
+class IntMMProduct(RowsProduct):
+    """The product through ``torch._int_mm``."""
 
     kernel = "torch._int_mm"
-    stored = torch.int8
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    missing = "torch {} multiplies no int8 matrices on this GPU"
     inexact = "torch._int_mm is wrong on this GPU"
-
-    def __init__(self, integers: Tensor, scale: Tensor, step: Tensor, zero_point: int) -> None:
-        super().__init__(integers, scale, step, zero_point)
-        outer, inner = self.shape
-        filled = functional.pad(integers, (0, -inner % _MULTIPLE, 0, -outer % _MULTIPLE))
-        #: int8, (out_features, in_features), each filled up.
-        self.rows = filled.contiguous()
-        #: What one of the sums is worth, float32, (out_features,).
-        self.factor = scale * step
-        #: What the zero point adds to each sum, int32, (out_features,); nothing on signed grids.
-        self.excess: Tensor | None = None
-        if zero_point != SIGNED:
-            self.excess = integers.sum(1, dtype=torch.int32) * (zero_point - SIGNED)
-
-    def integers(self) -> Tensor:
-        """The integers as they were given, a new tensor."""
-        outer, inner = self.shape
-        return self.rows[:outer, :inner].clone(memory_format=torch.contiguous_format)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """As there."""
-        own = {**super().buffers(), "rows": self.rows, "factor": self.factor}
-        return own if self.excess is None else {**own, "excess": self.excess}
+    multiple = 8
 
     def __call__(self, stored: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str) -> Tensor:
         """As there. A compiled product rounds to ``dtype`` behind the activation, another one in front of it, too."""
-        sums = self._sums(stored.reshape(-1, self.shape[1]))
-        result = (self._lazy if torch.compiler.is_compiling() else self._eager)(sums, bias, dtype, activation)
+        if torch.compiler.is_compiling():
+            return self.in_operators(stored, bias, dtype, activation)
+        result = self._eager(self.sums(stored), bias, dtype, activation)
         return result.reshape(*stored.shape[:-1], self.shape[0])
-
-    def _sums(self, stored: Tensor) -> Tensor:
-        """int32, (rows, out_features)."""
-        count, (outer, inner) = stored.shape[0], self.shape
-        more = _ROWS - count if count <= _MOST_REFUSED else 0
-        if more or inner % _MULTIPLE:
-            stored = functional.pad(stored, (0, -inner % _MULTIPLE, 0, more))
-        sums = torch_private.int_mm(stored.contiguous(), self.rows.t())
-        return sums[:count, :outer] if more or outer % _MULTIPLE else sums
-
-    def _lazy(self, sums: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str) -> Tensor:
-        """In float32, for a compiler."""
-        if self.excess is not None:
-            sums = sums - self.excess
-        result = sums * self.factor
-        if bias is not None:
-            result = result + bias
-        return (ACTIVATIONS[activation](result) if activation else result).to(dtype)
 
     def _eager(self, sums: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str) -> Tensor:
         """In few passes: torch's operators on GPUs read int32 and write half precision without one for the cast."""

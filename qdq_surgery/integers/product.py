@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ACTIVATIONS", "LEAST", "SIGNED", "Product", "words_of"]
+__all__ = ["ACTIVATIONS", "LEAST", "SIGNED", "Product", "Rounding", "words_of"]
+
+#: Floats, what they are multiplied by (float32, () or the last axis's), two limits and the integer for 0, to int8.
+Rounding = Callable[[Tensor, Tensor, int, int, int], Tensor]
 
 #: What a product can compute of its results, by name. The empty name is nothing.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,6 +60,16 @@ class Product(ABC):
     def __init__(self, integers: Tensor, scale: Tensor, step: Tensor, zero_point: int) -> None:
         self.shape = (int(integers.shape[0]), int(integers.shape[1]))
         self.scale, self.step, self.zero_point = scale, step, zero_point
+
+    @classmethod
+    def suits(cls, device: torch.device) -> bool:  # noqa: ARG003
+        """Whether it is the one to take on this device, if it runs there."""
+        return True
+
+    @classmethod
+    def rounding(cls) -> Rounding | None:
+        """What rounds activations for it on a GPU without a compiler; ``None`` if torch's operators do."""
+        return None
 
     @abstractmethod
     def integers(self) -> Tensor:

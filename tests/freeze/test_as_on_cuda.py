@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import batch_for
 from frozen_models import apart, calibrated, frozen, outputs
-from int_mm_rules import take_kernel
+from gpu_kernels import take_kernel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel

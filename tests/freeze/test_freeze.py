@@ -15,7 +15,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BASE, batch_for, build
 from frozen_models import apart, calibrated, frozen, outputs
-from int_mm_rules import KERNELS, take_kernel
+from gpu_kernels import KERNELS, take_kernel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -83,7 +83,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)  # the first of the two varies first: models are calibrated once
+@pytest.mark.parametrize(
+    "kernel", [*KERNELS, "Triton"]
+)  # the first of the two varies first: models are calibrated once
 @pytest.mark.parametrize(("rules", "model_type"), CASES)
 def test_it_computes_what_fake_quantization_does(
     rules: str, model_type: str, kernel: str, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, batch_for, build, layers
 from frozen_models import apart, calibrated, frozen, outputs
-from int_mm_rules import take_kernel
+from gpu_kernels import take_kernel
 from torch import Tensor, nn
 from torch.fx import Graph
 from transformers import AutoModel, PreTrainedModel

@@ -33,7 +33,7 @@ def test_weights_go_from_one_kernel_to_the_other_and_back(monkeypatch: pytest.Mo
     first = make_product(*parts())
     assert type(first) is OneDNNProduct
     assert moved(first, CPU) is first
-    monkeypatch.setitem(PRODUCTS, "cpu", IntMMProduct)
+    monkeypatch.setitem(PRODUCTS, "cpu", (IntMMProduct,))
     second = moved(first, CPU)
     assert type(second) is IntMMProduct
     monkeypatch.undo()
@@ -48,13 +48,13 @@ def test_weights_go_from_one_kernel_to_the_other_and_back(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_runs_here(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unsupported(CPU, dtype) is None
-    monkeypatch.setitem(PRODUCTS, "cpu", IntMMProduct)
+    monkeypatch.setitem(PRODUCTS, "cpu", (IntMMProduct,))
     assert unsupported(CPU, dtype) is None
 
 
 def test_types_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unsupported(CPU, torch.float16) == "their results are float32 or bfloat16, not float16"
-    monkeypatch.setitem(PRODUCTS, "cpu", IntMMProduct)
+    monkeypatch.setitem(PRODUCTS, "cpu", (IntMMProduct,))
     assert unsupported(CPU, torch.float16) is None
     assert unsupported(CPU, torch.float64) == "their results are float32, bfloat16 or float16, not float64"
 
@@ -75,7 +75,7 @@ def test_a_gpu_that_is_not_there() -> None:
 def test_kernels_that_are_wrong_or_missing(
     kind: type[OneDNNProduct | IntMMProduct], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PRODUCTS, "cpu", kind)
+    monkeypatch.setitem(PRODUCTS, "cpu", (kind,))
     right = kind.__call__
 
     def saturates(self: OneDNNProduct | IntMMProduct, *args: object) -> Tensor:
@@ -92,7 +92,7 @@ def test_kernels_that_are_wrong_or_missing(
     assert unsupported(CPU, torch.float32) == wanted
     # It is asked once.
     monkeypatch.undo()
-    monkeypatch.setitem(PRODUCTS, "cpu", kind)
+    monkeypatch.setitem(PRODUCTS, "cpu", (kind,))
     assert unsupported(CPU, torch.float32) == wanted
 
 

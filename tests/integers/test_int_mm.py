@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from int_mm_rules import int_mm_as_on_cuda
+from gpu_kernels import int_mm_as_on_cuda
 from torch import Tensor
 from torch.nn import functional
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from int_mm_rules import take_kernel
+from gpu_kernels import take_kernel
 from rich.console import Console
 from torch import nn
 
