@@ -48,13 +48,8 @@ def _int8_linear(
     DEEP: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of HIGH rows and WIDE columns; tiles of GROUP rows of tiles follow one another, which share weights."""
-    program = tl.program_id(0)
-    down, across = tl.cdiv(rows, HIGH), tl.cdiv(outer, WIDE)
-    top = (program // (GROUP * across)) * GROUP
-    height = min(down - top, GROUP)
-    row = (top + (program % (GROUP * across)) % height) * HIGH + tl.arange(0, HIGH)
-    column = ((program % (GROUP * across)) // height) * WIDE + tl.arange(0, WIDE)
+    """One tile of HIGH rows and WIDE columns."""
+    row, column = _own(rows, outer, HIGH, WIDE, GROUP)
     depth = tl.arange(0, DEEP)
     # Rows and columns behind the last one are the first ones once more, and are not stored.
     left = stored + (row % rows).to(tl.int64)[:, None] * inner + depth[None, :]
@@ -75,13 +70,7 @@ def _int8_linear(
     values = sums.to(tl.float32) * tl.load(factor + column, mask=there, other=0.0)[None, :]
     if HAS_BIAS:
         values += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == 1:
-        values = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
-    elif ACTIVATION == 2:
-        inside = 0.7978845608028654 * (values + 0.044715 * values * values * values)
-        values = values - values / (tl.exp(2.0 * inside) + 1.0)
-    elif ACTIVATION == 3:
-        values = tl.maximum(values, 0.0)
+    values = _activated(values, ACTIVATION)
     at = result + row.to(tl.int64)[:, None] * outer + column[None, :]
     stays = (row[:, None] < rows) & there[None, :]
     if ROUNDS:
@@ -92,6 +81,30 @@ def _int8_linear(
         tl.store(at, _rounded(values, LOWEST, LOWEST + 255, ZERO), mask=stays)
     else:
         tl.store(at, values.to(result.dtype.element_ty), mask=stays)
+
+
+@triton.jit
+def _own(rows, outer, HIGH: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr):
+    """Numbers of a program's rows and columns. Tiles of GROUP rows of tiles follow one another: they share weights."""
+    program = tl.program_id(0)
+    down, across = tl.cdiv(rows, HIGH), tl.cdiv(outer, WIDE)
+    top = (program // (GROUP * across)) * GROUP
+    height = min(down - top, GROUP)
+    row = (top + (program % (GROUP * across)) % height) * HIGH + tl.arange(0, HIGH)
+    column = ((program % (GROUP * across)) // height) * WIDE + tl.arange(0, WIDE)
+    return row, column
+
+
+@triton.jit
+def _activated(values, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        values = 0.5 * values * (1.0 + tl.erf(values * 0.7071067811865476))
+    elif ACTIVATION == 2:
+        inside = 0.7978845608028654 * (values + 0.044715 * values * values * values)
+        values = values - values / (tl.exp(2.0 * inside) + 1.0)
+    elif ACTIVATION == 3:
+        values = tl.maximum(values, 0.0)
+    return values
 
 
 @triton.jit
