@@ -85,7 +85,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 _FILES = itertools.count(1)
 
 #: After so many files all that lives is looked through again.
-_ANEW = 10
+_ANEW = 40
 
 
 def _freeze() -> None:
