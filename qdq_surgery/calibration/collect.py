@@ -208,6 +208,8 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     Raises:
         ModelError: There is none, or its tensors are offloaded.
     """
+    if not isinstance(qmodel, nn.Module):
+        raise ModelError(f"found a {type(qmodel).__name__}, wanted a model that qdq_surgery.convert returned")
     model = qmodel
     while True:
         inner = getattr(model, "_orig_mod", None)

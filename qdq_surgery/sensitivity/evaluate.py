@@ -100,7 +100,7 @@ class Evaluation(Result):
             OptionError: ``loss`` is no such number.
         """
         if not isinstance(loss, (int, float)) or not 0 <= loss < math.inf:
-            raise OptionError(f"a loss of at most {loss} cannot be asked for; give a number from 0 on")
+            raise OptionError(f"a loss of at most {loss!r} cannot be asked for; give a number from 0 on")
         if not self.loss <= loss:
             raise LossError(
                 f"{self.model} loses {self.loss:.4g} against float ({self.metric}: {_WORDS[self.metric]}), and at most "

@@ -10,7 +10,7 @@ import torch
 from exported import calibrated
 
 import qdq_surgery as qs
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, ModelError, OptionError
 
 IDS = torch.tensor([[3, 4, 5]])
 
@@ -47,3 +47,27 @@ def test_tune_says_so_before_it_converts(name: str) -> None:
     given = {"batches": [{"input_ids": IDS}], "held_out": [{"input_ids": IDS}], name: 5}
     with pytest.raises(CalibrationError, match=f"^{name} is a int, wanted an iterable"):
         qs.tune(calibrated("bert", "BertModel"), given["batches"], held_out=given["held_out"])
+
+
+@pytest.mark.parametrize("name", TAKERS)
+def test_what_is_no_model(name: str) -> None:
+    with pytest.raises(ModelError, match=r"found a NoneType, wanted a model that|there is no float model"):
+        TAKERS[name](None, [{"input_ids": IDS}])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda data: qs.calibrate(calibrated("bert", "BertModel"), data, method="percentile", percentile="99"),
+            "percentile '99' is out",
+        ),
+        (lambda data: qs.tune(calibrated("bert", "BertModel"), data, budget="1"), "budget='1' is no error"),
+        (lambda data: qs.tune(calibrated("bert", "BertModel"), data, float_share=None), "=None is no share"),
+        (lambda data: qs.evaluate(calibrated("bert", "BertModel"), data, metric=["mse"]), "metric .* is none"),
+        (lambda data: qs.evaluate(calibrated("bert", "BertModel"), data).require("1"), "a loss of at most '1'"),
+    ],
+)
+def test_options_of_another_type(call: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        call([{"input_ids": IDS}])
