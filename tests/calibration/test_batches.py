@@ -35,6 +35,10 @@ TAKERS = {
         ([{"input_ids": IDS, "attention_mask": [[1, 1, 1]]}], r"^batch 0: attention_mask is a list, wanted a tensor"),
         ([{"input_ids": IDS, 5: IDS}], r"^batch 0: it has the key 5, a int; its keys are names of arguments"),
         ([{"input_ids": IDS}, {"input_ids": IDS + 90}], r"^batch 1: .* cannot run it: index out of range"),
+        (  # which is not for the padding in it
+            [{"input_ids": IDS, "token_type_ids": IDS + 90, "attention_mask": torch.tensor([[1, 1, 0]])}],
+            r"^batch 0: .* cannot run it: index out of range",
+        ),
     ],
 )
 def test_it_names_the_batch_and_what_is_wanted(name: str, batches: Any, message: str) -> None:
