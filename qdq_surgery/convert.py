@@ -15,6 +15,7 @@ from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.rules.yaml_file import load_rules
+from qdq_surgery.safety.random_state import alone
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.apply import Recordings, operate
 
@@ -80,5 +81,6 @@ def _copied(model: _Model) -> _Model:
 def _recorded(
     model: PreTrainedModel, rules: RuleSet, example_inputs: Mapping[str, Any] | None
 ) -> tuple[Plan, Recordings]:
-    look, made = analyze(model, rules, example_inputs)
-    return made, recordings_of(model, look, made)
+    with alone():
+        look, made = analyze(model, rules, example_inputs)
+        return made, recordings_of(model, look, made)

@@ -127,6 +127,10 @@ class CalibrationError(QdqSurgeryError):
     """Ranges cannot be found from the data, or a quantizer has none where one is needed."""
 
 
+class NegativeValueError(CalibrationError, TypeError):
+    """What is quantized to an unsigned grid without a zero point has negative values (pytorch-quantization's error)."""
+
+
 class ExportError(QdqSurgeryError):
     """A file for deployment cannot be written, or is not what it should be."""
 

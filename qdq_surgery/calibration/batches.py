@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,28 @@ from qdq_surgery.hf.config_facts import chunk_size, configs_of
 from qdq_surgery.hf.example_inputs import checked_examples
 from qdq_surgery.padding.token_masks import check_decoder, trimmed
 
-__all__ = ["NO_BATCHES", "counted", "prepared"]
+__all__ = ["NO_BATCHES", "check_batches", "counted", "prepared"]
 
 #: What is said where there are none.
 NO_BATCHES = "there are no batches; give an iterable of dicts of tensors, and not one used up before"
+
+#: What every model takes as tensors alone.
+_TENSORS = frozenset(("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"))
+
+
+def check_batches(batches: Any, what: str = "batches") -> None:
+    """Refuse what is no iterable of batches, as one batch alone is none.
+
+    Args:
+        what: How a message calls them.
+
+    Raises:
+        CalibrationError: It is none.
+    """
+    if isinstance(batches, Mapping):
+        raise CalibrationError(f"{what} is one batch, a {type(batches).__name__}; give a list of batches, such as [it]")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise CalibrationError(f"{what} is a {type(batches).__name__}, wanted an iterable of dicts of tensors")
 
 
 def prepared(model: PreTrainedModel, batch: Any, index: int) -> dict[str, Any]:
@@ -40,6 +58,7 @@ def prepared(model: PreTrainedModel, batch: Any, index: int) -> dict[str, Any]:
     labels = not getattr(model.config, "is_encoder_decoder", False)  # those of an encoder-decoder are its decoder's
     try:
         _check_names(model, batch)
+        _check_values(batch)
         inputs = trimmed(checked_examples(model, batch, "it"), chunk_size(*configs_of(model)), labels)
         check_decoder(model.config, inputs)
     except (ModelError, CalibrationError) as error:
@@ -54,6 +73,18 @@ def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
         if name not in known and near:
             raise CalibrationError(f"it has '{name}', which {type(model).__name__} does not know; write '{near[0]}'")
+
+
+def _check_values(batch: Mapping[str, Any]) -> None:
+    """A tokenizer that is not asked for tensors gives lists, on which models fail in words of their own."""
+    for name, value in batch.items():
+        if not isinstance(name, str):
+            raise CalibrationError(f"it has the key {name!r}, a {type(name).__name__}; its keys are names of arguments")
+        if name in _TENSORS and not (value is None or isinstance(value, Tensor)):
+            raise CalibrationError(
+                f"{name} is a {type(value).__name__}, wanted a tensor: give the tokenizer return_tensors='pt', or take "
+                "torch.as_tensor"
+            )
 
 
 def counted(inputs: Mapping[str, Any]) -> tuple[int, int]:

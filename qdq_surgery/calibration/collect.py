@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
+from qdq_surgery.calibration.batches import NO_BATCHES, check_batches, counted, prepared
 from qdq_surgery.calibration.distributed import agree, gather_histograms, gather_maxima, gather_moments, gather_sums
 from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.numerics.grid import Grid
@@ -39,6 +39,7 @@ __all__ = [
     "Statistics",
     "Weighted",
     "activation_quantizers",
+    "check_free",
     "collect",
     "only_borrower",
     "planned_name",
@@ -207,6 +208,8 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     Raises:
         ModelError: There is none, or its tensors are offloaded.
     """
+    if not isinstance(qmodel, nn.Module):
+        raise ModelError(f"found a {type(qmodel).__name__}, wanted a model that qdq_surgery.convert returned")
     model = qmodel
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -310,11 +313,25 @@ def only_borrower(model: nn.Module, every: Sequence[TensorQuantizer]) -> Iterato
 
     with put_back_after(give_back):
         if any(_COLLECTING.setdefault(id(each), own) is not own for each in every):
-            raise CalibrationError(
-                f"another collection or calibration of this {type(model).__name__} is running; wait for it, or give "
-                "each thread a copy of the model"
-            )
+            raise _busy(model)
         yield
+
+
+def check_free(model: nn.Module) -> None:
+    """Refuse what would look at quantizers that something of the package has borrowed.
+
+    Raises:
+        CalibrationError: As :func:`only_borrower`.
+    """
+    if any(id(each) in _COLLECTING for each in quantizers(model).values()):
+        raise _busy(model)
+
+
+def _busy(model: nn.Module) -> CalibrationError:
+    return CalibrationError(
+        f"another collection or calibration of this {type(model).__name__} is running, or a measurement; wait for "
+        "it, or give each thread a copy of the model"
+    )
 
 
 def refuse_borrowed(model: nn.Module, what: str) -> None:
@@ -340,6 +357,7 @@ def _run(
     watch: Watch,
     counts: list[int],
 ) -> None:
+    check_batches(batches)
     total = len(batches) if isinstance(batches, Sized) else None
     for index, batch in enumerate(track(batches, "calibrating", total)):
         inputs = prepared(model, batch, index)

@@ -225,8 +225,8 @@ def check_method(method: str | None, percentile: float | None) -> None:
     if percentile is not None:
         if not takes_percentile(method):
             raise OptionError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
-        if not 0 < percentile <= 100:
-            raise OptionError(f"percentile {percentile} is outside (0, 100]; give for example 99.99")
+        if not isinstance(percentile, (int, float)) or not 0 < percentile <= 100:
+            raise OptionError(f"percentile {percentile!r} is outside (0, 100]; give for example 99.99")
         if percentile < LEAST_PERCENTILE:
             raise OptionError("; ".join(doubtful_percentile(percentile)))
 

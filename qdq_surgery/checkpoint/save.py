@@ -93,10 +93,7 @@ class SavePretrained:
         if getattr(model, "_hf_peft_config_loaded", False) or given.get("distributed_checkpoint"):
             return own(model, save_directory, **given)  # no files of a whole model
         folder = Path(save_directory)
-        if folder.exists() and not folder.is_dir():
-            raise ModelError(f"{folder} is a file; give the name of a folder to save the model in")
-        new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        new = _made(folder)
         if given.get("push_to_hub"):
             given.setdefault("repo_id", folder.absolute().name)
         try:
@@ -118,6 +115,24 @@ class SavePretrained:
     def _own(self) -> Callable[..., Any]:
         own: Callable[..., Any] = type(self._alive()).save_pretrained
         return own
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder for a model, unless it is there; returns whether it was not.
+
+    Raises:
+        ModelError: There cannot be one.
+    """
+    if "\0" in str(folder):
+        raise ModelError(f"{str(folder)!r} holds a NUL character; give the name of a folder to save the model in")
+    try:
+        new = not folder.exists()
+        if not new and not folder.is_dir():
+            raise ModelError(f"{folder} is a file; give the name of a folder to save the model in")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"the model cannot be saved in {folder}: {error.strerror or error}; give another") from error
+    return new
 
 
 def _twin_of(model: PreTrainedModel) -> PreTrainedModel:

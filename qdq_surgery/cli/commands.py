@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
+import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ from qdq_surgery.texts.input_file import printable
 from qdq_surgery.version import __version__
 
 __all__ = ["COMMANDS", "add_completion", "main", "parser"]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _SHELLS = ("bash", "zsh", "tcsh")
 
@@ -75,6 +79,8 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Mistakes of the user end in one line on standard error."""
     words = sys.argv[1:] if argv is None else [*argv]
+    if argv is None:  # the process is this command's
+        _print_anything()
     arguments = argparse.Namespace(options=())
     try:
         arguments = _parsed(words)
@@ -90,7 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads our output has seen enough (`| head`).
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        say("error", f"the output cannot be written: {error.strerror}")
+        return 1
     return 0
+
+
+def _print_anything() -> None:
+    """What the terminal's encoding lacks is printed as an escape: names in rule files and paths are anybody's."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:

@@ -125,9 +125,23 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
     found = {name: _qparams(name, each) for name, each in acting.items()}
     for name, linear in qmodel.named_modules():
         if isinstance(linear, QuantLinear):
+            _check_weight(found.get(f"{name}.{LINEAR_NAMES['weight']}"))
             _pass_scale(found, f"{name}.{LINEAR_NAMES['input']}", f"{name}.{LINEAR_NAMES['weight']}", linear)
     tables = [f"{n}.{LINEAR_NAMES['weight']}" for n, each in qmodel.named_modules() if isinstance(each, QuantEmbedding)]
     return {**found, **{name: _of_table(found[name], target) for name in tables if name in found}}
+
+
+def _check_weight(qparams: QParams | None) -> None:
+    """A product of integers is scaled by its row and its output channel, and sums over the input channels.
+
+    Raises:
+        ExportError: The ranges are of the latter.
+    """
+    if qparams is not None and qparams.axis == -1:
+        raise ExportError(
+            f"{qparams.name} has a range for each input channel of a linear, over which an integer product sums; write "
+            "axis: 0 in its spec"
+        )
 
 
 def _of_table(qparams: QParams, target: Target) -> QParams:

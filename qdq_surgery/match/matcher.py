@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 from transformers import PreTrainedModel
 
+from qdq_surgery.errors import MatchError
 from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_plain_embedding, is_plain_linear
 from qdq_surgery.hf.tied_weights import tied_names
@@ -22,6 +23,7 @@ from qdq_surgery.match.plan import Plan, Site
 from qdq_surgery.match.shared_ranges import share_ranges
 from qdq_surgery.match.site_names import LINEAR_NAMES, site_name
 from qdq_surgery.match.subgraph import Attempt, Slot, Value, fit, operand_of, place_of
+from qdq_surgery.rules.quant_spec import LAST_AXIS, QuantSpec
 from qdq_surgery.rules.spec import Rule, RuleSet
 from qdq_surgery.trace.attention import QDQ_ATTENTION
 from qdq_surgery.trace.units import Survey, Unit
@@ -148,6 +150,8 @@ class _UnitMatcher:
             self.decisions.refuse(owner, operator, reason, self.unit.layer, rule.name, source)
             return
         place = rule.quantize[capture]
+        spec = self.rules.spec(place.spec)
+        _check_axis(rule, capture, slot, spec, f"{owner} ({source})")
         site = Site(
             quantizer=f"{owner}.{name}",
             owner=owner,
@@ -158,7 +162,7 @@ class _UnitMatcher:
             operator=operator,
             capture=capture,
             rule=rule.name,
-            spec=self.rules.spec(place.spec),
+            spec=spec,
             layer=self.unit.layer,
             source=source,
         )
@@ -233,3 +237,28 @@ def _role(slot: Slot) -> str:
         return "weight" if slot.position == "weight" else "input"
     operand = operand_of(slot.node, slot.position)
     return "weight" if isinstance(operand, Node) and operand.meta.get("op") == "parameter" else "input"
+
+
+def _check_axis(rule: Rule, capture: str, slot: Slot, spec: QuantSpec | None, where: str) -> None:
+    """Ranges of a tensor's parts need parts that are the same ones in every call.
+
+    Raises:
+        MatchError: The operand has none along the axis of its spec.
+    """
+    if spec is None or spec.axis is None:
+        return
+    operand = operand_of(slot.node, slot.position)
+    shape = operand.meta.get("shape") if isinstance(operand, Node) else None
+    axes = 2 if operand is None else spec.axis + 1 if shape is None else len(shape)  # a module's weight is a matrix
+    wrong = f"the tensor has {axes} axes, counted from 0" if spec.axis >= axes else ""
+    if _role(slot) == "weight":
+        fix = "write axis: 0, a range for each output channel"
+        if spec.axis == LAST_AXIS:
+            wrong = "that is for activations, and this is a weight"
+    else:
+        fix = "write axis: null, or axis: -1 for a scale for each channel"
+        if spec.axis == 0:
+            wrong = "the rows of an activation are others in each batch"
+    if wrong:
+        place = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
+        raise MatchError(f"{place} gives '{capture}' a spec with axis: {spec.axis} at {where}, but {wrong}; {fix}")

@@ -62,6 +62,7 @@ def writable(path: str | Path, overwrite: bool = False, kind: str = "an ONNX fil
     file = Path(path)
     if "\0" in str(path):
         raise ExportError(f"{quoted(path)} cannot be written: it holds a NUL character; give another path")
+    _check_name(file)
     if file.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file, such as {file / f'model{ending}'}")
     if file.suffix != ending:
@@ -185,6 +186,16 @@ def _claim(source: Path, target: Path) -> None:
     except BaseException:
         target.unlink(missing_ok=True)
         raise
+
+
+def _check_name(file: Path) -> None:
+    """Whether there can be such a name at all: one may be too long."""
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise ExportError(f"{file} cannot be written: {error.strerror or error}; give another path") from error
 
 
 def _check_place(file: Path, overwrite: bool) -> None:

@@ -29,6 +29,9 @@ __all__ = ["Call", "Found", "probe"]
 #: Rows of the two sizes, and tokens of each text. No size of one kind can be taken for one of another, whatever it is
 #: multiplied with.
 _BATCHES = (5, 8)
+
+#: What models raise on arguments that they do not take.
+_CANNOT_RUN = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 _LENGTHS = ((7, 11), (13, 16), (17, 26), (19, 36))
 
 #: Of the padding that is tried, and of the dropout that rules may ask for.
@@ -126,10 +129,14 @@ def probe(
         padded = [_places(i, rows[i], length, holes) for i, length in enumerate(sizes[0].lengths)]
         try:
             seen = _compare(qmodel, quantizers, batch, texts, (sizes[0], sizes[1]), padded)
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        except _CANNOT_RUN as error:
             errors.append(error)
             continue
         return _understood(seen, padded, (sizes[0], sizes[1]))
+    try:
+        _run(qmodel, quantizers, batch)
+    except _CANNOT_RUN as error:  # it is not the size, but for example another model's ids
+        raise CalibrationError(f"{type(qmodel).__name__} cannot run it: {error}") from error
     raise CalibrationError(
         f"{type(qmodel).__name__} cannot be run on the batch in another size ({errors[0]}), by which it is told what "
         "is padding inside of it; calibrate on batches without padding (group texts by length)"

@@ -18,7 +18,7 @@ from pytorch_quantization import calib, tensor_quant
 from pytorch_quantization import nn as quant_nn
 from torch import Tensor, nn
 
-from qdq_surgery.errors import CalibrationError
+from qdq_surgery.errors import CalibrationError, NegativeValueError
 from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.fake_quant import (
     exporting_to_onnx,
@@ -465,7 +465,10 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
         if elsewhere and self._never_negative:
             return
         if bool(inputs.min() < 0):
-            raise TypeError("negative values in a tensor that is to be quantized to an unsigned grid")
+            raise NegativeValueError(
+                f"{self._name()} is given negative values in a tensor that is to be quantized to an unsigned grid; "
+                "write unsigned: false in its spec, or a zero_point"
+            )
         if elsewhere:
             self._never_negative = True
 

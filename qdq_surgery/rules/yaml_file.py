@@ -7,6 +7,7 @@ A rule file is data: nothing is evaluated or imported. How its text becomes a tr
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -65,6 +66,10 @@ def load_rules(rules: str | Path | RuleSet) -> RuleSet:
     """
     if isinstance(rules, RuleSet):
         return rules
+    if not isinstance(rules, (str, os.PathLike)):
+        raise RuleFileError(
+            f"rules: found a {type(rules).__name__}", "give the name of a shipped set, the path of a file, or a RuleSet"
+        )
     return _load(_find(rules, None, "rules"), (), Budget())
 
 

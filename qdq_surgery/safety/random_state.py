@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +13,29 @@ import torch
 
 from qdq_surgery.safety.transaction import put_back_after
 
-__all__ = ["kept_random", "seed_generators"]
+__all__ = ["alone", "kept_random", "seed_generators"]
+
+_alone = threading.RLock()
+
+
+def _after_fork() -> None:
+    """A child of a process in which a thread held the lock has no thread that lets it go."""
+    global _alone
+    _alone = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One thread at a time: whoever compares two runs that draw the same numbers, and so counts on the generators.
+
+    These belong to the process. What runs inside must not wait for another thread that comes here, too.
+    """
+    with _alone:
+        yield
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibration.batches import NO_BATCHES, counted, prepared
-from qdq_surgery.calibration.collect import unwrapped
+from qdq_surgery.calibration.batches import NO_BATCHES, check_batches, counted, prepared
+from qdq_surgery.calibration.collect import only_borrower, unwrapped
 from qdq_surgery.errors import CalibrationError, LossError, ModelError, OptionError
 from qdq_surgery.padding.token_masks import is_label, token_means
 from qdq_surgery.safety.transaction import kept_modes
@@ -99,8 +99,8 @@ class Evaluation(Result):
             LossError: It is more.
             OptionError: ``loss`` is no such number.
         """
-        if not 0 <= loss < math.inf:
-            raise OptionError(f"a loss of at most {loss} cannot be asked for; give a number from 0 on")
+        if not isinstance(loss, (int, float)) or not 0 <= loss < math.inf:
+            raise OptionError(f"a loss of at most {loss!r} cannot be asked for; give a number from 0 on")
         if not self.loss <= loss:
             raise LossError(
                 f"{self.model} loses {self.loss:.4g} against float ({self.metric}: {_WORDS[self.metric]}), and at most "
@@ -150,7 +150,7 @@ def evaluate(
         OptionError: There is no such metric, or it is not for such outputs.
     """
     chosen = DEFAULT if metric is None else metric
-    if chosen not in METRICS:
+    if not isinstance(chosen, str) or chosen not in METRICS:
         raise OptionError(f"the metric {metric!r} is none; give {', '.join(map(repr, METRICS))}")
     module = candidate if isinstance(candidate, nn.Module) else None
     plain = unwrapped(module) if reference is None and module is not None else reference
@@ -159,19 +159,22 @@ def evaluate(
             f"there is no float model to compare a {type(candidate).__name__} with; pass reference=, the Hugging Face "
             "model that it was made from"
         )
+    check_batches(batches)
     # (Of the labels of an encoder-decoder its decoder's inputs are made.)
     needed = ("labels",) if getattr(plain.config, "is_encoder_decoder", False) else ()
     found = _Sums(plain)
     total = len(batches) if isinstance(batches, Sized) else None
     models = [plain] if module is None else [plain, module]
-    with kept_modes(*models), torch.no_grad():
+    # Who looked at the model meanwhile, in another thread, would see it in float, and count float against itself.
+    every = list({id(each): each for model in models for each in quantizers(model).values()}.values())
+    with only_borrower(plain, every), kept_modes(*models), torch.no_grad():
         for model in models:
             model.eval()
         for index, batch in enumerate(track(batches, "comparing", total)):
             inputs = prepared(plain, batch, index)
-            with quantization_disabled(plain) if quantizers(plain) else nullcontext():
-                wanted = run_seeded(plain, inputs, gpus_of(plain))
             try:
+                with quantization_disabled(plain) if quantizers(plain) else nullcontext():
+                    wanted = run_seeded(plain, inputs, gpus_of(plain))
                 found.add(inputs, wanted, _outputs(candidate, module, inputs, needed))
             except CalibrationError as error:
                 raise CalibrationError(f"batch {index}: {error}") from error

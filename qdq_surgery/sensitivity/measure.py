@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from qdq_surgery.calibration.batches import NO_BATCHES, counted
-from qdq_surgery.calibration.collect import unwrapped
+from qdq_surgery.calibration.batches import NO_BATCHES, check_batches, counted
+from qdq_surgery.calibration.collect import check_free, unwrapped
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops, Tokens, outliers
@@ -76,11 +76,13 @@ def sensitivity(
         OptionError: The metric is none, or not for such a model; nothing is to be measured; or ``resume`` is of another
             model, of other rules, ranges, batches or of another metric: says which.
     """
+    check_batches(batches)
     judge = judge_of(metric)
     wanted = [what for what, asked in ((SITE, sites), (KIND, kinds), (LAYER, layers)) if asked]
     if not wanted:
         raise OptionError("sites, kinds and layers are all False, so nothing is to be measured; leave one of them True")
     model = unwrapped(qmodel)
+    check_free(model)  # whoever has borrowed the quantizers may have them off
     measured = _measured(model)
     parts = parts_of(model, measured, wanted)
     figures = open_figures(resume, identity(model, judge.identity, measured) if resume is not None else {})

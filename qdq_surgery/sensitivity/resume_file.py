@@ -127,9 +127,11 @@ def open_figures(path: str | Path | None, subject: Mapping[str, str]) -> Figures
         OptionError: The file cannot be read, or is of something else; says of what.
     """
     figures = Figures(None if path is None else Path(path), subject)
-    if figures.path is None or not figures.path.exists():
-        return figures
+    if "\0" in str(path):
+        raise OptionError(f"resume: {str(path)!r} holds a NUL character; give another path")
     try:
+        if figures.path is None or not figures.path.exists():
+            return figures
         _read(figures, read_regular_file(figures.path, _MOST_BYTES))
     except OSError as error:
         raise OptionError(f"resume: {path} cannot be read: {error.strerror or error}") from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qdq_surgery.errors import OptionError
+from qdq_surgery.errors import ModelError, OptionError, QdqSurgeryError
 from qdq_surgery.hf.config_facts import max_tokens
 from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.sensitivity.output_error import is_by_token, is_score
@@ -95,7 +95,7 @@ def run_rows(
 
     Raises:
         OptionError: A row or an option is none; says which.
-        ModelError: The file cannot run it.
+        ModelError: The file, or the model, cannot run it.
     """
     if tokens < 1 or streams < 1 or (length is not None and length < 3):
         raise OptionError(f"tokens={tokens}, streams={streams}, length={length}: give at least 1, 1 and 3")
@@ -159,11 +159,7 @@ class _Job:
     def run(self, batch: _Batch) -> Sequence[Any]:
         """What is kept of each row of a batch."""
         model, inputs = self._model, batch.inputs
-        if isinstance(model, OnnxModel):
-            outputs = model(**inputs, return_dict=True)
-        else:
-            with torch.no_grad():
-                outputs = model(**{name: value.to(model.device) for name, value in inputs.items()}, return_dict=True)
+        outputs = model(**inputs, return_dict=True) if isinstance(model, OnnxModel) else _in_pytorch(model, batch)
         found = self._keep(outputs, inputs)
         if len(found) != len(batch.places):
             raise OptionError(f"keep gave {len(found)} entries for {len(batch.places)} rows; give one for each")
@@ -213,6 +209,26 @@ class _Job:
             given = [encoded[place].get(name, [absent] * length) for place, length in zip(places, lengths, strict=True)]
             inputs[name] = torch.tensor([[*row, *[fill] * (width - len(row))] for row in given])
         return _Batch(places, inputs, lengths)
+
+
+def _in_pytorch(model: PreTrainedModel, batch: _Batch) -> Any:
+    """The model's outputs.
+
+    Raises:
+        ModelError: It cannot run such rows.
+    """
+    on = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    try:
+        with torch.no_grad():
+            return model(**on, return_dict=True)
+    except QdqSurgeryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot run {len(batch.places)} rows of {min(batch.lengths)} to "
+            f"{max(batch.lengths)} tokens, the ids {int(on[_IDS].min())} to {int(on[_IDS].max())}: {error}; look for "
+            "rows that are too long, and for another model's ids"
+        ) from error
 
 
 def _arguments(model: PreTrainedModel) -> Iterable[str]:

@@ -25,7 +25,7 @@ from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.graph.replay import check_replay
 from qdq_surgery.graph.shell_copy import shadow
 from qdq_surgery.match.edits import Edit, Origin
-from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.random_state import alone, kept_random
 from qdq_surgery.surgery.edits import apply_edits
 from qdq_surgery.trace.recorder import record, recording_of
 
@@ -155,6 +155,7 @@ class QuantizedForward:
         )
         # Inside torch.export the recording must not become part of what is exported.
         with (
+            alone(),
             kept_random([device for device in devices if device.type == "cuda"]),
             disable_proxy_modes_tracing(),
         ):

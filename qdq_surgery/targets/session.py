@@ -44,6 +44,13 @@ class Port:
     shape: tuple[int | None, ...]
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or a folder that one may not look into
+        return False
+
+
 class Session(ABC):
     """A file on a runtime. Calls from several threads at once are fine.
 
@@ -83,7 +90,7 @@ class Session(ABC):
         """
         if threads is not None and threads < 1:
             raise ModelError(f"threads is {threads}; give 1 or more, or None for as many as PyTorch uses")
-        if not path.is_file():
+        if not _is_file(path):
             shown = quoted(path) if "\0" in str(path) else path
             raise ModelError(f"{shown} is no file; give one that qdq_surgery.export_onnx wrote")
         self.path = path

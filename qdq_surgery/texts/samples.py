@@ -114,6 +114,8 @@ def _looks_like(lines: Sequence[str]) -> str | None:
         return "rows of JSON (.jsonl)"
     if lines and lines[0] in ("[", "{"):
         return "a JSON document (write a row in each line, .jsonl)"
+    if max(map(len, lines), default=0) > csv.field_size_limit():  # no table either, says the one that reads them
+        return None
     for suffix, separator in _TABLES.items():
         counts = {len(row) for row in csv.reader(lines, delimiter=separator)}
         header = [name.strip().strip('"').lower() for name in lines[0].split(separator)] if lines else []

@@ -274,3 +274,13 @@ def test_it_is_called_like_transformers_own() -> None:
     assert isinstance(qmodel, nn.Module)
     qmodel.dequantize()
     assert "save_pretrained" not in vars(qmodel)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("x" * 300, "File name too long"), ("a\0b", "NUL character"), ("link", "cannot be saved in")]
+)
+def test_a_folder_that_cannot_be_made(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(qs.ModelError, match=said):
+        calibrated().save_pretrained(tmp_path / name)
+    assert os.listdir(tmp_path) == ["link"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
 import subprocess
@@ -257,6 +259,29 @@ def test_a_failed_conversion_leaves_no_folder(folder: Path, tmp_path: Path, monk
     monkeypatch.setattr(BertForTokenClassification, "save_pretrained", fail)
     assert main(["convert", str(folder), str(tmp_path / "out")]) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("schema: 1\nname: r\u00e8gles\nextends: qdqbert\n", encoding="utf-8")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["qdq-surgery", "rules", "check", str(tmp_path / "mine.yaml")])
+    assert main() == 0
+    assert shown.getvalue().startswith(rb"r\xe8gles: ")
+
+
+class FullDisk(io.StringIO):
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("command", ["rules list", "rules show qdqbert"])
+def test_a_full_disk_behind_the_output(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert main(command.split()) == 1
+    assert capsys.readouterr().err == "qdq-surgery: error: the output cannot be written: No space left on device\n"
 
 
 @pytest.mark.slow

@@ -307,3 +307,38 @@ def test_the_digest_of_a_state_tells_states_apart() -> None:
     model.bert.pooler.dense.bias.data.add_(1e-3)
     assert hashlib.sha256(repr(state_of(model)).encode()).hexdigest() != before
     assert logging.root.level == global_state()["level"]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "sensitivity", "calibrate"])
+def test_evaluate_and_another_measurement_are_not_mixed(qmodel: PreTrainedModel, name: str) -> None:
+    """The quantizers are off while evaluate runs the float model: in another thread they would seem to cost nothing."""
+    refused = []
+
+    def batches() -> Any:
+        yield BATCH
+        with pytest.raises(qs.CalibrationError, match=r"another collection or calibration of this Bert.* is running"):
+            qs.evaluate(qmodel, [BATCH])
+        refused.append(True)
+        yield BATCH
+
+    getattr(qs, name)(qmodel, batches())
+    assert refused == [True]
+    assert qs.evaluate(qmodel, [BATCH]).loss > 0  # nothing keeps it from being measured again
+
+
+def test_models_are_converted_in_threads() -> None:
+    """Dropout is recorded twice with the same numbers; another thread's would come between."""
+    model, found = bert(num_hidden_layers=1), []
+
+    def convert() -> None:
+        try:
+            found.append(len(qs.quantizers(qs.convert(model))))
+        except qs.QdqSurgeryError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=convert) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [20] * 4

@@ -267,6 +267,16 @@ def test_what_no_file_can_hold(
     assert SCORES not in read(qmodel, "tensorrt")
 
 
+def test_ranges_of_input_channels_of_a_linear(qmodel: PreTrainedModel) -> None:
+    """ONNX Runtime would refuse the product that it makes of such a file, in words about its own source."""
+    name = SCORES.replace("attention.self.matmul_q_input_quantizer", "output.dense._weight_quantizer")
+    quantizer = qs.quantizers(qmodel)[name]
+    quantizer.reset_amax()
+    quantizer.amax = torch.ones(1, 48)
+    with pytest.raises(qs.ExportError, match=rf"^{name} has a range for each input channel .* write axis: 0"):
+        read(qmodel, "onnxruntime")
+
+
 def test_unsigned_grids_elsewhere(qmodel: PreTrainedModel) -> None:
     unsigned(qmodel)
     assert read(qmodel, "onnxruntime")[SCORES].grid.unsigned

@@ -413,3 +413,33 @@ def test_a_narrower_residual_rule_of_a_users_own_leaves_the_other_adds_in_float(
     made = bert_plan(write(text))
     assert {site.layer for site in made.sites if site.operator == "add"} == {0}
     assert made.matches["other-residual-add"] == 0
+
+
+# --- axes that an operand cannot have
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight", "message"),
+    [
+        ("null", "-1", r"rule 'linears' gives 'w' .* axis: -1 at .*query.*, but that is for activations.*axis: 0"),
+        ("null", "2", r"gives 'w' a spec with axis: 2 .* the tensor has 2 axes, counted from 0; write axis: 0"),
+        ("0", "0", r"gives 'x' a spec with axis: 0 .* rows of an activation are others in each batch; .*axis: -1"),
+        ("3", "0", r"own.yaml:\d+: rule .* gives 'x' a spec with axis: 3 .* the tensor has 3 axes"),
+    ],
+)
+def test_an_axis_that_an_operand_cannot_have_is_refused(
+    activation: str, weight: str, message: str, write: Write
+) -> None:
+    specs = f"specs: {{a: {{axis: {activation}}}, b: {{axis: {weight}}}}}\nrules:\n"
+    path = write(specs + rule("linears", "linear(x, w)", "x: a, w: b", match="layers: all, "))
+    with pytest.raises(qs.MatchError, match=message):
+        bert_plan(path)
+
+
+def test_axes_of_activations_that_stay_the_same_are_taken(write: Write) -> None:
+    linears = rule("linears", "linear(x, w)", "x: a, w: b", match="layers: all, ")
+    path = write("specs: {a: {axis: 2}, b: {axis: 1}}\nrules:\n" + linears)
+    assert {str(site.spec) for site in bert_plan(path).sites if site.rule == "linears"} == {
+        "int8 axis 2 max",
+        "int8 axis 1 max",
+    }

@@ -282,3 +282,8 @@ def test_others_may_read_it_as_any_new_file(tmp_path: Path) -> None:
     with draft(tmp_path / "model.onnx") as made:
         made.graph.write_text("new")
     assert (tmp_path / "model.onnx").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(qs.ExportError, match=r"cannot be written: File name too long; give another path"):
+        writable(tmp_path / f"{'x' * 300}.onnx")

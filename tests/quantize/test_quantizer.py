@@ -24,6 +24,7 @@ from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 
+from qdq_surgery.errors import CalibrationError
 from qdq_surgery.numerics.fake_quant import fake_quant, native_fake_quant
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.quantize.calibrators import ChannelCalibrator, HistogramCalibrator, MaxCalibrator
@@ -174,6 +175,8 @@ def test_negative_values_and_an_unsigned_grid(native: bool) -> None:
         assert target(inputs).tolist() == [0.0, pytest.approx(153 / 255, abs=1e-6)]
     else:
         with pytest.raises(TypeError, match="negative values"):
+            target(inputs)
+        with pytest.raises(CalibrationError, match=r"^a quantizer is given negative values.*write unsigned: false"):
             target(inputs)
         assert bool((target(inputs.abs()) >= 0).all())
 

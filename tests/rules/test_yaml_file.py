@@ -383,3 +383,9 @@ def test_an_exclude_entry_that_names_nothing_has_a_place(entry: str, message: st
 def test_numbers_are_decimal(number: str, tmp_path: Path) -> None:
     text = f"{HEAD}specs: {{x: {{num_bits: {number}}}}}\n{RULES}"
     assert "not a decimal whole number" in refusal(write(tmp_path / "mine.yaml", text)).found
+
+
+@pytest.mark.parametrize("rules", [None, 5, {"name": "mine"}, ["qdqbert"]])
+def test_what_is_no_rule_set_at_all(rules: object) -> None:
+    with pytest.raises(RuleFileError, match=rf"^rules: found a {type(rules).__name__}; give the name of a shipped set"):
+        load_rules(rules)  # type: ignore[arg-type]

@@ -178,3 +178,9 @@ def test_a_place_that_cannot_be_written_is_told_first(tmp_path: Path, runs: list
         with pytest.raises(OptionError, match="resume: "):
             qs.sensitivity(qmodel, batches(), resume=path, **OPTIONS)
     assert not runs
+
+
+@pytest.mark.parametrize(("name", "said"), [("x" * 300, "File name too long"), ("a\0b", "NUL character")])
+def test_a_name_that_no_file_can_have(name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=rf"^resume: .*{said}"):
+        qs.sensitivity(calibrated(), batches(), resume=tmp_path / name)

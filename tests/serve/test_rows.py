@@ -249,3 +249,11 @@ def test_mistakes_are_said(rows: list[Any], options: dict[str, Any], words: str)
 def test_a_model_in_training_is_refused() -> None:
     with pytest.raises(qs.OptionError, match="this BertModel is in training mode"):
         qs.run_rows(model().train(), [])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"), [([-1, 2], r"1 rows of 2 to 2 tokens, the ids -1 to 2"), ([1] * 41, r"1 rows of 41 to 41 tokens")]
+)
+def test_rows_that_a_model_cannot_run(row: list[int], said: str) -> None:
+    with pytest.raises(qs.ModelError, match=rf"^BertModel cannot run {said}.*another model's ids$"):
+        list(qs.run_rows(model(), [{"input_ids": row}]))

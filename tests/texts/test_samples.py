@@ -101,6 +101,12 @@ def test_what_cannot_be_used_is_named_with_its_line(
         read_samples(written(tmp_path, name, content), columns)
 
 
+def test_a_line_may_be_of_any_length(tmp_path: Path) -> None:
+    """The csv module, which is asked whether it is a table, takes no field so long."""
+    found = read_samples(written(tmp_path, "a.txt", f"{'the cat ' * 20_000}\nthe dog\n"))
+    assert [len(sample.texts[0]) for sample in found] == [159_999, 7]
+
+
 def saved(folder: Path, rows: list[dict[str, Any]]) -> Path:
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
