@@ -24,6 +24,7 @@ from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.range_choice import check_method_name, choose, takes_percentile
 from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE, relative_error
+from qdq_surgery.numerics.real_numbers import is_number
 from qdq_surgery.quantize.calibrators import HistogramCalibrator
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
@@ -225,7 +226,7 @@ def check_method(method: str | None, percentile: float | None) -> None:
     if percentile is not None:
         if not takes_percentile(method):
             raise OptionError(f"percentile={percentile} goes with method='percentile' only, and method is {method!r}")
-        if not isinstance(percentile, (int, float)) or not 0 < percentile <= 100:
+        if not is_number(percentile) or not 0 < percentile <= 100:
             raise OptionError(f"percentile {percentile!r} is outside (0, 100]; give for example 99.99")
         if percentile < LEAST_PERCENTILE:
             raise OptionError("; ".join(doubtful_percentile(percentile)))

@@ -24,7 +24,7 @@ from qdq_surgery.match.analyze import mark_baked_sizes
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.integer_embedding import make_integer_embedding
 from qdq_surgery.quantize.linear import QuantLinear
-from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.safety.random_state import alone, kept_random
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.apply import base_class, quantized_class
 from qdq_surgery.surgery.model_state import plan_of, quantized_forwards
@@ -65,7 +65,7 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
     """
     choice = choose(qmodel)
     target = qmodel if inplace else _copied(qmodel, choice)
-    with all_or_nothing(target), kept_random([]), torch.no_grad():
+    with alone(), all_or_nothing(target), kept_random([]), torch.no_grad():
         origin = FrozenOrigin.of(target, (*choice.integer, *choice.tables))
         target.eval()
         for name in choice.integer:

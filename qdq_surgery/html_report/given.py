@@ -12,6 +12,7 @@ from qdq_surgery.calibration.collect import Statistics, planned_name
 from qdq_surgery.calibration.equalization import Equalization
 from qdq_surgery.calibration.rounding import Rounding
 from qdq_surgery.errors import ModelError, OptionError
+from qdq_surgery.numerics.real_numbers import is_number
 from qdq_surgery.onnx_export import Export
 from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.parity import Parity
@@ -70,7 +71,7 @@ def check_kinds(given: Given) -> None:
         if found is not None and not isinstance(found, kind):
             raise OptionError(f"{name}= is a {type(found).__name__}; give what {call} returns, or leave it out")
     for name, seconds in (given.times or {}).items():
-        if not (isinstance(seconds, (int, float)) and 0 <= seconds < math.inf):
+        if not (is_number(seconds) and 0 <= seconds < math.inf):
             raise OptionError(f"times= has {seconds!r} for {name!r}; give seconds, from 0 on")
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.calibration.batches import NO_BATCHES, check_batches, counted, prepared
 from qdq_surgery.calibration.collect import only_borrower, unwrapped
 from qdq_surgery.errors import CalibrationError, LossError, ModelError, OptionError
+from qdq_surgery.numerics.real_numbers import is_number
 from qdq_surgery.padding.token_masks import is_label, token_means
 from qdq_surgery.safety.transaction import kept_modes
 from qdq_surgery.sensitivity.output_error import (
@@ -99,7 +100,7 @@ class Evaluation(Result):
             LossError: It is more.
             OptionError: ``loss`` is no such number.
         """
-        if not isinstance(loss, (int, float)) or not 0 <= loss < math.inf:
+        if not is_number(loss) or not 0 <= loss < math.inf:
             raise OptionError(f"a loss of at most {loss!r} cannot be asked for; give a number from 0 on")
         if not self.loss <= loss:
             raise LossError(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.calibration.batches import check_batches
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import CalibrationError, OptionError
+from qdq_surgery.numerics.real_numbers import is_number
 from qdq_surgery.rules.limits import MAX_ENTRIES, check_name
 from qdq_surgery.rules.quant_spec import QuantSpec
 from qdq_surgery.rules.spec import RuleSet
@@ -70,9 +71,9 @@ def tune(
         MatchError, RuleFileError: The rules do not fit the model, or are wrong.
         OptionError: The budget, the metric or ``float_share`` is none.
     """
-    if budget is not None and not (isinstance(budget, (int, float)) and budget >= 0):
+    if budget is not None and not (is_number(budget) and budget >= 0):
         raise OptionError(f"budget={budget!r} is no error: give a number of at least 0, or leave it out")
-    if not (isinstance(float_share, (int, float)) and 0 <= float_share <= 1):
+    if not (is_number(float_share) and 0 <= float_share <= 1):
         raise OptionError(f"float_share={float_share!r} is no share: give a number from 0 to 1")
     check_batches(batches)
     if held_out is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from architectures import batch_for, build
@@ -191,6 +192,7 @@ def test_a_loss_that_cannot_be_asked_for(loss: float) -> None:
     found = Evaluation("BertModel", "mse", {"mse": 0.0}, 1, 1, 1)
     assert found.to_text(100).startswith("BertModel against float, on ")  # nobody says where
     found.require(0.0)
+    found.require(np.float32(0.0))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="cannot be asked for; give a number from 0 on"):
         found.require(loss)
 
