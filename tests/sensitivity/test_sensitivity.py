@@ -123,13 +123,15 @@ def test_outlier_channels_rank_first_and_are_named() -> None:
 ARCHITECTURES = ["bert", "distilbert", "deberta-v2", "modernbert", "albert"]
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [each for each in ARCHITECTURES if each != "albert"])  # which has none
 def test_leaving_layers_out_changes_nothing(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     qmodel = calibrated(model_type)
-    data = batches_for(qmodel)[: None if model_type in ("bert", "albert") else 1]
-    found = qs.sensitivity(qmodel, data)
+    data = batches_for(qmodel)[: None if model_type == "bert" else 1]
+    # Which layers a site depends on is the same everywhere; what goes from one layer to the next is not.
+    sites = model_type == "bert"
+    found = qs.sensitivity(qmodel, data, sites=sites)
     monkeypatch.setattr(Borrowed, "depends", lambda *_: True)
-    assert found.to_json() == qs.sensitivity(qmodel, data).to_json()
+    assert found.to_json() == qs.sensitivity(qmodel, data, sites=sites).to_json()
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -396,8 +398,8 @@ def start() -> PreTrainedModel:
 def test_interrupted_at_any_line_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = interruptions.Operation("sensitivity", start, measure)
     monkeypatch.setattr(interruptions, "OPERATIONS", (operation,))
-    outcome = interruptions.run(60, 0, ["sensitivity"])
-    assert outcome.read.total() == 60
+    outcome = interruptions.run(30, 0, ["sensitivity"])
+    assert outcome.read.total() == 30
     assert outcome.is_right, str(outcome)
 
 
