@@ -35,7 +35,11 @@ def load(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def other() -> PreTrainedModel:
-    made = calibrated()
+    return another(calibrated())
+
+
+def another(made: PreTrainedModel) -> PreTrainedModel:
+    """With other weights and their ranges."""
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.mul_(1.5)
@@ -47,6 +51,9 @@ SHARDS = {"max_shard_size": 20_000}
 
 #: Each shard is a step or two of a save, of which all are tried.
 FEW = {"max_shard_size": 60_000}
+
+#: The same for a model of one layer, which is saved and loaded at each step.
+FEW_OF_ONE = {"max_shard_size": 36_000}
 
 
 @pytest.mark.parametrize("first", [{}, SHARDS], ids=["whole", "shards"])
@@ -73,14 +80,15 @@ def test_over_another_model(
 @pytest.mark.parametrize("name", ["replace", "link", "unlink"])
 @pytest.mark.parametrize(("sharded", "after"), [(False, False), (True, False), (False, True)])
 def test_at_each_step_the_folder_holds_one_of_them(
-    name: str, sharded: bool, after: bool, other: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, sharded: bool, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the process ended there: no step takes anything back that is needed.
 
     What one step of many files leaves is what the next one finds.
     """
-    qmodel, options = calibrated(), FEW if sharded else {}
-    qmodel.save_pretrained(tmp_path / "before", **({} if sharded else FEW))
+    qmodel, options = calibrated(num_hidden_layers=1), FEW_OF_ONE if sharded else {}
+    other = another(calibrated(num_hidden_layers=1))
+    qmodel.save_pretrained(tmp_path / "before", **({} if sharded else FEW_OF_ONE))
     real: Callable[..., Any] = getattr(os, name)
     step = 0
     while True:

@@ -16,26 +16,26 @@ import qdq_surgery as qs
 #: None of them is a shape that conversion records.
 SHAPES = ((1, 4), (4, 9))
 
-#: Each mode at each shape for the encoders, and at one of them for what stands on these.
 MODES = [(training, shape) for training in (False, True) for shape in SHAPES]
 
 
 @pytest.mark.parametrize(("model_type", "head"), EVERY_HEAD, ids=[head for _, head in EVERY_HEAD])
 def test_every_head(model_type: str, head: str) -> None:
+    """Encoders are called in each mode, at each shape, in every way; what stands on one in each of these once."""
     # All layers are the encoder's, below a head there is one.
     model = build(model_type, head, **({} if head == BASE[model_type] else layers(model_type, 1)))
     qmodel = qs.convert(model)
     # What a head gives beside its hidden states is asked for in the same call, so that calls stay few.
-    parameters = inspect.signature(model.forward).parameters
+    more = {"output_attentions": True, "output_hidden_states": True}
+    ways: list[tuple[dict[str, bool], dict[str, bool]]] = [({"labels": True}, more), ({}, {}), ({"mask": False}, {})]
+    if "inputs_embeds" in inspect.signature(model.forward).parameters:
+        ways.append(({"embeds": True}, {}))
     for training, shape in MODES if head == BASE[model_type] else (MODES[0], MODES[-1]):
         model.train(training)
         qmodel.train(training)
-        for mask in (True, False):
-            assert_same(model, qmodel, batch_for(model, shape, mask=mask))
-        batch = batch_for(model, shape, labels=True)
-        assert_same(model, qmodel, batch, output_attentions=True, output_hidden_states=True)
-        if "inputs_embeds" in parameters:
-            assert_same(model, qmodel, batch_for(model, shape, embeds=True))
+        some = ways if head == BASE[model_type] else ways[:1] + (ways[2:3] if training else ways[3:])
+        for how, options in some:
+            assert_same(model, qmodel, batch_for(model, shape, **how), **options)
 
 
 @pytest.mark.parametrize("model_type", BY_TYPE)
