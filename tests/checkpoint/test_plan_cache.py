@@ -31,10 +31,11 @@ from qdq_surgery.checkpoint import plan_cache as lock
 from qdq_surgery.checkpoint.plan_cache import METADATA, fingerprint
 from qdq_surgery.surgery.model_state import plan_of
 
-#: Every architecture, with a head or without.
+#: Every architecture but those whose config and classes are RoBERTa's, with a head or without.
 MODELS = [
     (architecture.model_type, next(name for name in architecture.heads() if kind_of(name) == kind))
     for architecture, kind in zip(ARCHITECTURES, itertools.cycle(("base", "sequence")))
+    if architecture.model_type not in ("xlm-roberta", "camembert")
 ]
 
 

@@ -22,7 +22,9 @@ from qdq_surgery.safety.untrusted import DamagedError, Item
 from qdq_surgery.surgery.model_state import plan_of, quantized_forwards
 
 
+@functools.cache
 def converted(model_type: str, rules: str, **options: Any) -> PreTrainedModel:
+    """One for all tests, which only read its plan."""
     head = next(name for name in BY_TYPE[model_type].heads() if kind_of(name) == "sequence")
     return qs.convert(build(model_type, head, **options), rules, inplace=True)
 
@@ -47,7 +49,7 @@ def text(plan: Plan, known: dict[tuple[str, str], Any]) -> str:
 @functools.cache
 def fits(model_type: str, rules: str) -> bool:
     try:
-        qs.plan(build(model_type, next(n for n in BY_TYPE[model_type].heads() if kind_of(n) == "sequence")), rules)
+        converted(model_type, rules)
     except qs.MatchError:
         return False
     return True
@@ -70,8 +72,6 @@ CASES = [
 @pytest.mark.parametrize(("model_type", "rules"), CASES)
 def test_a_plan_comes_back(model_type: str, rules: str) -> None:
     if not fits(model_type, rules):
-        with pytest.raises(qs.MatchError):
-            converted(model_type, rules)
         return
     qmodel = converted(model_type, rules)
     plan, known = plan_of(qmodel), known_of(qmodel)

@@ -34,7 +34,7 @@ def error_of(
     return Measure(qmodel, data if on is None else on, metric).error()
 
 
-@pytest.mark.parametrize("target", ["openvino", "qdqbert", "fuse-qkv", "linear-only", "tensorrt"])
+@pytest.mark.parametrize("target", ["openvino", "fuse-qkv", "linear-only", "tensorrt"])
 def test_the_figures_are_those_of_its_rules(target: str, tmp_path: Path) -> None:
     model = spoiled()
     before = copy.deepcopy(model.state_dict())
@@ -102,7 +102,7 @@ def test_rules_of_a_users_own_are_written_whole(tmp_path: Path) -> None:
     assert error_of(model, made.rules, batches_of(model)) == made.error
 
 
-@pytest.mark.parametrize("target", ["qdqbert", "qdqbert-scaled", "fuse-qkv"])
+@pytest.mark.parametrize("target", ["qdqbert-scaled", "fuse-qkv"])
 def test_a_budget_leaves_as_little_as_it_takes_in_float(target: str) -> None:
     model = spoiled()
     data = batches_of(model)
