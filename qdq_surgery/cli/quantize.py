@@ -36,6 +36,7 @@ from qdq_surgery.cli.wording import say
 from qdq_surgery.convert import convert
 from qdq_surgery.deployment.card import Deployed, base_name, card
 from qdq_surgery.deployment.folder import CARD, FILE, REPORT, deployed_folder, model_files, write_own_form, write_report
+from qdq_surgery.deployment.tei import check_served, write_served
 from qdq_surgery.deployment.triton import check_repository, write_repository
 from qdq_surgery.errors import AlreadyConvertedError, CalibrationError
 from qdq_surgery.hf.config_facts import max_tokens
@@ -81,6 +82,9 @@ def add_quantize(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--triton", metavar="NAME", help="write a model repository for Triton, too, in the folder triton"
     )
+    command.add_argument(
+        "--tei", action="store_true", help="name the file for text-embeddings-inference, too: onnx/model.onnx"
+    )
     text_options(command)
     output_options(command)
     command.set_defaults(run=_quantize)
@@ -118,6 +122,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
             )
             model.float()
         size = sum(each.numel() * each.element_size() for each in model.parameters())
+        if arguments.tei:
+            check_served(TARGETS[arguments.target], model.config)
         data, held_out = batches(arguments, samples, model), batches(arguments, others, model, notes=False)
     tokenizer = arguments.tokenizer or arguments.model
     with deployed_folder(arguments.output, arguments.model, tokenizer, max_tokens(model.config)) as draft:
@@ -140,6 +146,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
         (draft / CARD).write_text(card(deployed), encoding="utf-8")
         report = _report(qmodel, made)
         write_report(draft, report)
+        if arguments.tei:
+            write_served(draft, TARGETS[arguments.target])
     if arguments.report is not None:
         _write_page(qmodel, made, arguments)
     _print(made, report, arguments)

@@ -168,14 +168,16 @@ def test_a_model_in_half_precision_without_safetensors_and_a_tokenizer(
     rows = [json.dumps({"input_ids": [2, 5, 6 + number, 7, 3]}) for number in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     words = ["quantize", str(tmp_path / "half"), str(tmp_path / "rows.jsonl"), str(tmp_path / "new" / "out")]
-    assert main([*words, "--batch", "15", "--target", "openvino"]) == 0
+    assert main([*words, "--batch", "15", "--tei"]) == 0
     assert "its weights are in torch.bfloat16, and are calibrated and exported in float32" in capsys.readouterr().err
     report = json.loads((tmp_path / "new" / "out" / "qdq_report.json").read_text())
     assert report["calibration"]["rows"] == 16
     size = sum(each.numel() for each in half.parameters()) * 4 / 1e6
     assert f"| the float model's weights | {size:.1f} MB |" in (tmp_path / "new" / "out" / "README.md").read_text()
-    served = qs.load_onnx(tmp_path / "new" / "out" / "onnx" / "model_quantized.onnx", "openvino")
+    files = tmp_path / "new" / "out" / "onnx"
+    served = qs.load_onnx(files / "model_quantized.onnx")
     assert served.inputs == ("input_ids", "attention_mask")
+    assert (files / "model.onnx").read_bytes() == (files / "model_quantized.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("loss", ["nan", "-1", "inf", "much"])
@@ -193,6 +195,10 @@ def test_a_loss_is_a_number_from_0_on(loss: str, capsys: pytest.CaptureFixture[s
         (["{calibrated}", "{texts}", "{out}"], "is converted already; give the float model, or export it"),
         (["{model}", "{texts}", "{out}", "--triton", "a/b"], "--triton 'a/b' is no name of a model"),
         (["{model}", "{texts}", "{out}", "--triton", "a", "--target", "tensorrt"], "Triton serves engines of TensorRT"),
+        (
+            ["{model}", "{texts}", "{out}", "--tei", "--target", "openvino"],
+            "--tei: text-embeddings-inference runs ONNX",
+        ),
         (["{model}", "{texts}", "{model}"], "exists and is not empty; give a new folder"),
         (["{model}", "{texts}", "{out}", "--rules", "nothing"], "nothing"),
         (["nowhere", "{texts}", "{out}"], "nowhere is no folder"),
