@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from qdq_surgery.match.matcher import match
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.safety.random_state import kept_random
+from qdq_surgery.trace.recorder import Wanted
 from qdq_surgery.trace.units import Survey, find_units, survey
 
 __all__ = ["Look", "analyze", "mark_baked_sizes", "recordings_of"]
@@ -228,8 +229,7 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     if not kept:
         look.first.drop_examples()
         return kept
-    edited = {unit.path for unit in look.first.units if any(_lies_in(unit.path, path) for path, _ in kept)}
-    for mode, seen in _surveys(model, look, edited):
+    for mode, seen in _surveys(model, look, kept.keys()):
         for path, graph in seen.graphs():
             graphs = kept.get((path, graph.kind))
             if graphs is None:
@@ -248,17 +248,13 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
     return kept
 
 
-def _lies_in(unit: str, path: str) -> bool:
-    return path == unit or path.startswith(f"{unit}.")
-
-
-def _surveys(model: PreTrainedModel, look: Look, units: Collection[str]) -> Iterator[tuple[str, Survey]]:
+def _surveys(model: PreTrainedModel, look: Look, edited: Wanted) -> Iterator[tuple[str, Survey]]:
     """What the model does in each mode that its calls may have, after the mode's name; each is seen at two shapes.
 
     Args:
-        units: Paths of those that are looked at again: recording all that no edit touches would take as long.
+        edited: The blocks that are looked at again: recording all that no edit touches would take as long.
     """
-    look_again = functools.partial(survey, model, only=units)
+    look_again = functools.partial(survey, model, only=edited)
     masks = [("", look)]
     if "attention_mask" in look.inputs:
         bare, other = without_mask(look.inputs), without_mask(look.others)

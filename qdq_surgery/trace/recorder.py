@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, cast
@@ -49,11 +49,15 @@ from qdq_surgery.safety.torch_private import FakeTensor, python_function, set_gr
 from qdq_surgery.trace.autograd_watch import unwatched, watching
 from qdq_surgery.trace.graph_builder import GraphBuilder
 from qdq_surgery.trace.hidden_calls import Applied, Copies, autograd_function, products_inside
+from qdq_surgery.trace.pass_through import Look, check_forward, look_within, pass_through
 from qdq_surgery.trace.proxy_module import make_stand_in
 from qdq_surgery.trace.source_places import grad_mode_owners, parameter_names
 from qdq_surgery.trace.tensor_facts import CHECKED, DTYPES, FACTS, refusal
 
-__all__ = ["record", "recording_of"]
+__all__ = ["Wanted", "look_for", "record", "recording_of"]
+
+#: (path of the block within the recorded unit, kind) of each one to record.
+Wanted = Collection[tuple[str, str]]
 
 _SIZE_GETTERS = frozenset({"size", "shape"})
 
@@ -67,6 +71,7 @@ def record(
     path: str = "",
     kind: str = "forward",
     nested: bool = True,
+    wanted: Wanted | None = None,
 ) -> tuple[BlockGraph, Any]:
     """Record ``function(block, *args, **kwargs)``.
 
@@ -76,6 +81,7 @@ def record(
         path: The block's path within the recorded unit.
         nested: Whether to record the blocks that are called on the way, too. If not, the block is one that is rewritten
             already and being called: a forward of its own, as accelerate's hooks set one, has let the call through.
+        wanted: Which of these to record; ``None``: all. The others are run, and what they read is noted.
 
     Returns:
         The routine and what the function returned.
@@ -83,16 +89,32 @@ def record(
     Raises:
         TraceError: The function does something that a graph cannot hold, and it is the outermost one.
     """
-    if nested and kind == "forward" and "forward" in vars(block):
-        raise TraceError(
-            f"this {type(block).__name__} has a forward of its own (accelerate's hooks set one, for example); convert "
-            "the model before it gets one"
-        )
-    recorder = _Recorder(block, path, kind, function, nested)
+    if nested:
+        check_forward(block, kind)
+    recorder = _Recorder(block, path, kind, function, nested, wanted)
     try:
         return recorder.routine, recorder.run(function, args, kwargs)
     finally:
         recorder.build.finish()
+
+
+def look_for(wanted: Wanted | None) -> Look:
+    """:func:`record` for blocks that are wanted, and a mere run for the others."""
+
+    def look(
+        block: nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        path: str,
+        kind: str,
+    ) -> tuple[BlockGraph, Any]:
+        if wanted is None or (path, kind) in wanted:
+            return record(block, function, args, kwargs, path=path, kind=kind, wanted=wanted)
+        return pass_through(block, function, args, kwargs, path=path, kind=kind, look=look)
+
+    return look
 
 
 def recording_of(module: nn.Module) -> _Recorder | None:
@@ -118,9 +140,17 @@ class _Mode(TorchFunctionMode):
 class _Recorder:
     """Holds one routine while it is recorded."""
 
-    def __init__(self, block: nn.Module, path: str, kind: str, function: Callable[..., Any], nested: bool) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        path: str,
+        kind: str,
+        function: Callable[..., Any],
+        nested: bool,
+        wanted: Wanted | None,
+    ) -> None:
         self.routine = BlockGraph(path, kind, block, getattr(function, "__name__", "forward"))
-        self.block, self.nested = block, nested
+        self.block, self.nested, self.look = block, nested, look_for(wanted)
         self.build = GraphBuilder(self.routine, block, type(self).run.__code__)
         self.copies = Copies(self._instead)
         self.build.stand_in = self.stand_in = make_stand_in(block, "", self)
@@ -261,11 +291,7 @@ class _Recorder:
         whole = join_path(self.routine.path, path)
         with self.build.pause():
             args, kwargs = plain(args), plain(kwargs)
-            try:
-                routine, output = record(block, function, args, kwargs, path=whole, kind=kind)
-            except TraceError as error:
-                routine = BlockGraph(whole, kind, block, getattr(function, "__name__", "forward"), failure=str(error))
-                output = function(block, *args, **kwargs)
+            routine, output = look_within(self.look, block, function, args, kwargs, path=whole, kind=kind)
         routine.caller, routine.call = self.routine, node
         node.meta["callee"] = routine
         self.routine.children.append(routine)

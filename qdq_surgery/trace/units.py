@@ -25,7 +25,8 @@ from qdq_surgery.graph.shell_copy import shadow
 from qdq_surgery.hf.config_facts import set_attention
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.attention import QDQ_ATTENTION
-from qdq_surgery.trace.recorder import record
+from qdq_surgery.trace.pass_through import failed
+from qdq_surgery.trace.recorder import Wanted, look_for
 
 __all__ = ["RESIDUAL", "Call", "LoneLeaf", "Survey", "Unit", "find_units", "structure", "survey"]
 
@@ -128,7 +129,7 @@ def survey(
     *,
     training: bool = False,
     like: Survey | None = None,
-    only: Collection[str] | None = None,
+    only: Wanted | None = None,
 ) -> Survey:
     """Run ``model`` once on a shadow and record its units.
 
@@ -136,7 +137,8 @@ def survey(
         inputs: Keyword arguments of the model's forward.
         training: Record what the blocks do in training mode. The run that finds their arguments is in eval mode.
         like: A survey of the same model on the same inputs, if there is one: it has found the units' arguments.
-        only: Paths of the units to record; ``None``: all of them. The others have no tree.
+        only: Path and kind of each block to record; ``None``: all of them. The others that lie in a unit with one of
+            these have empty graphs, and other units have no tree. The model has no quantizers then.
 
     Raises:
         ModelError: The model cannot run on these inputs.
@@ -155,11 +157,23 @@ def survey(
         if training:
             for module in ghost.modules():
                 vars(module)["training"] = True
-        wanted = calls if only is None else {path: call for path, call in calls.items() if path in only}
-        units = _record_units(ghost, paths, wanted)
-    for unit in units:
-        _mark_residual_adds(unit, calls)
+        if only is None:
+            units = _record_units(ghost, paths, calls, None)
+        else:
+            within = {path: _within(path, only) for path, _ in paths}
+            wanted = {path: call for path, call in calls.items() if within[path]}
+            # (One set for all: layers that are alike share a tree, though rules may tell them apart.)
+            units = _record_units(ghost, paths, wanted, frozenset().union(*within.values()))
+    if only is None:
+        for unit in units:
+            _mark_residual_adds(unit, calls)
     return Survey(units, calls, attention, linears)
+
+
+def _within(unit: str, only: Wanted) -> set[tuple[str, str]]:
+    """Of ``only`` those that lie in a unit, by their paths in it."""
+    below = {(path[len(unit) + 1 :], kind) for path, kind in only if path.startswith(f"{unit}.")}
+    return below | {("", kind) for path, kind in only if path == unit}
 
 
 def _choose(ghost: nn.Module, attention: str) -> None:
@@ -246,7 +260,9 @@ def _add(names: set[str], name: str, _: Call) -> None:
     names.add(name)  # what a linear is handed is not kept
 
 
-def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: dict[str, Call]) -> list[Unit]:
+def _record_units(
+    ghost: nn.Module, paths: list[tuple[str, int | None]], calls: dict[str, Call], wanted: Wanted | None
+) -> list[Unit]:
     units: list[Unit] = []
     recorded: dict[tuple[Any, ...], list[BlockGraph]] = {}
     for path, layer in paths:
@@ -259,22 +275,24 @@ def _record_units(ghost: nn.Module, paths: list[tuple[str, int | None]], calls: 
         key = (structure(module), tuple(map(_describe_example, values)), tuple(names))
         tree = next((tree for tree in recorded.get(key, []) if _reads_same(tree, module)), None)
         if tree is None:
-            tree = _record_unit(module, call)
+            tree = _record_unit(module, call, wanted)
             recorded.setdefault(key, []).append(tree)
         units.append(Unit(path, layer, tree))
     return units
 
 
-def _record_unit(module: nn.Module, call: Call) -> BlockGraph:
+def _record_unit(module: nn.Module, call: Call, wanted: Wanted | None) -> BlockGraph:
+    look = look_for(wanted)
     if is_leaf(module):
         # A linear that stands alone: its caller is never recorded, so it gets a routine around it.
-        module = LoneLeaf(module)
+        module, look = LoneLeaf(module), look_for(None)
     # (A layer that changes its arguments must not change those that the next recording is to get.)
     args, kwargs = (rebuild_call(part, iter(copied(flatten_call((part,), {})[0]))) for part in call)
+    function = type(module).forward
     try:
-        return record(module, type(module).forward, args, kwargs)[0]
+        return look(module, function, args, kwargs, path="", kind="forward")[0]
     except TraceError as error:
-        return BlockGraph("", "forward", module, "forward", failure=str(error))
+        return failed(module, function, "", "forward", error)
 
 
 class LoneLeaf(nn.Module):
