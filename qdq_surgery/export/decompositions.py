@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
+
+from qdq_surgery.safety.torch_private import OpOverload, to_copy
 
 __all__ = ["decomposed_in_place"]
 
@@ -99,7 +100,7 @@ def _simplify(node: Node) -> None:
         if given.meta["val"].dtype == dtype:
             _pass_on(node)
         else:
-            node.target, node.args, node.kwargs = torch.ops.aten._to_copy.default, (given,), {"dtype": dtype}
+            node.target, node.args, node.kwargs = to_copy, (given,), {"dtype": dtype}
 
 
 def _pass_on(node: Node) -> None:

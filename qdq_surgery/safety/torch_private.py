@@ -19,6 +19,9 @@ from torch._C import DisableTorchFunction
 # torch.no_grad() and its like end in this function: it is what a recorder sees of them, and what a graph repeats.
 from torch._C import _set_grad_enabled as set_grad_enabled
 
+# An operator in a graph of torch.export, which has a name and a namespace.
+from torch._ops import OpOverload
+
 # Inside torch.export there are no values to compare.
 from torch._subclasses import FakeTensor
 
@@ -34,6 +37,9 @@ try:
 except ImportError:  # pragma: no cover (another release of torch)
     onnx_flags = None  # type: ignore[assignment]
 
+#: A cast, of which ``Tensor.to`` is made in a graph that torch has taken apart.
+to_copy = torch.ops.aten._to_copy.default
+
 #: int8 times int8 to int32. Inductor has templates for this function on GPUs.
 int_mm = torch._int_mm
 
@@ -41,6 +47,7 @@ __all__ = [
     "ONNX_EXPORTER_LOG",
     "DisableTorchFunction",
     "FakeTensor",
+    "OpOverload",
     "TorchDispatchMode",
     "function_transforms",
     "functional_calls",
@@ -51,6 +58,7 @@ __all__ = [
     "python_function",
     "qualified_name",
     "set_grad_enabled",
+    "to_copy",
     "vmap_calls",
 ]
 

@@ -83,9 +83,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "kernel", [*KERNELS, "Triton"]
-)  # the first of the two varies first: models are calibrated once
+@pytest.mark.parametrize("kernel", KERNELS)  # the first of the two varies first: models are calibrated once
 @pytest.mark.parametrize(("rules", "model_type"), CASES)
 def test_it_computes_what_fake_quantization_does(
     rules: str, model_type: str, kernel: str, monkeypatch: pytest.MonkeyPatch

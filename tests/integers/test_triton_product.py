@@ -106,9 +106,10 @@ def test_it_is_for_gpus_of_one_generation(monkeypatch: pytest.MonkeyPatch) -> No
         assert TritonProduct.suits(gpu) is wanted
 
 
-def test_a_model_goes_there_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rules", ["pytorch", "openvino", "qdqbert"])
+def test_a_model_goes_there_and_back(rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There a product rounds with a factor for each channel, and no weight is sorted for it."""
-    model = frozen("bert", "pytorch")
+    model = frozen("bert", rules, num_hidden_layers=1)
     batch = batch_for(model, (3, 8))
     wanted = outputs(model, batch)
     linears = [each for each in model.modules() if isinstance(each, IntegerLinear)]

@@ -46,6 +46,7 @@ def newcomer(folder: Path) -> dict[str, str]:
     pip.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PYTHONWARNINGS": "ignore"}  # (0: without isolation)
+    kept["OMP_NUM_THREADS"] = "1"  # other tests want the cores
     return {**kept, **offline, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 

@@ -104,6 +104,14 @@ def test_what_a_recording_refuses_is_python(module: Any, name: str) -> None:
     assert getattr(module, name).__code__.co_filename.startswith(str(Path(torch.__file__).parent))
 
 
+def test_an_operator_of_a_graph_has_a_name_and_a_namespace() -> None:
+    operator = torch.ops.aten.add.Tensor
+    assert isinstance(operator, torch_private.OpOverload)
+    assert (str(operator), operator.namespace) == ("aten.add.Tensor", "aten")
+    assert isinstance(torch_private.to_copy, torch_private.OpOverload)
+    assert torch_private.to_copy(torch.ones(2), dtype=torch.int64).tolist() == [1, 1]
+
+
 def test_the_attention_of_a_config_is_where_transformers_keeps_it() -> None:
     config: PretrainedConfig = BertConfig()
     set_attention(config, "qdq_eager")
