@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -23,17 +24,18 @@ __all__ = ["decomposed_in_place"]
 _TRANSLATED = frozenset(
     f"aten.{name}"
     for name in (
-        "_assert_tensor_metadata.default abs.default add.Scalar add.Tensor alias.default arange.default "
-        "arange.start bmm.default cat.default chunk.default clone.default contiguous.default cos.default "
-        "cumsum.default div.Scalar div.Tensor embedding.default eq.Scalar eq.Tensor exp.default expand.default "
-        "full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor "
-        "index.Tensor layer_norm.default le.Scalar le.Tensor linear.default log.default logical_not.default "
-        "lt.Scalar lt.Tensor masked_fill.Scalar matmul.default mul.Scalar mul.Tensor ne.Scalar ne.Tensor "
-        "neg.default new_ones.default ones.default pad.default permute.default pow.Tensor_Scalar relu.default "
-        "reshape.default scaled_dot_product_attention.default select.int sigmoid.default sign.default silu.default "
-        "sin.default slice.Tensor softmax.int split.Tensor squeeze.dim sub.Scalar sub.Tensor sym_size.int "
-        "t.default tanh.default transpose.int type_as.default unbind.int unsqueeze.default view.default "
-        "where.ScalarOther where.self zeros.default"
+        "_assert_tensor_metadata.default abs.default add.Scalar add.Tensor alias.default amax.default "
+        "arange.default arange.start argmax.default bitwise_not.default bmm.default cat.default ceil.default "
+        "chunk.default clamp.default clone.default contiguous.default cos.default cumsum.default div.Scalar "
+        "div.Tensor embedding.default eq.Scalar eq.Tensor exp.default expand.default full.default "
+        "full_like.default gather.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor index.Tensor "
+        "layer_norm.default le.Scalar le.Tensor linear.default log.default logical_not.default lt.Scalar lt.Tensor "
+        "masked_fill.Scalar matmul.default mean.dim mul.Scalar mul.Tensor ne.Scalar ne.Tensor neg.default "
+        "new_ones.default ones.default pad.default permute.default pow.Tensor_Scalar relu.default repeat.default "
+        "reshape.default rsqrt.default scaled_dot_product_attention.default select.int sigmoid.default "
+        "sign.default silu.default sin.default slice.Tensor softmax.int split.Tensor sqrt.default squeeze.dim "
+        "sub.Scalar sub.Tensor sum.dim_IntList sym_size.int t.default tanh.default transpose.int type_as.default "
+        "unbind.int unsqueeze.default view.default where.ScalarOther where.self zeros.default zeros_like.default"
     ).split()
 )
 
@@ -47,6 +49,16 @@ _SYNONYMS = {
 
 #: What moves a tensor, or casts it.
 _CASTS = frozenset({"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other"})
+
+#: What changes a tensor in place, by what makes a new one.
+_IN_PLACE = {
+    "aten.add_.Tensor": torch.ops.aten.add.Tensor,
+    "aten.mul_.Tensor": torch.ops.aten.mul.Tensor,
+    "aten.sub_.Tensor": torch.ops.aten.sub.Tensor,
+}
+
+#: What gives what it is given, or a copy of it.
+_SAME = frozenset({"aten.detach_.default", "aten.lift_fresh_copy.default"})
 
 #: Modules of functions on sizes, which are no operators.
 _ON_SIZES = frozenset({"_operator", "math"})
@@ -82,17 +94,29 @@ def _is_simple(node: Node, table: Mapping[Any, Any]) -> bool:
     name = str(node.target)
     if name == "aten.dropout.default":
         return not node.args[2]
-    if name in _SYNONYMS or name in _CASTS:
+    if name in _IN_PLACE:
+        return _is_alone(node)
+    if name in _SYNONYMS or name in _CASTS or name in _SAME:
         return True
     # In another release torch may take apart what it translates in this one.
     return (name in _TRANSLATED or node.target.namespace == "onnx_symbolic") and node.target not in table
 
 
+def _is_alone(node: Node) -> bool:
+    """Whether nobody else sees the tensor that this node changes, and it would have this type as a new one, too."""
+    given = node.args[0]
+    if not isinstance(given, Node) or list(given.users) != [node] or not isinstance(given.target, OpOverload):
+        return False
+    fresh = all(each.alias_info is None for each in given.target._schema.returns) or str(given.target) in _IN_PLACE
+    others = (each.meta["val"] for each in node.all_input_nodes)
+    return fresh and all(not isinstance(each, Tensor) or each.dtype == given.meta["val"].dtype for each in others)
+
+
 def _simplify(node: Node) -> None:
     name = str(node.target)
-    if name in _SYNONYMS:
-        node.target = _SYNONYMS[name]
-    elif name == "aten.dropout.default":
+    if name in _SYNONYMS or name in _IN_PLACE:
+        node.target = _SYNONYMS[name] if name in _SYNONYMS else _IN_PLACE[name]
+    elif name == "aten.dropout.default" or name in _SAME:
         _pass_on(node)
     elif name in _CASTS:
         given, dtype = node.args[0], node.meta["val"].dtype

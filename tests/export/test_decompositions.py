@@ -54,12 +54,8 @@ def text_of(graph: ir.Graph) -> list[Any]:
 
     text: list[Any] = [[(each.name, str(each.shape)) for each in graph.inputs]]
     for node in graph:
-        # A 0 among sizes is one, or means that of the input, which is 0 there as well; the last axis has two numbers.
-        own = sorted(
-            (key, "last" if key == "axis" and value.as_int() in (-1, 2) else str(value))
-            for key, value in node.attributes.items()
-            if key != "allowzero"
-        )
+        # A 0 among sizes is one, or means that of the input, which is 0 there as well.
+        own = sorted((key, str(value)) for key, value in node.attributes.items() if key != "allowzero")
         text.append((node.op_type, [name(each) for each in node.inputs], own))
         names.update({value: f"{len(text)}.{at}" for at, value in enumerate(node.outputs)})
     return [*text, [(each.name, str(each.shape), name(each)) for each in graph.outputs]]
@@ -68,7 +64,7 @@ def text_of(graph: ir.Graph) -> list[Any]:
 @pytest.mark.traces
 @pytest.mark.parametrize(
     ("model_type", "head"),
-    [("bert", "BertForMultipleChoice"), ("modernbert", "ModernBertModel")],
+    [("bert", "BertForMultipleChoice"), ("deberta-v2", "DebertaV2Model")],
 )
 def test_an_encoder_is_not_traced_again_and_is_the_same(
     model_type: str, head: str, retraced: list[str], monkeypatch: pytest.MonkeyPatch
@@ -96,6 +92,30 @@ class Function(nn.Module):
 
     def forward(self, values: Tensor, others: Tensor) -> Any:
         return self.function(values, others)
+
+
+def _in_place(values: Tensor, others: Tensor) -> Tensor:
+    made = values * 2
+    made += others.to(values.dtype)
+    made *= values
+    return made.sub_(1)
+
+
+def _what_others_see(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    made = values * 2
+    before = made.view(-1)
+    made += others.to(values.dtype)
+    return before, made
+
+
+def _a_view_in_place(values: Tensor, others: Tensor) -> Tensor:
+    made = values * 2
+    made[0] += others[0].to(values.dtype)
+    return made
+
+
+def _narrow_in_place(values: Tensor, others: Tensor) -> Tensor:
+    return (values * 2).add_(others.to(torch.float64))
 
 
 VALUES = torch.arange(-6, 6, dtype=torch.float32).reshape(3, 4) / 3
@@ -134,9 +154,24 @@ def assert_right(model: ir.Model, wanted: list[Tensor]) -> None:
         lambda values, others: nn.functional.dropout(values, 0.5, False) + others,
         lambda values, others: nn.functional.dropout(values * others, 0.5, False).contiguous().reshape(2, -1),
         lambda values, others: values.transpose(0, 1).reshape(-1)[others.size(1) :],
+        _in_place,
+        lambda values, others: values.sum(-1).clamp(-1, 1).sqrt() + others.amax(-1).repeat(1),
         lambda values, others: values.transpose(0, 1).contiguous().view(2, 6).chunk(2, -1)[1].type_as(others),
     ],
-    ids=["and", "or", "min, max", "casts", "places", "casts of outputs", "dropout", "views", "sizes", "chunks"],
+    ids=[
+        "and",
+        "or",
+        "min, max",
+        "casts",
+        "places",
+        "casts of outputs",
+        "dropout",
+        "views",
+        "sizes",
+        "in place",
+        "reductions",
+        "chunks",
+    ],
 )
 def test_what_is_replaced_where_it_stands(function: Callable[..., Any], retraced: list[str]) -> None:
     model, wanted = exported(function)
@@ -144,18 +179,22 @@ def test_what_is_replaced_where_it_stands(function: Callable[..., Any], retraced
     assert_right(model, wanted)
 
 
-def _add_in_place(values: Tensor, others: Tensor) -> Tensor:
-    return (values * 2).add_(others)
-
-
 @pytest.mark.parametrize(
     "function",
     [
-        _add_in_place,
+        _what_others_see,
+        _a_view_in_place,
+        _narrow_in_place,
         lambda values, others: torch.addmm(values, others.float()[:, :3], values),
         lambda values, others: torch.rsub(values, 1) + others,
     ],
-    ids=["in place", "no operator of encoders", "arguments in another order"],
+    ids=[
+        "seen by others",
+        "a view in place",
+        "narrow in place",
+        "no operator of encoders",
+        "arguments in another order",
+    ],
 )
 def test_what_is_left_to_torch(function: Callable[..., Any], retraced: list[str]) -> None:
     model, wanted = exported(function)
