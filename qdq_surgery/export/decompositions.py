@@ -24,18 +24,18 @@ __all__ = ["decomposed_in_place"]
 _TRANSLATED = frozenset(
     f"aten.{name}"
     for name in (
-        "_assert_tensor_metadata.default abs.default add.Scalar add.Tensor alias.default amax.default "
-        "arange.default arange.start argmax.default bitwise_not.default bmm.default cat.default ceil.default "
-        "chunk.default clamp.default clone.default contiguous.default cos.default cumsum.default div.Scalar "
-        "div.Tensor embedding.default eq.Scalar eq.Tensor exp.default expand.default full.default "
-        "full_like.default gather.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor index.Tensor "
-        "layer_norm.default le.Scalar le.Tensor linear.default log.default logical_not.default lt.Scalar lt.Tensor "
-        "masked_fill.Scalar matmul.default mean.dim mul.Scalar mul.Tensor ne.Scalar ne.Tensor neg.default "
-        "new_ones.default ones.default pad.default permute.default pow.Tensor_Scalar relu.default repeat.default "
-        "reshape.default rsqrt.default scaled_dot_product_attention.default select.int sigmoid.default "
-        "sign.default silu.default sin.default slice.Tensor softmax.int split.Tensor sqrt.default squeeze.dim "
-        "sub.Scalar sub.Tensor sum.dim_IntList sym_size.int t.default tanh.default transpose.int type_as.default "
-        "unbind.int unsqueeze.default view.default where.ScalarOther where.self zeros.default zeros_like.default"
+        "_assert_tensor_metadata.default abs.default add.Scalar add.Tensor amax.default arange.default "
+        "arange.start argmax.default bitwise_not.default bmm.default cat.default ceil.default chunk.default "
+        "clamp.default clone.default contiguous.default cos.default cumsum.default div.Scalar div.Tensor "
+        "embedding.default eq.Scalar eq.Tensor exp.default expand.default full.default full_like.default "
+        "gather.default ge.Scalar ge.Tensor gelu.default gt.Scalar gt.Tensor index.Tensor layer_norm.default "
+        "le.Scalar le.Tensor linear.default log.default logical_not.default lt.Scalar lt.Tensor masked_fill.Scalar "
+        "matmul.default mean.dim mul.Scalar mul.Tensor ne.Scalar ne.Tensor neg.default new_ones.default "
+        "ones.default pad.default permute.default pow.Tensor_Scalar relu.default repeat.default reshape.default "
+        "rsqrt.default scaled_dot_product_attention.default select.int sigmoid.default sign.default silu.default "
+        "sin.default slice.Tensor softmax.int split.Tensor sqrt.default squeeze.dim sub.Scalar sub.Tensor "
+        "sum.dim_IntList sym_size.int t.default tanh.default transpose.int unbind.int unsqueeze.default "
+        "view.default where.ScalarOther where.self zeros.default zeros_like.default"
     ).split()
 )
 
@@ -48,7 +48,7 @@ _SYNONYMS = {
 }
 
 #: What moves a tensor, or casts it.
-_CASTS = frozenset({"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other"})
+_CASTS = frozenset({"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other", "aten.type_as.default"})
 
 #: What changes a tensor in place, by what makes a new one.
 _IN_PLACE = {
@@ -57,8 +57,8 @@ _IN_PLACE = {
     "aten.sub_.Tensor": torch.ops.aten.sub.Tensor,
 }
 
-#: What gives what it is given, or a copy of it.
-_SAME = frozenset({"aten.detach_.default", "aten.lift_fresh_copy.default"})
+#: What gives what it is given, or a copy of it. (torch 2.11 fails on what gives one of its constants, under a new name.)
+_SAME = frozenset({"aten.alias.default", "aten.detach_.default", "aten.lift_fresh_copy.default"})
 
 #: Modules of functions on sizes, which are no operators.
 _ON_SIZES = frozenset({"_operator", "math"})
