@@ -57,7 +57,7 @@ _IN_PLACE = {
     "aten.sub_.Tensor": torch.ops.aten.sub.Tensor,
 }
 
-#: What gives what it is given, or a copy of it. (torch 2.11 fails on what gives one of its constants, under a new name.)
+#: What gives what it is given, or a copy of it. torch 2.11 fails where that is a constant, which gets a new name.
 _SAME = frozenset({"aten.alias.default", "aten.detach_.default", "aten.lift_fresh_copy.default"})
 
 #: Modules of functions on sizes, which are no operators.
