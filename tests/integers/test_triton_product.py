@@ -136,3 +136,16 @@ def test_integers_pass_from_one_product_to_the_next(monkeypatch: pytest.MonkeyPa
     )
     outputs(model, batch)
     assert len(handed) == model.config.num_hidden_layers
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("in_torch")
+def test_a_compiler_is_given_torch_s_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And merges the rounding for the next product: no kernel of Triton's is called."""
+    model = frozen("bert", "pytorch", num_hidden_layers=1)
+    batch = batch_for(model, (3, 8))
+    wanted = outputs(model, batch)
+    monkeypatch.setattr("qdq_surgery.integers.triton_product.kernels", _no_compiler)
+    torch._dynamo.reset()
+    found = outputs(torch.compile(model, backend="aot_eager", fullgraph=True), batch)
+    assert apart(found, wanted) < 0.05
