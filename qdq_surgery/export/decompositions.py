@@ -20,7 +20,7 @@ from qdq_surgery.safety.torch_private import OpOverload, to_copy
 
 __all__ = ["decomposed_in_place"]
 
-#: What torch translates as it is, or drops: by overload, without the ``aten.`` in front.
+#: What torch translates as it is, or drops.
 _TRANSLATED = frozenset(
     f"aten.{name}"
     for name in (
@@ -57,6 +57,9 @@ _IN_PLACE = {
     "aten.sub_.Tensor": torch.ops.aten.sub.Tensor,
 }
 
+#: Nothing but what it is given, where nothing is trained.
+_DROPOUT = "aten.dropout.default"
+
 #: What gives what it is given, or a copy of it. torch 2.11 fails where that is a constant, which gets a new name.
 _SAME = frozenset({"aten.alias.default", "aten.detach_.default", "aten.lift_fresh_copy.default"})
 
@@ -92,7 +95,7 @@ def _is_simple(node: Node, table: Mapping[Any, Any]) -> bool:
     if not isinstance(node.target, OpOverload):
         return getattr(node.target, "__module__", None) in _ON_SIZES
     name = str(node.target)
-    if name == "aten.dropout.default":
+    if name == _DROPOUT:
         return not node.args[2]
     if name in _IN_PLACE:
         return _is_alone(node)
@@ -107,16 +110,20 @@ def _is_alone(node: Node) -> bool:
     given = node.args[0]
     if not isinstance(given, Node) or list(given.users) != [node] or not isinstance(given.target, OpOverload):
         return False
-    fresh = all(each.alias_info is None for each in given.target._schema.returns) or str(given.target) in _IN_PLACE
+    name = str(given.target)
+    # (Some give their argument itself, and no schema says so.)
+    new = name not in {*_CASTS, *_SAME, _DROPOUT} and all(r.alias_info is None for r in given.target._schema.returns)
     others = (each.meta["val"] for each in node.all_input_nodes)
-    return fresh and all(not isinstance(each, Tensor) or each.dtype == given.meta["val"].dtype for each in others)
+    return (new or name in _IN_PLACE) and all(
+        not isinstance(each, Tensor) or each.dtype == given.meta["val"].dtype for each in others
+    )
 
 
 def _simplify(node: Node) -> None:
     name = str(node.target)
     if name in _SYNONYMS or name in _IN_PLACE:
         node.target = _SYNONYMS[name] if name in _SYNONYMS else _IN_PLACE[name]
-    elif name == "aten.dropout.default" or name in _SAME:
+    elif name == _DROPOUT or name in _SAME:
         _pass_on(node)
     elif name in _CASTS:
         given, dtype = node.args[0], node.meta["val"].dtype
