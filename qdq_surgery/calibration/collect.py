@@ -323,8 +323,12 @@ def check_free(model: nn.Module) -> None:
     Raises:
         CalibrationError: As :func:`only_borrower`.
     """
-    if any(id(each) in _COLLECTING for each in quantizers(model).values()):
+    if _is_borrowed(model):
         raise _busy(model)
+
+
+def _is_borrowed(model: nn.Module) -> bool:
+    return any(id(each) in _COLLECTING for each in quantizers(model).values())
 
 
 def _busy(model: nn.Module) -> CalibrationError:
@@ -343,7 +347,7 @@ def refuse_borrowed(model: nn.Module, what: str) -> None:
     Raises:
         ModelError: A collection or a measurement of it is running, in this thread or in another one.
     """
-    if any(id(each) in _COLLECTING for each in quantizers(model).values()):
+    if _is_borrowed(model):
         raise ModelError(
             f"this {type(model).__name__} is being calibrated or measured, with its quantizers off and watched; make "
             f"the {what} before that, or when it is over"

@@ -7,7 +7,7 @@ by no rule, and the graph of such a block would be thrown away.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,39 +16,32 @@ from qdq_surgery.graph.block_graph import BlockGraph, join_path
 from qdq_surgery.graph.operators import is_leaf
 from qdq_surgery.trace.proxy_module import make_stand_in
 
-__all__ = ["Look", "check_forward", "failed", "look_within", "pass_through"]
+__all__ = ["BlockCall", "Look", "check_forward", "failed", "look_within", "pass_through"]
 
 
-class Look(Protocol):
-    """How a block is called by the one around it."""
+class BlockCall(NamedTuple):
+    """A call of a block, as the one around it makes it: what :func:`~qdq_surgery.trace.recorder.record` is given."""
 
-    def __call__(
-        self,
-        block: nn.Module,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        path: str,
-        kind: str,
-    ) -> tuple[BlockGraph, Any]:
-        """What was seen of the block, and what it returned."""
+    block: nn.Module
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    path: str
+    kind: str
+
+    def routine(self) -> BlockGraph:
+        """An empty one."""
+        return BlockGraph(self.path, self.kind, self.block, getattr(self.function, "__name__", "forward"))
 
 
-def pass_through(
-    block: nn.Module,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    path: str,
-    kind: str,
-    look: Look,
-) -> tuple[BlockGraph, Any]:
-    """Call ``function(block, *args, **kwargs)``.
+#: Makes a call; gives what was seen of the block, and what it returned.
+Look = Callable[[BlockCall], tuple[BlockGraph, Any]]
+
+
+def pass_through(call: BlockCall, look: Look) -> tuple[BlockGraph, Any]:
+    """Make a call.
 
     Args:
-        block, function, path, kind: As of a recording, see :func:`~qdq_surgery.trace.recorder.record`.
         look: Calls the blocks below.
 
     Returns:
@@ -57,9 +50,9 @@ def pass_through(
     Raises:
         TraceError: It cannot be done with a stand-in for the block.
     """
-    check_forward(block, kind)
-    passage = _Passage(BlockGraph(path, kind, block, getattr(function, "__name__", "forward")), look)
-    return passage.routine, function(make_stand_in(block, "", passage), *args, **kwargs)
+    check_forward(call.block, call.kind)
+    passage = _Passage(call.routine(), look)
+    return passage.routine, call.function(make_stand_in(call.block, "", passage), *call.args, **call.kwargs)
 
 
 def check_forward(block: nn.Module, kind: str) -> None:
@@ -75,26 +68,19 @@ def check_forward(block: nn.Module, kind: str) -> None:
         )
 
 
-def failed(block: nn.Module, function: Callable[..., Any], path: str, kind: str, error: TraceError) -> BlockGraph:
+def failed(call: BlockCall, error: TraceError) -> BlockGraph:
     """What there is of a block that could not be recorded."""
-    return BlockGraph(path, kind, block, getattr(function, "__name__", "forward"), failure=str(error))
+    routine = call.routine()
+    routine.failure = str(error)
+    return routine
 
 
-def look_within(
-    look: Look,
-    block: nn.Module,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    path: str,
-    kind: str,
-) -> tuple[BlockGraph, Any]:
+def look_within(look: Look, call: BlockCall) -> tuple[BlockGraph, Any]:
     """``look``, or where that fails the block's own run: the one around it goes on with what it returns."""
     try:
-        return look(block, function, args, kwargs, path=path, kind=kind)
+        return look(call)
     except TraceError as error:
-        return failed(block, function, path, kind, error), function(block, *args, **kwargs)
+        return failed(call, error), call.function(call.block, *call.args, **call.kwargs)
 
 
 class _Passage:
@@ -132,6 +118,6 @@ class _Passage:
         kind: str,
     ) -> Any:
         whole = join_path(self.routine.path, path)
-        seen, output = look_within(self.look, block, function, args, kwargs, path=whole, kind=kind)
+        seen, output = look_within(self.look, BlockCall(block, function, args, kwargs, whole, kind))
         self.routine.children.append(seen)
         return output

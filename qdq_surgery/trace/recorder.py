@@ -49,7 +49,7 @@ from qdq_surgery.safety.torch_private import FakeTensor, python_function, set_gr
 from qdq_surgery.trace.autograd_watch import unwatched, watching
 from qdq_surgery.trace.graph_builder import GraphBuilder
 from qdq_surgery.trace.hidden_calls import Applied, Copies, autograd_function, products_inside
-from qdq_surgery.trace.pass_through import Look, check_forward, look_within, pass_through
+from qdq_surgery.trace.pass_through import BlockCall, Look, check_forward, look_within, pass_through
 from qdq_surgery.trace.proxy_module import make_stand_in
 from qdq_surgery.trace.source_places import grad_mode_owners, parameter_names
 from qdq_surgery.trace.tensor_facts import CHECKED, DTYPES, FACTS, refusal
@@ -101,18 +101,11 @@ def record(
 def look_for(wanted: Wanted | None) -> Look:
     """:func:`record` for blocks that are wanted, and a mere run for the others."""
 
-    def look(
-        block: nn.Module,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        path: str,
-        kind: str,
-    ) -> tuple[BlockGraph, Any]:
-        if wanted is None or (path, kind) in wanted:
+    def look(call: BlockCall) -> tuple[BlockGraph, Any]:
+        if wanted is None or (call.path, call.kind) in wanted:
+            block, function, args, kwargs, path, kind = call
             return record(block, function, args, kwargs, path=path, kind=kind, wanted=wanted)
-        return pass_through(block, function, args, kwargs, path=path, kind=kind, look=look)
+        return pass_through(call, look)
 
     return look
 
@@ -291,7 +284,7 @@ class _Recorder:
         whole = join_path(self.routine.path, path)
         with self.build.pause():
             args, kwargs = plain(args), plain(kwargs)
-            routine, output = look_within(self.look, block, function, args, kwargs, path=whole, kind=kind)
+            routine, output = look_within(self.look, BlockCall(block, function, args, kwargs, whole, kind))
         routine.caller, routine.call = self.routine, node
         node.meta["callee"] = routine
         self.routine.children.append(routine)

@@ -25,7 +25,7 @@ from qdq_surgery.graph.shell_copy import shadow
 from qdq_surgery.hf.config_facts import set_attention
 from qdq_surgery.safety.random_state import kept_random
 from qdq_surgery.trace.attention import QDQ_ATTENTION
-from qdq_surgery.trace.pass_through import failed
+from qdq_surgery.trace.pass_through import BlockCall, failed
 from qdq_surgery.trace.recorder import Wanted, look_for
 
 __all__ = ["RESIDUAL", "Call", "LoneLeaf", "Survey", "Unit", "find_units", "structure", "survey"]
@@ -288,11 +288,11 @@ def _record_unit(module: nn.Module, call: Call, wanted: Wanted | None) -> BlockG
         module, look = LoneLeaf(module), look_for(None)
     # (A layer that changes its arguments must not change those that the next recording is to get.)
     args, kwargs = (rebuild_call(part, iter(copied(flatten_call((part,), {})[0]))) for part in call)
-    function = type(module).forward
+    made = BlockCall(module, type(module).forward, args, kwargs, "", "forward")
     try:
-        return look(module, function, args, kwargs, path="", kind="forward")[0]
+        return look(made)[0]
     except TraceError as error:
-        return failed(module, function, "", "forward", error)
+        return failed(made, error)
 
 
 class LoneLeaf(nn.Module):

@@ -12,6 +12,7 @@ from qdq_surgery.graph.block_graph import BlockGraph
 from qdq_surgery.graph.compiled_graph import compile_graph
 from qdq_surgery.graph.shell_copy import shadow
 from qdq_surgery.hf.example_inputs import make_examples
+from qdq_surgery.trace.pass_through import BlockCall
 from qdq_surgery.trace.recorder import look_for, record
 from qdq_surgery.trace.units import survey
 
@@ -48,7 +49,7 @@ class Outer(nn.Module):
 
 
 def looked_at(block: nn.Module, *wanted: tuple[str, str]) -> tuple[BlockGraph, Any]:
-    return look_for(wanted)(shadow(block), type(block).forward, (X,), {}, path="", kind="forward")
+    return look_for(wanted)(BlockCall(shadow(block), type(block).forward, (X,), {}, "", "forward"))
 
 
 def test_only_what_is_wanted_is_recorded() -> None:
