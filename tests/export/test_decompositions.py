@@ -221,7 +221,7 @@ def test_a_dropout_that_drops_is_left_to_torch(retraced: list[str]) -> None:
 
 
 def test_in_place_behind_a_dropout_is_left_to_torch(retraced: list[str]) -> None:
-    """It gives its argument itself where nothing is trained. (What others then see of it, torch does not tell right.)"""
+    """It gives its argument itself where nothing is trained. (Others see it, too, which torch leaves out.)"""
     program = torch.export.export(
         Function(lambda values, others: nn.functional.dropout(values * 2, 0.5, False).add_(others)), (VALUES, OTHERS)
     )

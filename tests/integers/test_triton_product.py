@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,13 @@ from qdq_surgery.integers.onednn import OneDNNProduct
 from qdq_surgery.integers.triton_product import TritonProduct, to_integers
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    choice._problem.cache_clear()
+    yield
+    choice._problem.cache_clear()
 
 
 @pytest.fixture
@@ -68,12 +76,18 @@ def test_it_rounds_for_the_next_as_onednn_does(zero_point: int, activation: str)
 
 def test_the_first_that_suits_and_runs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the one after it: where there is no Triton, where its compiler fails, where it is wrong."""
-    choice._problem.cache_clear()
+    before = TritonProduct.rounded
     monkeypatch.setitem(PRODUCTS, "cpu", (TritonProduct, OneDNNProduct))
     assert product_on(CPU) is OneDNNProduct  # Triton is for Hopper GPUs
     monkeypatch.setattr(TritonProduct, "suits", lambda *_: True)
     with monkeypatch.context() as patch:
         patch.setattr("qdq_surgery.integers.triton_product.kernels", _no_compiler)
+        assert product_on(CPU) is OneDNNProduct
+    choice._problem.cache_clear()
+    with monkeypatch.context() as patch:
+        take_kernel("Triton", patch)
+        patch.setattr(TritonProduct, "rounded", lambda *given: before(*given) + 1)
+        patch.setitem(PRODUCTS, "cpu", (TritonProduct, OneDNNProduct))
         assert product_on(CPU) is OneDNNProduct
     choice._problem.cache_clear()
     with monkeypatch.context() as patch:
@@ -87,7 +101,6 @@ def test_the_first_that_suits_and_runs_is_taken(monkeypatch: pytest.MonkeyPatch)
         assert moved(taken, CPU) is taken
     monkeypatch.undo()
     assert type(moved(taken, CPU)) is OneDNNProduct
-    choice._problem.cache_clear()
 
 
 def _no_compiler() -> Any:
