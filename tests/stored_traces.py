@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
+import short_traces
 import torch._dynamo
 from kept import kept
 from torch import Tensor
@@ -42,7 +43,8 @@ def _registry(opset: int) -> _registration.ONNXRegistry:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, traces come from the store."""
+    """Until the test ends, traces come from the store, and new ones are short."""
+    short_traces.install(monkeypatch)
     monkeypatch.setattr(onnx_trace, "_torch_graph", _stored)
     own = staticmethod(lambda opset_version: _registry(opset_version))
     monkeypatch.setattr(_registration.ONNXRegistry, "from_torchlib", own)
