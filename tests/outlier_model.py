@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 OUTLIER, CHANNELS = 60.0, (3, 17)
 
 
-def spoiled() -> PreTrainedModel:
+def spoiled(layers: int = 2) -> PreTrainedModel:
     """A BERT whose hidden states have two outlier channels, as released ones have: their LayerNorms make them."""
-    model = build("bert", "BertModel")
+    model = build("bert", "BertModel", num_hidden_layers=layers)
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.LayerNorm) and name.endswith("output.LayerNorm"):

@@ -17,7 +17,8 @@ import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,22 @@ def _prose() -> tuple[str, ...]:
                 tree = ast.parse(file.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if 40 <= len(text) <= 400 and re.match(r"[A-Z][a-z]* [a-z]", text) and ">>>" not in text:
-                    texts[text] = None
+        for node in _with_docstrings(tree):
+            text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            if 40 <= len(text) <= 400 and re.match(r"[A-Z][a-z]* [a-z]", text) and ">>>" not in text:
+                texts[text] = None
     return tuple(texts)
+
+
+def _with_docstrings(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """In the order of ``ast.walk``, which also goes through all expressions, for most of the time."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, name, ()))
 
 
 def token_batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:

@@ -62,8 +62,14 @@ def roundings(model: PreTrainedModel, batch: dict[str, Tensor], monkeypatch: pyt
     return len(calls)
 
 
-@pytest.mark.parametrize("rules", ["pytorch", "qdqbert"])
-@pytest.mark.parametrize("model_type", [each.model_type for each in ARCHITECTURES])
+#: Every architecture with the fewest quantizers, and with the most where layers are another's.
+CASES = [
+    *((each.model_type, "pytorch") for each in ARCHITECTURES),
+    *((each, "qdqbert") for each in ("bert", "distilbert", "albert", "mobilebert", "deberta-v2", "modernbert")),
+]
+
+
+@pytest.mark.parametrize(("model_type", "rules"), CASES)
 def test_where_one_linear_alone_reads_another(model_type: str, rules: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = frozen(model_type, rules, **layers(model_type, 1))
     state = frozen_state(model)

@@ -36,7 +36,7 @@ def error_of(
 
 @pytest.mark.parametrize("target", ["openvino", "fuse-qkv", "linear-only", "tensorrt"])
 def test_the_figures_are_those_of_its_rules(target: str, tmp_path: Path) -> None:
-    model = spoiled()
+    model = spoiled(2 if target == "openvino" else 1)
     before = copy.deepcopy(model.state_dict())
     data, others = batches_of(model), [batch_for(model, (5, 8))]
     made = qs.tune(model, data, target, held_out=others)
@@ -70,7 +70,7 @@ def test_every_architecture(model_type: str) -> None:
 
 
 def test_every_entry_has_its_reason_with_figures() -> None:
-    model = spoiled()
+    model = spoiled(1)
     base = qs.load_rules("openvino")
     made = qs.tune(model, batches_of(model), base)
     known = {rule.name: rule for rule in base.rules}
@@ -95,7 +95,7 @@ def rules_with(spec: str, folder: Path) -> Path:
 
 def test_rules_of_a_users_own_are_written_whole(tmp_path: Path) -> None:
     path = rules_with("{calibrator: max}", tmp_path)
-    model = spoiled()
+    model = spoiled(1)
     made = qs.tune(model, batches_of(model), path, name="mine")
     assert made.rules.extends is None
     assert made.rules.name == "mine"
@@ -104,7 +104,7 @@ def test_rules_of_a_users_own_are_written_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["qdqbert-scaled", "fuse-qkv"])
 def test_a_budget_leaves_as_little_as_it_takes_in_float(target: str) -> None:
-    model = spoiled()
+    model = spoiled(1)
     data = batches_of(model)
     free = qs.tune(model, data, target)
     budget = 0.95 * free.error
@@ -123,7 +123,7 @@ def test_a_budget_leaves_as_little_as_it_takes_in_float(target: str) -> None:
 
 def test_adds_are_left_in_float_first() -> None:
     """They have no multiply-adds."""
-    model = spoiled()
+    model = spoiled(1)
     data = batches_of(model)
     made = qs.tune(model, data, "qdqbert", 0.5 * qs.tune(model, data, "qdqbert").error)
     left = [step.what.rpartition("(")[2] for step in made.steps if step.change.startswith("left in float")]
@@ -131,7 +131,7 @@ def test_adds_are_left_in_float_first() -> None:
 
 
 def test_what_stays_in_float_has_no_part_in_a_shared_range() -> None:
-    model = spoiled()
+    model = spoiled(1)
     data = batches_of(model)
     trial = Trial(qs.convert(model, "fuse-qkv").eval(), data)
     ranges = {name: each.amax.clone() for name, each in qs.quantizers(trial.qmodel).items()}
@@ -149,13 +149,13 @@ def test_what_stays_in_float_has_no_part_in_a_shared_range() -> None:
 def test_ranges_by_channel_of_an_activation_stay(tmp_path: Path) -> None:
     """No other method is for them."""
     path = rules_with("{axis: 2}", tmp_path)
-    model = spoiled()
+    model = spoiled(1)
     made = qs.tune(model, batches_of(model), path)
     assert made.error == error_of(model, made.rules, batches_of(model)) <= made.start
 
 
 def test_a_budget_that_is_met_by_specs_leaves_nothing_in_float() -> None:
-    model = spoiled()
+    model = spoiled(1)
     data = batches_of(model)
     free = qs.tune(model, data, "qdqbert")
     made = qs.tune(model, data, "qdqbert", free.error)
@@ -164,7 +164,7 @@ def test_a_budget_that_is_met_by_specs_leaves_nothing_in_float() -> None:
 
 
 def test_a_budget_that_cannot_be_met_is_said_with_the_best() -> None:
-    model = spoiled()
+    model = spoiled(1)
     data = batches_of(model)
     made = qs.tune(model, data, "qdqbert", 1e-12, float_share=0.2)
     assert not made.met
@@ -183,7 +183,7 @@ def test_without_a_limit_everything_can_stay_in_float() -> None:
 
 
 def test_the_work_is_counted_in_multiply_adds() -> None:
-    model = spoiled()
+    model = spoiled(1)
     # The third of the first text is padding, and the model runs it.
     found = Trial(qs.convert(model), [batch_for(model, (4, 9)), batch_for(model, (2, 5))]).operators()
     rows, tokens, width, heads, wide = 4, 9, 32, 4, 48
@@ -230,20 +230,20 @@ def test_a_users_metric() -> None:
     ],
 )
 def test_mistakes(options: dict[str, Any], kind: type[Exception], found: str) -> None:
-    model = spoiled()
+    model = spoiled(1)
     given = {"batches": batches_of(model), "target": "linear-only", **options}
     with pytest.raises(kind, match=found):
         qs.tune(model, given.pop("batches"), **given)
 
 
 def test_a_converted_model_is_refused() -> None:
-    qmodel = qs.convert(spoiled())
+    qmodel = qs.convert(spoiled(1))
     with pytest.raises(qs.AlreadyConvertedError):
         qs.tune(qmodel, batches_of(qmodel))
 
 
 def test_a_file_that_is_there_needs_a_word(tmp_path: Path) -> None:
-    model = spoiled()
+    model = spoiled(1)
     made = qs.tune(model, batches_of(model), "linear-only")
     path = tmp_path / "own.yaml"
     path.write_text("mine")
