@@ -5,10 +5,13 @@ import importlib.util
 import itertools
 import logging
 import os
+import sys
 import types
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
+import forked
 import kept
 import pytest
 
@@ -33,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("MKL_CBWR", "AUTO")
     if not hasattr(config, "workerinput"):
         kept.begin()
-        if config.getoption("numprocesses", None):  # it runs no test itself: its workers need not wait for its imports
+        if _runs_no_test(config):  # its workers need not wait for its imports
             return
     import reference_run  # noqa: F401 - before other libraries set variables
     import torch
@@ -48,13 +51,18 @@ def pytest_configure(config: pytest.Config) -> None:
             devices.traceback = types.SimpleNamespace(format_stack=lambda: ["(tests do not format it)\n"])
 
 
+def _runs_no_test(config: pytest.Config) -> bool:
+    """Whether this process starts workers for that."""
+    return not hasattr(config, "workerinput") and bool(config.getoption("numprocesses", None))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         kept.end()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """What has been imported stays: Python is not to look through it for garbage, again and again.
 
     torch, transformers and the list of tests are half a million objects, a sixth of the time of all tests.
@@ -62,9 +70,25 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
+        _let_threads_sleep()
         _freeze()
+        if not (session.config.option.collectonly or _runs_no_test(session.config)):
+            forked.prepare(pytest.MonkeyPatch())
         gc.set_threshold(700, 10, 100)
         gc.enable()
+
+
+def _let_threads_sleep() -> None:
+    """ONNX Runtime's threads wait for work in a loop, on a core that another test needs: half of a tiny file's time."""
+    runtime: Any = sys.modules.get("onnxruntime")
+    if runtime is not None:
+
+        class SessionOptions(runtime.SessionOptions):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+        runtime.SessionOptions = SessionOptions
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,19 +1,24 @@
 """New processes that need not import torch once more: each is forked from one that has imported, and done nothing else.
 
 An import takes seconds, and what is tested in them tenths of one. Where the import itself is the subject, a test starts
-Python.
+Python. The process that they are forked from is one itself, of the worker when it has collected the tests and run none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from multiprocessing import forkserver, util
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["CONTEXT", "METHOD", "run", "start"]
+import pytest
+
+__all__ = ["CONTEXT", "METHOD", "prepare", "run", "start"]
 
 #: For whoever starts processes on their own.
 METHOD = "forkserver"
@@ -21,6 +26,32 @@ CONTEXT = multiprocessing.get_context(METHOD)
 CONTEXT.set_forkserver_preload(["torch", "transformers", "qdq_surgery"])
 
 _PATIENCE = 300
+
+
+def prepare(patch: pytest.MonkeyPatch) -> None:
+    """From now on, processes are forked from what this one is now. On other systems than Linux a new one imports all.
+
+    Not once tests have run: the threads of what they opened would be missing in a copy.
+    """
+    if sys.platform == "linux":
+        patch.setattr(util, "spawnv_passfds", _forked)
+        forkserver.ensure_running()
+        patch.undo()
+
+
+def _forked(_: bytes, command: Sequence[bytes | str], passed: Sequence[int]) -> int:
+    """In place of a new Python that runs the command."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        try:
+            for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
+                with contextlib.suppress(OSError):  # the one of the list itself
+                    os.close(descriptor)
+            exec(command[-1], {})
+        finally:
+            os._exit(0)
+    return process
 
 
 def run(code: str, *arguments: object, folder: Path) -> str:
