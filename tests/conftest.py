@@ -97,9 +97,12 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
     Python would look through them again and again, and Trainer, torch's compilers and others ask it to, at every turn.
     """
+    import torch
+
     try:
         return (yield)
     finally:
+        torch.set_num_threads(1)  # a script that was tested may have taken more, for all that comes after it
         if nextitem is not None and nextitem.path != item.path:
             if next(_FILES) % _ANEW == 0:  # what was kept and is no longer is garbage now
                 gc.unfreeze()
