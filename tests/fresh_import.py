@@ -1,4 +1,7 @@
-"""What a new process tells that has just imported the package: one for all tests of it, as an import takes seconds."""
+"""What a new process tells that has just imported the package, and what it did before: one for all tests of that.
+
+An import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ecosystem import calibrated
 from kept import kept
 
 __all__ = ["Told", "fresh_import"]
@@ -15,6 +19,8 @@ __all__ = ["Told", "fresh_import"]
 _CODE = """
 import json, logging, sys
 import torch, transformers
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+alone = [type(model.bert.encoder.layer[0].output.dense).__name__, len(model.state_dict()), "qdq_surgery" in sys.modules]
 def state(): return [len(logging.root.handlers), logging.root.level, logging.getLoggerClass().__name__]
 before = state()
 import qdq_surgery, qdq_surgery.cli
@@ -22,14 +28,24 @@ after = state()
 modules = list(sys.modules)
 logging.basicConfig(level=logging.INFO)
 logging.getLogger("mine").info("heard")
-print(json.dumps([before, after, modules]))
+print(json.dumps([alone, before, after, modules]))
 """
 
 
 @dataclass(frozen=True)
 class Told:
-    """The state of logging before and after the import, what was in ``sys.modules`` then, and what was logged."""
+    """What a new process tells.
 
+    Attributes:
+        alone: What transformers made of a converted model's folder before: the class of a linear, the number of
+            tensors, and whether that imported the package.
+        before: The state of logging before the import.
+        after: And after it.
+        modules: What was in ``sys.modules`` then.
+        logged: All that was logged.
+    """
+
+    alone: list[object]
     before: list[object]
     after: list[object]
     modules: frozenset[str]
@@ -41,8 +57,11 @@ def fresh_import() -> Told:
     return kept(_told, "fresh import")
 
 
-def _told(_: Path) -> Told:
+def _told(folder: Path) -> Told:
+    calibrated().save_pretrained(folder)
     options = ["-W", "ignore", "-W", "error:`torch.jit.script`"]  # which pytorch-quantization makes torch say
-    done = subprocess.run([sys.executable, *options, "-c", _CODE], capture_output=True, text=True, check=True)
-    before, after, modules = json.loads(done.stdout)
-    return Told(before, after, frozenset(modules), done.stderr)
+    done = subprocess.run(
+        [sys.executable, *options, "-c", _CODE, str(folder)], capture_output=True, text=True, check=True
+    )
+    alone, before, after, modules = json.loads(done.stdout)
+    return Told(alone, before, after, frozenset(modules), done.stderr)

@@ -6,8 +6,6 @@ import copy
 import gc
 import json
 import pickle
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 import torch
 from architectures import batch_for, build
 from ecosystem import CLASSIFIER, assert_equal, calibrated, ranges, state
+from fresh_import import fresh_import
 from peft import LoraConfig
 from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.nn.modules.clip import Clip
@@ -496,16 +495,11 @@ def test_a_model_of_another_method_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_without_the_package(folder: Path) -> None:
+def test_without_the_package() -> None:
     """transformers warns, and gives the float model."""
-    code = (
-        "import sys, torch; from transformers import AutoModelForSequenceClassification as A; "
-        f"m = A.from_pretrained({str(folder)!r}); assert 'qdq_surgery' not in sys.modules; "
-        "print(type(m.bert.encoder.layer[0].output.dense).__name__, len(m.state_dict()))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder.parent)
-    assert run.stdout.split() == ["Linear", str(len(build("bert", CLASSIFIER).state_dict()))]
-    assert "Unknown quantization type, got qdq_surgery" in run.stderr
+    told = fresh_import()
+    assert told.alone == ["Linear", len(build("bert", CLASSIFIER).state_dict()), False]
+    assert "Unknown quantization type, got qdq_surgery" in told.logged
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from ecosystem import called
@@ -134,8 +135,10 @@ def test_a_loss_trains_it(encoder: SentenceTransformer) -> None:
     assert all(torch.equal(each.amax, ranges[name]) for name, each in qs.quantizers(encoder).items())
 
 
-@pytest.mark.slow
-def test_a_pool_of_processes(encoder: SentenceTransformer) -> None:
+def test_a_pool_of_processes(encoder: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.multiprocessing, "get_context", lambda _: forked.CONTEXT
+    )  # it would spawn, and import all
     wanted = encoder.encode(TEXTS, batch_size=3)
     pool = encoder.start_multi_process_pool(["cpu"])
     try:
