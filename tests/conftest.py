@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import hypothesis
 import kept
 import pytest
+
+# The same examples in every run; the first of them imports what the others have, and takes as long as that.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 HAS_EXPORTER = all(importlib.util.find_spec(name) for name in ("onnx", "onnx_ir", "onnxscript"))
 

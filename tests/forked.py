@@ -6,7 +6,6 @@ Python. The process that they are forked from is one itself, of the worker when 
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import sys
@@ -45,10 +44,13 @@ def _forked(_: bytes, command: Sequence[bytes | str], passed: Sequence[int]) -> 
     process = os.fork()
     if process == 0:
         try:
-            for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *passed}:
-                with contextlib.suppress(OSError):  # the one of the list itself
-                    os.close(descriptor)
+            # Nothing of the worker's stays open, and no number becomes free: logging and pytest remember theirs.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, nothing, *passed}:
+                os.dup2(nothing, descriptor)
             exec(command[-1], {})
+        except Exception:
+            traceback.print_exc()  # who waits for a process of this one's is only told that it has ended
         finally:
             os._exit(0)
     return process

@@ -29,7 +29,7 @@ __all__ = [
     "real",
 ]
 
-PROPERTY = settings(deadline=None, max_examples=40)
+PROPERTY = settings(max_examples=40)
 CPU = torch.device("cpu")
 HALF = [torch.float16, torch.bfloat16]
 HALF_IDS = ["float16", "bfloat16"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qdq_surgery.rules.pattern import OPERATORS, Operand, Pattern
 
-PROPERTY = settings(max_examples=150, deadline=None, database=None, derandomize=True)
+PROPERTY = settings(max_examples=150, database=None)
 
 ANYTHING = Operand()
 

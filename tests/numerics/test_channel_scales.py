@@ -65,7 +65,7 @@ def test_max_makes_all_channels_equally_large() -> None:
 @pytest.mark.parametrize("name", SCALE_METHODS)
 @example(tops=[1.0, 1.401298464324817e-45])
 @given(tops=TOPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_value_is_cut_off_and_every_scale_is_a_number(name: str, tops: list[float]) -> None:
     values = torch.tensor(tops, dtype=torch.float32)
     ranges = SCALE_METHODS[name].find(values, torch.ones_like(values))

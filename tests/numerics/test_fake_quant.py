@@ -26,7 +26,7 @@ from qdq_surgery.numerics.fake_quant import (
 )
 from qdq_surgery.numerics.grid import INT8, Grid
 
-PROPERTY = settings(deadline=None, max_examples=80)
+PROPERTY = settings(max_examples=80)
 
 #: The smallest positive float16: a range up to here counts as 0.
 EPSILON = 2.0**-24

@@ -21,7 +21,7 @@ from torch import Tensor
 from qdq_surgery.numerics import histogram as module
 from qdq_surgery.numerics.histogram import BINS, Histogram, largest
 
-PROPERTY = settings(deadline=None, max_examples=80)
+PROPERTY = settings(max_examples=80)
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 DTYPE_IDS = ["float32", "float64", "float16", "bfloat16"]
@@ -408,7 +408,7 @@ def here(histogram: Histogram) -> Histogram:
 
 
 @given(tensors(40), tensors(40), st.booleans())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_other_devices_count_alike(values: Tensor, more: Tensor, masked: bool) -> None:
     invalid = values > 0 if masked else None
     wanted, other = Histogram.of(values, invalid), Histogram.of(more)

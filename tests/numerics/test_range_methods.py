@@ -27,7 +27,7 @@ from qdq_surgery.numerics.range_methods import (
     relative_error,
 )
 
-PROPERTY = settings(deadline=None, max_examples=60)
+PROPERTY = settings(max_examples=60)
 
 Table = tuple[Tensor, Tensor]
 

@@ -20,7 +20,7 @@ def batch_of(lengths: list[int], width: int, seed: int = 0, **more: Any) -> dict
     return {"input_ids": ids, "attention_mask": mask, **more}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=4), min_size=1, max_size=3),
     st.integers(0, 3),

@@ -97,7 +97,7 @@ def test_outputs_and_gradients_are_those_of_pytorch_quantization(
     scale=st.floats(1e-3, 1e3),
     seed=st.integers(0, 1000),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_any_size_is_that_of_pytorch_quantization(
     shape: tuple[int, int, int], num_bits: int, scale: float, seed: int
 ) -> None:

@@ -20,7 +20,7 @@ from qdq_surgery.text.layer_names import (
     unstar,
 )
 
-PROPERTY = settings(max_examples=200, deadline=None, database=None, derandomize=True)
+PROPERTY = settings(max_examples=200, database=None)
 
 #: Numbers among the words, so that a name has the layer's number in several places, or in none.
 PARTS = st.sampled_from(["encoder", "layer", "output", "0", "1", "2", "10", "dense_1"])
