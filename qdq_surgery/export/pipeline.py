@@ -47,7 +47,7 @@ def build(
     model, graph = traced.model, traced.model.graph
     pairs = lower(graph, qparams, activations, weights)
     fold_score_factors(graph, pairs)
-    fold_channel_scales(graph)
+    fold_channel_scales(graph, pairs)
     if target.scales_apart:
         keep_scales_apart(graph)
         widen_embedding_factors(graph)

@@ -44,6 +44,8 @@ class Site:
         scaled: Whether that value is the fake-quantized one divided by a scale for each channel.
         rows: Of a table of int8 rows that are looked up and dequantized then: name of the Mul by the rows' scales,
             behind the DequantizeLinear, which gives the value. ``None`` of all else.
+        divided: Of a weight whose outputs are divided by the scales of another quantizer, which reads them: that one's
+            name. The value is the fake-quantized one with its rows (of PyTorch's form) divided. ``None`` of all else.
     """
 
     quantizers: list[str]
@@ -55,6 +57,7 @@ class Site:
     transposed: bool = field(default=False)
     scaled: bool = False
     rows: str | None = None
+    divided: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,8 +68,8 @@ class Site:
 def dump_sites(sites: Sequence[Site]) -> str:
     """As JSON, for the file's metadata."""
     entries = [asdict(site) for site in sites]
-    # Releases before the scales, and before tables, read what has none.
-    later = ("scaled", "rows")
+    # Releases before the scales, before tables, and before scales in rows, read what has none.
+    later = ("scaled", "rows", "divided")
     return json.dumps([{key: value for key, value in each.items() if key not in later or value} for each in entries])
 
 
@@ -203,5 +206,6 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "transposed": lambda value: isinstance(value, bool),
     "scaled": lambda value: isinstance(value, bool),
     "rows": lambda value: value is None or _is_name(value),
+    "divided": lambda value: value is None or _is_name(value),
 }
-_REQUIRED = _FIELDS.keys() - {"factor", "transposed", "scaled", "rows"}
+_REQUIRED = _FIELDS.keys() - {"factor", "transposed", "scaled", "rows", "divided"}

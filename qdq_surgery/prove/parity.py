@@ -210,7 +210,8 @@ def certify(
         session_on(name).package("the parity certificate")
     arrays = _arrays_of(inputs)
     file = path if isinstance(path, OnnxFile) else open_exported(path)
-    missing = sorted({name for site in file.sites for name in site.quantizers} - set(quantizers(qmodel)))
+    named = {name for site in file.sites for name in (*site.quantizers, site.divided) if name is not None}
+    missing = sorted(named - set(quantizers(qmodel)))
     if missing:
         raise ExportError(
             f"{file.path} is of another model: this {type(qmodel).__name__} has no quantizer {missing[0]}"
@@ -317,6 +318,9 @@ class _Forced:
         theirs = torch.from_numpy(value.T.copy() if site.transposed else value).reshape(output.shape)
         if site.scaled and quantizer.channel_scale is not None:
             theirs = theirs * quantizer.channel_scale.cpu()
+        behind = None if site.divided is None else self._modules[site.divided].channel_scale
+        if behind is not None:
+            theirs = theirs * behind.cpu()[:, None]
         scale = _scale(quantizer, quantizer._get_amax(inputs))
         self.checks.append(self._compare(name, scale, inputs.float().cpu(), output.float().cpu(), theirs, site))
         return theirs.to(output)

@@ -26,6 +26,8 @@ from qdq_surgery.export.passes.fold_channel_scales import fold_channel_scales  #
 from qdq_surgery.export.passes.keep_scales_apart import keep_scales_apart  # noqa: E402
 from qdq_surgery.export.passes.widen_embedding_factor import widen_embedding_factors  # noqa: E402
 from qdq_surgery.hf.example_inputs import make_examples  # noqa: E402
+from qdq_surgery.onnx_file.metadata import Site  # noqa: E402
+from qdq_surgery.onnx_graph.qdq_pairs import Pair  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(2, 3, 8)).astype(np.float32)
@@ -62,7 +64,7 @@ def divided(text: str) -> Any:
 def test_a_product_moves_into_the_norm_in_front_of_it() -> None:
     model = divided(NORM)
     before = compute(model, x=X)
-    assert fold_channel_scales(model.graph) == 1
+    assert fold_channel_scales(model.graph, ()) == 1
     assert operators(model.graph) == ["LayerNormalization", "Relu"]
     # The factors are rounded once more.
     np.testing.assert_allclose(compute(model, x=X)[0], before[0], rtol=1e-5, atol=1e-6)
@@ -70,8 +72,64 @@ def test_a_product_moves_into_the_norm_in_front_of_it() -> None:
 
 def test_a_norm_that_something_else_reads_stays() -> None:
     model = divided(READ_TWICE)
-    assert fold_channel_scales(model.graph) == 0
+    assert fold_channel_scales(model.graph, ()) == 0
     assert operators(model.graph) == ["LayerNormalization", "Mul", "Relu", "Add"]
+
+
+WEIGHT = """
+product (float[b,s,8] x) => (float[b,s,6] y) {
+  w = DequantizeLinear<axis = 1>(integers, steps)
+  p = MatMul(x, w)
+  m = Add(ORDER)
+  d = Mul(m, by)
+  y = Relu(d)
+}"""
+
+
+def linear_in_front(text: str, steps: int = 6) -> tuple[Any, tuple[Pair, ...]]:
+    """The graph of a linear with 8 inputs and 6 outputs, and the pair of its weight."""
+    given = {"steps": RANDOM.uniform(0.01, 0.1, size=steps), "bias": RANDOM.normal(size=6), "by": np.abs(BY[:6])}
+    integers = RANDOM.integers(-127, 127, size=(8, 6), dtype=np.int8)
+    model = graph(text, integers=integers, **{name: np.float32(each) for name, each in given.items()})
+    for node in model.graph:
+        if node.op_type == "Mul":
+            node.name = "add@2/divided"
+    weights = [each for each in model.graph if each.op_type == "DequantizeLinear"]
+    return model, tuple(Pair(Site(["w"], "weight", None, "w", "w"), each) for each in weights)
+
+
+@pytest.mark.parametrize("text", [WEIGHT.replace("ORDER", "p, bias"), WEIGHT.replace("ORDER", "bias, p")])
+def test_a_product_moves_into_the_linear_in_front_of_it(text: str) -> None:
+    model, pairs = linear_in_front(text)
+    before = compute(model, x=X)
+    integers = model.graph.initializers["integers"]
+    assert fold_channel_scales(model.graph, pairs) == 1
+    assert operators(model.graph) == ["DequantizeLinear", "MatMul", "Add", "Relu"]
+    assert pairs[0].dequantize.inputs[0] is integers
+    assert pairs[0].site.divided == "add"
+    # The factors are rounded once more.
+    np.testing.assert_allclose(compute(model, x=X)[0], before[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("y = Relu(d)", "r = Relu(d)\n  y = Add(r, m)"),
+        ("y = Relu(d)", "r = Relu(d)\n  y = Add(r, p)"),
+        ("p = MatMul(x, w)", "p = MatMul(x, w)\n  q = MatMul(x, w)"),
+        ("w = DequantizeLinear<axis = 1>(integers, steps)", "w = Cast<to = 1>(integers)"),
+        ("p = MatMul(x, w)", "p_ = MatMul(x, w)\n  p = Relu(p_)"),
+    ],
+)
+def test_a_linear_that_something_else_reads_or_whose_weight_is_float_stays(old: str, new: str) -> None:
+    model, pairs = linear_in_front(WEIGHT.replace("ORDER", "p, bias").replace(old, new))
+    assert fold_channel_scales(model.graph, pairs) == 0
+    assert "Mul" in operators(model.graph)
+
+
+def test_one_step_for_a_whole_weight_stays_one() -> None:
+    model, pairs = linear_in_front(WEIGHT.replace("ORDER", "p, bias").replace("<axis = 1>", ""), steps=1)
+    assert fold_channel_scales(model.graph, pairs) == 0
 
 
 @pytest.mark.slow
@@ -88,7 +146,7 @@ def test_a_table_of_positions_has_scales_too(tmp_path: Path) -> None:
 
 def test_another_product_stays() -> None:
     model = graph(NORM, gamma=GAMMA, beta=BETA, by=BY)
-    assert fold_channel_scales(model.graph) == keep_scales_apart(model.graph) == 0
+    assert fold_channel_scales(model.graph, ()) == keep_scales_apart(model.graph) == 0
 
 
 def test_a_clip_that_cuts_nothing_off() -> None:
@@ -173,12 +231,8 @@ def test_the_full_recipe_divides_in_its_norms(target: str, tmp_path: Path) -> No
     assert file.parity.agrees
     layer = "encoder.layer.0."
     left = [name for name in products(tmp_path / "m.onnx") if name.endswith("/divided")]
-    # Everything else comes from a LayerNorm, whose readers are all quantized alike.
-    assert left == [
-        f"{layer}attention.output.add_local_input_quantizer/divided",
-        f"{layer}output.add_local_input_quantizer/divided",
-        f"{layer}output.dense._input_quantizer/divided",
-    ]
+    # Everything else comes from a LayerNorm, whose readers are all quantized alike, or from a linear; this from a GELU.
+    assert left == [f"{layer}output.dense._input_quantizer/divided"]
     assert qs.receipt(tmp_path / "m.onnx", target).linear == 1.0
 
 
