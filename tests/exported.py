@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
-from architectures import BASE, batch_for, build
+from architectures import BASE, batch_for, build, tensors_of
 from kept import kept
 from numpy.typing import NDArray
 from torch import Tensor
@@ -121,6 +121,15 @@ def run(path: Path, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     arrays = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     taken = {each.name: arrays[each.name] for each in session.get_inputs()}
     return dict(zip([each.name for each in session.get_outputs()], session.run(None, taken), strict=True))
+
+
+def outputs_of(qmodel: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    with torch.no_grad():
+        return {name: value.numpy() for name, value in tensors_of(qmodel(**inputs)).items()}
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def compute(model: ir.Model, **inputs: Any) -> list[NDArray[Any]]:
