@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from qdq_surgery.checkpoint.plugin import adopt
@@ -71,7 +72,8 @@ def plan(
 
 def _copied(model: _Model) -> _Model:
     try:
-        return copy.deepcopy(model)
+        with torch.inference_mode(False):  # what was copied in it could not be trained
+            return copy.deepcopy(model)
     except Exception as error:  # it holds a lock, an open file, a tensor of a graph
         raise ModelError(
             f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pass inplace=True"

@@ -18,12 +18,13 @@ from qdq_surgery.export.half_copy import half_copy
 from qdq_surgery.export.qparams import read_qparams
 from qdq_surgery.export.shared_copy import twin
 from qdq_surgery.hf.example_inputs import sample_inputs
+from qdq_surgery.numerics.real_numbers import is_whole
 from qdq_surgery.onnx_file.metadata import Site
 from qdq_surgery.onnx_file.opened import OnnxFile, open_file
 from qdq_surgery.onnx_file.writer import data_beside, draft, writable
 from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.lint import lint
-from qdq_surgery.surgery.model_state import plan_of, refuse_disabled
+from qdq_surgery.surgery.model_state import plan_of, refuse_disabled, refuse_lost
 from qdq_surgery.targets.registry import DEFAULT, REFERENCE, get_target
 from qdq_surgery.targets.target import ACTIVATIONS, PRECISIONS, Target, full_precision
 from qdq_surgery.text.optional_imports import require
@@ -171,6 +172,7 @@ def _built(
 
     plan_of(qmodel)
     refuse_disabled(qmodel, "export_onnx")
+    refuse_lost(qmodel, "the file")
     if qmodel.training:
         raise ModelError(f"this {type(qmodel).__name__} is in train mode, with dropout; call .eval() first")
     _check_dtype(qmodel, form.precision)
@@ -220,9 +222,9 @@ def _opset(target: Target, opset: int | None) -> int:
     first, last = target.opsets
     if opset is None:
         return target.opset
-    if not first <= opset <= last:
-        raise ExportError(f"opset {opset} is not supported for {target.name}; choose one of {first} to {last}")
-    return opset
+    if not (is_whole(opset) and first <= opset <= last):
+        raise ExportError(f"opset {opset!r} is not supported for {target.name}; choose one of {first} to {last}")
+    return int(opset)
 
 
 def _one_of(what: str, value: str | None, known: tuple[str, ...], allowed: tuple[str, ...], target: str) -> str:

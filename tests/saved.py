@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.checkpoint import plugin
-from qdq_surgery.checkpoint.plan_cache import METADATA
+from qdq_surgery.checkpoint.plan_cache import DIGEST, METADATA
 from qdq_surgery.surgery.model_state import plan_of
 
 WEIGHTS = "model.safetensors"
@@ -50,10 +51,16 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
 
 
-def change_lock(folder: Path, change: Callable[[str], str | None]) -> None:
-    """Put another lock into a folder; ``None`` takes it out."""
+def change_lock(folder: Path, change: Callable[[str], str | None], signed: bool = False) -> None:
+    """Put another lock into a folder; ``None`` takes it out.
+
+    Args:
+        signed: With the digest that belongs to it, as a forger would.
+    """
     metadata = metadata_of(folder / WEIGHTS)
     text = change(metadata.pop(METADATA))
+    if signed and text is not None:
+        metadata[DIGEST] = hashlib.sha256(text.encode()).hexdigest()
     save_file(
         load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={**metadata, **({METADATA: text} if text else {})}
     )

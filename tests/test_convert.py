@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertOutput
 
 import qdq_surgery as qs
+from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.surgery import apply as surgery
 from qdq_surgery.surgery.quantized_forward import QuantizedForward
 from qdq_surgery.trace.attention import QDQ_ATTENTION
@@ -374,3 +375,29 @@ def test_a_model_that_cannot_be_copied_is_converted_in_place() -> None:
     with pytest.raises(qs.ModelError, match=r"cannot be copied \(TypeError: .*lock.*; pass inplace=True"):
         qs.convert(model)
     assert len(qs.quantizers(qs.convert(model, inplace=True))) == 40
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_was_made_in_inference_mode_can_be_trained(inplace: bool) -> None:
+    model = build("bert", "BertForSequenceClassification", num_hidden_layers=1)
+    batch = batch_for(model, (2, 5), labels=True)
+    with torch.inference_mode():
+        qmodel = qs.convert(model, inplace=inplace)
+        qs.calibrate(qmodel, [batch])
+        learned = qs.learn_ranges(qmodel)
+    qmodel(**batch).loss.backward()
+    assert all(each.grad is not None for each in (*learned, qmodel.classifier.weight))
+
+
+def test_a_forward_that_passes_on_whatever_it_is_given() -> None:
+    """As subclasses have it: the example is that of the class above."""
+
+    class Mine(BertModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = Mine(build("bert", "BertModel").config).eval()
+    qmodel = qs.convert(model)
+    assert type(qmodel) is Mine
+    assert_same(model, qmodel, batch_for(model, (2, 5)))
+    assert "token_type_ids" in sample_inputs(qmodel, None, True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.hf.arguments import named_arguments
 from qdq_surgery.hf.config_facts import chunk_size, configs_of
 from qdq_surgery.hf.example_inputs import checked_examples
 from qdq_surgery.padding.token_masks import check_decoder, trimmed
@@ -68,7 +68,7 @@ def prepared(model: PreTrainedModel, batch: Any, index: int) -> dict[str, Any]:
 
 def _check_names(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     """Most models take any keyword and ignore it: a misspelt mask would count all padding."""
-    known = inspect.signature(model.forward).parameters
+    known = named_arguments(model)
     for name in batch:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
         if name not in known and near:
@@ -84,6 +84,10 @@ def _check_values(batch: Mapping[str, Any]) -> None:
             raise CalibrationError(
                 f"{name} is a {type(value).__name__}, wanted a tensor: give the tokenizer return_tensors='pt', or take "
                 "torch.as_tensor"
+            )
+        if name in _TENSORS and value is not None and value.numel() == 0:
+            raise CalibrationError(
+                f"{name} has the shape {tuple(value.shape)}, which holds nothing; leave that batch out"
             )
 
 

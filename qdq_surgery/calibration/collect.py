@@ -193,6 +193,10 @@ def collect(
         agree(error, list(watched))  # one process that fails must not leave the others waiting
         seen = _gathered(watched, channels, model.device)
     counts = gather_sums(counts, model.device)
+    if not counts[2] and counts[1]:
+        raise CalibrationError(
+            f"all tokens of the {counts[1]} rows are padding: their attention_mask is 0 everywhere; give 1 for a token"
+        )
     unseen = [name for name in watched if name not in seen]
     if unseen:
         raise CalibrationError(
@@ -208,8 +212,7 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     Raises:
         ModelError: There is none, or its tensors are offloaded.
     """
-    if not isinstance(qmodel, nn.Module):
-        raise ModelError(f"found a {type(qmodel).__name__}, wanted a model that qdq_surgery.convert returned")
+    quantizers(qmodel)  # says it where this is no model
     model = qmodel
     while True:
         inner = getattr(model, "_orig_mod", None)

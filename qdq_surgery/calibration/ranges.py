@@ -20,7 +20,7 @@ from qdq_surgery.calibration.collect import (
     unwrapped,
     weight_quantizers,
 )
-from qdq_surgery.errors import CalibrationError, OptionError
+from qdq_surgery.errors import CalibrationError, ModelError, OptionError
 from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.range_choice import check_method_name, choose, takes_percentile
 from qdq_surgery.numerics.range_methods import DEFAULT_PERCENTILE, relative_error
@@ -108,7 +108,8 @@ class Calibration(Result):
     def now(self, qmodel: nn.Module) -> Calibration:
         """The same with the ranges that the model has by now: training may have moved them, and weights be rounded."""
         found = quantizers(qmodel)
-        return replace(self, ranges=tuple(_now(each, found[each.quantizer]) for each in self.ranges))
+        kept = (each for each in self.ranges if each.quantizer in found)  # of layers that were taken out, none
+        return replace(self, ranges=tuple(_now(each, found[each.quantizer]) for each in kept))
 
     def _title(self) -> Line:
         data = data_words(self.batches, self.rows, self.tokens)
@@ -123,6 +124,8 @@ class Calibration(Result):
 
 def _now(known: Range, quantizer: TensorQuantizer) -> Range:
     method = known.method.removesuffix(_ADAPTED)
+    if quantizer.amax is not None and quantizer.amax.is_meta:
+        raise ModelError(f"the range of {known.quantizer} has no data (meta device); load the model with its weights")
     top = known.amax if quantizer.amax is None else float(quantizer.amax.detach().max())
     if top != known.amax:
         known, method = replace(known, amax=top, error=None), f"{method}, trained"
@@ -156,6 +159,7 @@ def calibrate(
         OptionError: The method or the percentile is none; a ValueError, too.
     """
     check_method(method, percentile)
+    percentile = None if percentile is None else float(percentile)
     model = unwrapped(qmodel)
     activations = activation_quantizers(model)
     asked = None if method is None else CalibratorSpec(method, _percentile(method, percentile))
@@ -194,7 +198,7 @@ def find_ranges(
     Raises:
         CalibrationError: A range cannot be found; names the quantizer.
     """
-    _check_statistics(data, activations)
+    _check_statistics(data, activations, model)
     found: dict[str, FoundRange] = {}
     linears = {id(each._input_quantizer): each for each in model.modules() if isinstance(each, QuantLinear)}
     for name, quantizer in track(activations.items(), "computing ranges", len(activations)):
@@ -248,12 +252,19 @@ def own_method(quantizer: TensorQuantizer) -> CalibratorSpec:
     return CalibratorSpec("max")
 
 
-def _check_statistics(data: Statistics, activations: Mapping[str, TensorQuantizer]) -> None:
+def _check_statistics(data: Statistics, activations: Mapping[str, TensorQuantizer], model: nn.Module) -> None:
     missing = [name for name in activations if name not in data.seen]
     if missing:
         raise CalibrationError(
             f"the statistics know nothing of {len(missing)} quantizers (first: {missing[0]}): they were collected from "
             "another model, or while these were disabled; collect them again"
+        )
+    modules = {name for name, _ in model.named_modules()}
+    beyond = [name for name in data.seen if name.rpartition(".")[0] not in modules]
+    if beyond:
+        raise CalibrationError(
+            f"the statistics are of another model: this {type(model).__name__} has no {beyond[0].rpartition('.')[0]}, "
+            f"and they know {beyond[0]}; collect them from this model"
         )
     for name, quantizer in activations.items():
         seen = data.seen[name]
@@ -261,6 +272,11 @@ def _check_statistics(data: Statistics, activations: Mapping[str, TensorQuantize
             raise CalibrationError(
                 f"the statistics of {name} are of ranges with the shape {tuple(seen.amax.shape)}, but its axis is "
                 f"{quantizer._axis}; collect them again from this model"
+            )
+        if quantizer.grid.zero_point and seen.lowest is None:
+            raise CalibrationError(
+                f"the statistics of {name} do not know how far its values reach below 0, as its grid with a zero point "
+                "needs; collect them again from this model"
             )
 
 
@@ -276,6 +292,11 @@ def _activation_range(
     if own is not None and quantizer.scaled:
         weight_tops = None if linear is None else linear.weight.detach().float().abs().amax(0)
         tops = seen.needed.reshape(-1)
+        if weight_tops is not None and len(tops) != len(weight_tops):
+            raise CalibrationError(
+                f"the statistics of {name} are of {len(tops)} channels, and its linear has {len(weight_tops)} inputs; "
+                "collect them from this model"
+            )
         amax = own.channel_ranges(tops, None if weight_tops is None else weight_tops.to(tops.device))
         assert own.scale_method is not None
         return _found(name, quantizer, amax, own.scale_method.words.format(value=own.scale_value))

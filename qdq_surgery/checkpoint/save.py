@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.calibration.collect import refuse_borrowed
 from qdq_surgery.errors import ModelError
+from qdq_surgery.safety.given_path import given_path
 from qdq_surgery.safety.transaction import all_or_nothing
 
 __all__ = ["SAVE_ATTRIBUTE", "SavePretrained", "replace_model", "without_aliases"]
@@ -92,7 +93,7 @@ class SavePretrained:
         given.pop("kwargs", None)
         if getattr(model, "_hf_peft_config_loaded", False) or given.get("distributed_checkpoint"):
             return own(model, save_directory, **given)  # no files of a whole model
-        folder = Path(save_directory)
+        folder = given_path(save_directory, "a folder")
         new = _made(folder)
         if given.get("push_to_hub"):
             given.setdefault("repo_id", folder.absolute().name)

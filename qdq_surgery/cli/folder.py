@@ -40,8 +40,8 @@ def load_model(
         ModelError: The folder is none that ``save_pretrained`` wrote; says what is missing.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise ModelError(f"{folder} is no folder; give one that model.save_pretrained(...) wrote")
+    if not str(folder) or not path.is_dir():
+        raise ModelError(f"{folder or 'an empty text'} is no folder; give one that model.save_pretrained(...) wrote")
     if not (path / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; give a folder that model.save_pretrained(...) wrote")
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):

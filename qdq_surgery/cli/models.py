@@ -20,6 +20,7 @@ from qdq_surgery.cli.options import (
     note_ranges,
     output_options,
     rounding_option,
+    rules_of,
     runtime_of,
     show,
     text_options,
@@ -84,14 +85,14 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     check_method(arguments.method, arguments.percentile)
     check_new(arguments.output)
     samples = read_samples(arguments.texts, arguments.column)
-    tokenizer = arguments.tokenizer or arguments.model
+    tokenizer = arguments.model if arguments.tokenizer is None else arguments.tokenizer
     with steps(2) as bar:
         bar.next("loading")
         model = load(arguments)
         data = batches(arguments, samples, model)
         bar.next("converting")
         check_rules(model, arguments)
-        qmodel = model if quantizers(model) else convert(model, arguments.rules or RULES, inplace=True)
+        qmodel = model if quantizers(model) else convert(model, rules_of(arguments), inplace=True)
     made, rounding, _ = calibrated(qmodel, data, arguments, percentile=arguments.percentile)
     save_model(qmodel, arguments.output, source=tokenizer)
     print(made)

@@ -42,6 +42,7 @@ __all__ = [
     "note_ranges",
     "output_options",
     "rounding_option",
+    "rules_of",
     "runtime_of",
     "show",
     "text_options",
@@ -184,7 +185,12 @@ def load_converted(arguments: argparse.Namespace) -> PreTrainedModel:
     """
     model = load(arguments)
     check_rules(model, arguments)
-    return model if quantizers(model) else convert(model, arguments.rules or RULES, inplace=True)
+    return model if quantizers(model) else convert(model, rules_of(arguments), inplace=True)
+
+
+def rules_of(arguments: argparse.Namespace) -> str:
+    """The rules of ``--rules``; an empty text, as a shell makes of a variable that is not set, names none."""
+    return RULES if arguments.rules is None else str(arguments.rules)
 
 
 def check_rules(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
@@ -219,7 +225,7 @@ def batches(
     arguments: argparse.Namespace, samples: Sequence[Sample], model: PreTrainedModel, notes: bool = True
 ) -> list[dict[str, Tensor]]:
     """The texts as the model takes them; what was done to them is said, if ``notes``."""
-    tokenizer = arguments.tokenizer or arguments.model
+    tokenizer = arguments.model if arguments.tokenizer is None else arguments.tokenizer
     data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
     for note in data.notes if notes else ():
         say("note", note)

@@ -109,7 +109,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.triton is not None:
         check_repository(arguments.triton, TARGETS[arguments.target])
     samples, others = _samples(arguments)
-    rules = load_rules(arguments.rules or arguments.target)
+    rules = load_rules(arguments.target if arguments.rules is None else arguments.rules)
     with steps(1) as bar:
         bar.next("loading")
         model = load(arguments)
@@ -125,7 +125,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         if arguments.tei:
             check_served(TARGETS[arguments.target], model.config)
         data, held_out = batches(arguments, samples, model), batches(arguments, others, model, notes=False)
-    tokenizer = arguments.tokenizer or arguments.model
+    tokenizer = arguments.model if arguments.tokenizer is None else arguments.tokenizer
     with deployed_folder(arguments.output, arguments.model, tokenizer, max_tokens(model.config)) as draft:
         qmodel = convert(model, rules, inplace=True)
         made = _write(qmodel, draft, data, held_out, arguments)

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from qdq_surgery.cli.options import (
-    RULES,
     check_rules,
     class_option,
     load,
     load_converted,
     model_options,
     output_options,
+    rules_of,
     show,
 )
 from qdq_surgery.convert import convert, plan
@@ -42,7 +42,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         model = load(arguments)
         bar.next("matching")
         check_rules(model, arguments)
-        made = plan_of(model) if quantizers(model) else plan(model, arguments.rules or RULES)
+        made = plan_of(model) if quantizers(model) else plan(model, rules_of(arguments))
     show(made, arguments)
 
 
@@ -62,7 +62,7 @@ def _diff(arguments: argparse.Namespace) -> None:
         if quantizers(model):
             qmodel, model = model, copy.deepcopy(model).dequantize()
         else:
-            qmodel = convert(model, arguments.rules or RULES)
+            qmodel = convert(model, rules_of(arguments))
         bar.next("comparing")
         made = diff(model, qmodel)
     show(made, arguments)

@@ -18,7 +18,7 @@ from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.quantize.embedding import QuantEmbedding
-from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.quantize.linear import QuantLinear, refuse_broken
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import quantizers
 from qdq_surgery.targets.target import Target
@@ -125,22 +125,25 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
     found = {name: _qparams(name, each) for name, each in acting.items()}
     for name, linear in qmodel.named_modules():
         if isinstance(linear, QuantLinear):
-            _check_weight(found.get(f"{name}.{LINEAR_NAMES['weight']}"))
+            refuse_broken(name, linear)
+            for role in ("input", "weight"):
+                _check_summed(found.get(f"{name}.{LINEAR_NAMES[role]}"))
             _pass_scale(found, f"{name}.{LINEAR_NAMES['input']}", f"{name}.{LINEAR_NAMES['weight']}", linear)
     tables = [f"{n}.{LINEAR_NAMES['weight']}" for n, each in qmodel.named_modules() if isinstance(each, QuantEmbedding)]
     return {**found, **{name: _of_table(found[name], target) for name in tables if name in found}}
 
 
-def _check_weight(qparams: QParams | None) -> None:
+def _check_summed(qparams: QParams | None) -> None:
     """A product of integers is scaled by its row and its output channel, and sums over the input channels.
 
     Raises:
         ExportError: The ranges are of the latter.
     """
-    if qparams is not None and qparams.axis == -1:
+    if qparams is not None and qparams.axis is not None and (qparams.role != "weight" or qparams.axis == -1):
+        fix = "axis: 0" if qparams.role == "weight" else "axis: null, or axis: -1 for a scale for each channel,"
         raise ExportError(
             f"{qparams.name} has a range for each input channel of a linear, over which an integer product sums; write "
-            "axis: 0 in its spec"
+            f"{fix} in its spec"
         )
 
 

@@ -11,7 +11,7 @@ from qdq_surgery.hf.tied_weights import tied_names
 from qdq_surgery.integers.choice import PLACES, PRODUCTS, unsupported
 from qdq_surgery.integers.weight import why_float
 from qdq_surgery.quantize.embedding import QuantEmbedding
-from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.quantize.linear import QuantLinear, refuse_broken
 from qdq_surgery.surgery.model_state import plan_of, quantizers
 
 __all__ = ["Choice", "choose", "reasons_kept"]
@@ -45,6 +45,9 @@ def choose(qmodel: PreTrainedModel) -> Choice:
     plan_of(qmodel)
     _check_place(qmodel)
     _check_ranges(qmodel)
+    for name, linear in qmodel.named_modules():
+        if isinstance(linear, QuantLinear):
+            refuse_broken(name, linear)
     linears, found = _linears(qmodel)
     integer = tuple(name for name, reason in found.items() if reason is None)
     kept = {name: reason for name, reason in found.items() if reason is not None}

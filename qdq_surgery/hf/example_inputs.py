@@ -18,10 +18,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from qdq_surgery.errors import ExportError, ModelError, QdqSurgeryError
+from qdq_surgery.hf.arguments import named_arguments, takes_any
 from qdq_surgery.hf.config_facts import chunk_size, decodes, max_tokens
 from qdq_surgery.hf.other_inputs import make_others, make_pixels
 
-__all__ = ["SHAPES", "checked_examples", "make_examples", "resized", "sample_inputs", "takes_any", "without_mask"]
+__all__ = ["SHAPES", "checked_examples", "make_examples", "resized", "sample_inputs", "without_mask"]
 
 #: (batch, tokens) of the recorded run and of the run that checks it. Small, and no two numbers alike.
 SHAPES = ((2, 7), (3, 11))
@@ -68,7 +69,7 @@ def _make_examples(model: PreTrainedModel, shape: tuple[int, int]) -> dict[str, 
     whole = model.config
     both = bool(getattr(whole, "is_encoder_decoder", False))
     config = _side(whole, "encoder") if both else whole.get_text_config()
-    names = inspect.signature(model.forward).parameters
+    names = named_arguments(model)
     # (CANINE looks characters up by their hashes.)
     vocabulary = getattr(config, "vocab_size", None) or getattr(config, "num_hash_buckets", None)
     if "input_ids" not in names and model.main_input_name in ("pixel_values", "input_values"):
@@ -120,19 +121,13 @@ def _judges_with_both(model: PreTrainedModel) -> bool:
     return any(base.__name__ in heads for base in type(model).__mro__)
 
 
-def takes_any(model: PreTrainedModel) -> bool:
-    """Whether the model's forward takes arguments that it does not name."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
 def _without_cache(model: PreTrainedModel, inputs: dict[str, Any], *parts: Any) -> dict[str, Any]:
     """``inputs``, with ``use_cache=False`` for a decoder if they leave it open: blocks with a cache have no graph.
 
     Args:
         parts: Configs of the model's parts that may be one.
     """
-    named = "use_cache" in inspect.signature(model.forward).parameters
+    named = "use_cache" in named_arguments(model)
     # A head that does not name it hands it on, but for those of T5Gemma, which do without a cache by themselves.
     if decodes(model.config, *parts) and (named or (takes_any(model) and not _judges_with_both(model))):
         inputs.setdefault("use_cache", False)
@@ -200,7 +195,7 @@ def checked_examples(model: PreTrainedModel, inputs: Mapping[str, Any], what: st
         raise ModelError(
             f"{what} is a {type(inputs).__name__}; pass a dict such as tokenizer(text, return_tensors='pt')"
         )
-    parameters = inspect.signature(model.forward).parameters
+    parameters = named_arguments(model)
     open_ended = takes_any(model)
     for name in inputs:
         if name not in parameters and not open_ended:
@@ -260,7 +255,7 @@ def sample_inputs(qmodel: PreTrainedModel, given: Mapping[str, Any] | None, dyna
     """
     if given is None:
         made = make_examples(qmodel, _EXPORTED)
-        takes = inspect.signature(qmodel.forward).parameters
+        takes = named_arguments(qmodel)
         _check_made(qmodel, [name for name in takes if name not in made])
         segments = getattr(qmodel.config.get_text_config(), "type_vocab_size", 0) or 0
         if "token_type_ids" in takes and segments > 1:
@@ -284,7 +279,7 @@ def sample_inputs(qmodel: PreTrainedModel, given: Mapping[str, Any] | None, dyna
 
 def _check_made(qmodel: PreTrainedModel, left_out: Sequence[str]) -> None:
     """Whether a file without these arguments is the model that is meant: pixels, entities and the like are not made."""
-    parameters = inspect.signature(qmodel.forward).parameters
+    parameters = named_arguments(qmodel)
     beyond = [
         name
         for name in left_out

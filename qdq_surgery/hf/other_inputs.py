@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdq_surgery.hf.arguments import named_arguments
+
 __all__ = ["make_others", "make_pixels"]
 
 #: (config, shape of the token ids, generator) -> a tensor, or ``None`` if the model does without.
@@ -28,7 +30,7 @@ def make_others(model: nn.Module, config: Any, size: tuple[int, ...], generator:
         config: That of the texts.
         size: Shape of the token ids.
     """
-    names = inspect.signature(model.forward).parameters
+    names = named_arguments(model)
     made = {name: maker(config, size, generator) for name, maker in _MAKERS.items() if name in names}
     if "pixel_values" in names and (_is_required(names["pixel_values"]) or _looks_at_images(model)):
         made["pixel_values"] = make_pixels(model.config, size[0], generator)

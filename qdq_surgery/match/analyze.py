@@ -134,7 +134,10 @@ def _method(hf_quantizer: Any) -> str:
 
 
 def mark_baked_sizes(first: Survey, other: Survey) -> None:
-    """Mark the graphs of ``first`` that are others for another batch and length: a size is baked in."""
+    """Mark the graphs of ``first`` that are others for another batch and length: a size is baked in.
+
+    Of the others, mark the axes of tensors that have another size there.
+    """
     seen: set[int] = set()
     for unit, again in zip(first.units, other.units, strict=True):
         if unit.tree is None or again.tree is None or id(unit.tree) in seen:
@@ -142,12 +145,24 @@ def mark_baked_sizes(first: Survey, other: Survey) -> None:
         seen.add(id(unit.tree))
         others = {(graph.path, graph.kind): graph for graph in again.tree.walk()}
         for graph in unit.tree.walk():
-            difference = None if graph.failure is not None else _depends(graph, others.get((graph.path, graph.kind)))
+            twin = others.get((graph.path, graph.kind))
+            difference = None if graph.failure is not None else _depends(graph, twin)
+            if difference is None and graph.failure is None and twin is not None:
+                _mark_open_axes(graph.graph, twin.graph)
             if difference is not None:
                 graph.baked_size = (
                     f"the graph holds only for the example's shape ({difference}), so it cannot take quantizers"
                 )
     other.drop_examples()
+
+
+def _mark_open_axes(graph: Graph, other: Graph) -> None:
+    if len(graph.nodes) != len(other.nodes):
+        return  # chunks, of which there are more
+    for one, two in zip(graph.nodes, other.nodes, strict=True):
+        sizes, again = one.meta.get("shape"), two.meta.get("shape")
+        if sizes and again and len(sizes) == len(again):
+            one.meta["open_axes"] = {axis for axis, size in enumerate(sizes) if size != again[axis]}
 
 
 def _depends(graph: BlockGraph, other: BlockGraph | None) -> str | None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qdq_surgery.errors import MatchError, printable
 from qdq_surgery.graph.block_graph import join_path
-from qdq_surgery.rules.spec import Rule, RuleSet
+from qdq_surgery.rules.spec import Exclude, Rule, RuleSet, Share
 from qdq_surgery.trace.units import Survey, Unit
 
 __all__ = ["Tally", "check_expectations"]
+
+#: How alike two names are from which on one is the other with a mistake: 'brt' or 'Bert' is, 'mybert' is not.
+_MISSPELT = 0.82
+
+
+_ALL_EXCLUDED = "their exclude entries leave all they match in float"
 
 
 @dataclass
@@ -66,6 +74,7 @@ def check_expectations(rules: RuleSet, tally: Tally, found: Survey, whole: PreTr
     unseen = f"; {hidden}" if hidden else ""
     for rule in rules.rules:
         where = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
+        _check_types(rule, where, model_type)
         nearest = f"; nearest: {tally.misses[rule.name][1]}" if rule.name in tally.misses else ""
         total = len(tally.places.get(rule.name, ()))
         if total == 0 and not rule.optional:
@@ -94,10 +103,22 @@ def check_expectations(rules: RuleSet, tally: Tally, found: Survey, whole: PreTr
                     f"{unit.layer} of {model}{nearest}; correct the rule, or the count if the architecture is meant to "
                     "differ"
                 )
-    if not sites and not tally.excluded:
-        why = _why_nothing(tally, layers)
+    if not sites:
+        why = _ALL_EXCLUDED if tally.excluded else _why_nothing(tally, layers)
         raise MatchError(f"the rules of '{printable(rules.name)}' put no quantizer into {model}: {why}{unseen}")
     _check_exclusions(rules, tally, sites)
+    _check_layers(rules, {unit.layer for unit in found.units}, model)
+
+
+def _check_types(rule: Rule, where: str, model_type: str) -> None:
+    """A promise about a type that is nowhere, but for a letter is the model's, would hold whatever is found."""
+    for name in rule.expect.model_types:
+        unknown = name != model_type and name not in CONFIG_MAPPING
+        if unknown and SequenceMatcher(None, name.lower(), model_type.lower()).ratio() > _MISSPELT:
+            raise MatchError(
+                f"{where} expects something of the model type '{printable(name)}', which transformers does not know, "
+                f"and this model is a '{model_type}'; correct it, or make it known (AutoConfig.register)"
+            )
 
 
 def _why_nothing(tally: Tally, layers: list[Unit]) -> str:
@@ -129,6 +150,23 @@ def _check_exclusions(rules: RuleSet, tally: Tally, sites: list[str]) -> None:
                 f"{exclude.source + ': ' if exclude.source else ''}an exclude entry excludes nothing "
                 f"({printable(exclude.why)}); sites are called for example {', '.join(sites[:4]) or 'nothing'}; "
                 "correct it, or mark it optional: true"
+            )
+
+
+def _check_layers(rules: RuleSet, there: set[int | None], model: str) -> None:
+    """A layer that is named beside others, and is not there, was meant to be another one: the last, say."""
+    entries: list[tuple[str, Rule | Exclude | Share]] = [(f"rule '{each.name}'", each) for each in rules.rules]
+    entries += [("an exclude entry", each) for each in rules.exclude] + [
+        ("a share entry", each) for each in rules.share
+    ]
+    for what, entry in entries:
+        named = entry.scope.layers
+        missing = sorted(set(named) - there) if isinstance(named, tuple) and not entry.optional else []
+        if missing:
+            last = max((each for each in there if each is not None), default=-1)
+            raise MatchError(
+                f"{entry.source + ': ' if entry.source else ''}{what} names layer {missing[0]}, and the last encoder "
+                f"layer of {model} is {last}; correct it, or mark it optional: true"
             )
 
 

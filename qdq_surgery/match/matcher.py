@@ -259,6 +259,8 @@ def _check_axis(rule: Rule, capture: str, slot: Slot, spec: QuantSpec | None, wh
         fix = "write axis: null, or axis: -1 for a scale for each channel"
         if spec.axis == 0:
             wrong = "the rows of an activation are others in each batch"
+        elif isinstance(operand, Node) and spec.axis in operand.meta.get("open_axes", ()):
+            wrong = "the tensor has another size there where texts have another length"
     if wrong:
         place = f"{rule.source + ': ' if rule.source else ''}rule '{rule.name}'"
         raise MatchError(f"{place} gives '{capture}' a spec with axis: {spec.axis} at {where}, but {wrong}; {fix}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qdq_surgery.errors import ExportError
 from qdq_surgery.onnx_file.graph_checks import check_structure
 from qdq_surgery.onnx_file.wire_format import Field, Walk
+from qdq_surgery.safety.given_path import given_path
 from qdq_surgery.safety.untrusted import open_regular_file, quoted, read_regular_file
 from qdq_surgery.text.optional_imports import require
 
@@ -81,6 +82,7 @@ def check_file(path: str | Path) -> Path:
         ExportError: There is none, it is no regular file or no ONNX file, or its weights lie where they must not; says
             which.
     """
+    given_path(path, "an ONNX file")
     try:
         inspect_file(path)
     except (FileNotFoundError, NotADirectoryError) as error:

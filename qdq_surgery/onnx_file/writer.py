@@ -21,6 +21,7 @@ from pathlib import Path
 
 from qdq_surgery.errors import ExportError
 from qdq_surgery.onnx_file.reader import ENDING
+from qdq_surgery.safety.given_path import given_path
 from qdq_surgery.safety.untrusted import quoted
 
 __all__ = ["DATA_SUFFIX", "LARGEST", "Draft", "data_beside", "draft", "replace_text", "writable"]
@@ -59,7 +60,7 @@ def writable(path: str | Path, overwrite: bool = False, kind: str = "an ONNX fil
         ExportError: It is no name of such a file, its folder does not exist or cannot be written to, or something is
             there already.
     """
-    file = Path(path)
+    file = given_path(path, kind)
     if "\0" in str(path):
         raise ExportError(f"{quoted(path)} cannot be written: it holds a NUL character; give another path")
     _check_name(file)

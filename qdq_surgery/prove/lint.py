@@ -12,6 +12,7 @@ from qdq_surgery.errors import ExportError
 from qdq_surgery.onnx_file.graph_checks import check_structure
 from qdq_surgery.onnx_file.opened import OnnxFile, open_file
 from qdq_surgery.onnx_graph.findings import VERDICTS, Finding, Findings
+from qdq_surgery.safety.given_path import given_path
 from qdq_surgery.targets.registry import TARGETS, get_target
 from qdq_surgery.text.optional_imports import require
 
@@ -57,8 +58,8 @@ def lint(path_or_model: str | Path | onnx.ModelProto | ir.Model | OnnxFile, targ
 def _opened(path_or_model: Any) -> OnnxFile:
     if isinstance(path_or_model, OnnxFile):
         return path_or_model
-    if isinstance(path_or_model, (str, Path)):
-        return open_file(path_or_model)
+    if not hasattr(path_or_model, "graph"):
+        return open_file(given_path(path_or_model, "an ONNX file"))
     onnx_ir = require("onnx_ir", "looking at an ONNX file")
     if isinstance(path_or_model, onnx_ir.Model):
         return OnnxFile(path_or_model)

@@ -35,7 +35,7 @@ from qdq_surgery.prove.output_distance import Distances, Texts, distances, joine
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.serve.intermediates import Runtime, probe, runtimes
-from qdq_surgery.surgery.model_state import quantization_disabled, quantizers, refuse_disabled
+from qdq_surgery.surgery.model_state import plan_of, quantization_disabled, quantizers, refuse_disabled
 from qdq_surgery.targets.registry import DEFAULT, session_on
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line
 
@@ -204,6 +204,7 @@ def certify(
             measured.
         ExportError: A runtime cannot run the file, or the file is of another model.
     """
+    plan_of(qmodel)
     refuse_borrowed(qmodel, "certificate")
     refuse_disabled(qmodel, "certify")
     for name in asked:
@@ -343,7 +344,10 @@ class _Forced:
         """
         places = self._sites[name]
         size = output.numel()
-        fitting = [site for site in places if self._values[site.value].size == size] or places
+        fitting = [site for site in places if self._values[site.value].size == size]
+        if not fitting:
+            given = self._values[places[0].value].size
+            raise ExportError(f"the file is of another model: it has {given} values at {name}, and this model {size}")
         call = self._calls[name, size]
         self._calls[name, size] += 1
         return fitting[min(call, len(fitting) - 1)]
@@ -382,9 +386,18 @@ def _arrays(name: str, value: Any) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def _differences(wanted: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """For each output, the largest difference over the largest magnitude."""
+    """For each output, the largest difference over the largest magnitude.
+
+    Raises:
+        ExportError: The file gives others.
+    """
     made = {}
     for name, value in wanted.items():
+        given = found[name].shape if name in found else "none"
+        if given != value.shape:
+            raise ExportError(
+                f"the file is of another model: it gives {name} of the shape {given}, and this model {value.shape}"
+            )
         magnitude = max(float(np.abs(value).max(initial=0.0)), float(np.finfo(np.float32).tiny))
         made[name] = float(np.abs(found[name].astype(np.float32) - value).max(initial=0.0)) / magnitude
     return made

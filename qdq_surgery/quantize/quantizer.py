@@ -318,10 +318,11 @@ class TensorQuantizer(quant_nn.TensorQuantizer):  # type: ignore[misc]
             return
         self._learns = learn
         del self._amax
-        if learn:
-            self._amax = nn.Parameter(amax.detach().clone())
-        else:
-            self.register_buffer("_amax", amax.detach().clone())
+        with torch.inference_mode(False):  # as in set_range
+            if learn:
+                self._amax = nn.Parameter(amax.detach().clone())
+            else:
+                self.register_buffer("_amax", amax.detach().clone())
 
     def _learn_by_rule(self) -> None:
         if self.spec is not None and self.spec.learn and self.amax is not None:

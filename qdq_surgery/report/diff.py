@@ -140,6 +140,11 @@ def diff(before: PreTrainedModel, after: PreTrainedModel, *, example_inputs: dic
         ModelError: ``after`` is not converted, ``before`` is, or they are different models.
     """
     made = plan_of(after)
+    if not isinstance(before, PreTrainedModel):
+        raise ModelError(
+            f"the first is a {type(before).__name__}; diff(before, after) wants the float model, a Hugging Face "
+            "PreTrainedModel, first"
+        )
     if is_converted(before):
         raise ModelError(
             f"the first {type(before).__name__} is converted; diff(before, after) wants the float model first"

@@ -73,6 +73,8 @@ def explain(qmodel: nn.Module, path: str = "") -> Explanation:
         ModelError: The model is not converted, or has no such module.
     """
     made = plan_of(qmodel)
+    if not isinstance(path, str):
+        raise ModelError(f"the path is a {type(path).__name__}; give a text, such as 'encoder.layer.0'")
     paths = [name for name, _ in qmodel.named_modules()]
     if path not in paths:
         close = get_close_matches(path, paths, n=3)

@@ -207,6 +207,8 @@ class _File:
         if section == "count" and not (isinstance(node, yaml.MappingNode) and node.value):
             return self.plain_count(node, where)
         keys = self.keys(node, section, where)
+        if section == "expectation":
+            self.check_promise(node, keys, where)
         self.check_needed(node, keys, section, where)
         if section in ("exclusion", "share"):
             self.check_entry(node, keys, section, where)
@@ -239,6 +241,15 @@ class _File:
             if key.needed and name not in keys and name != but:
                 found = _LACKS.get(section, "{where} has no key '{key}'").format(where=where, key=name)
                 self.refuse(found, key.needed, node)
+
+    def check_promise(self, node: yaml.Node, keys: Mapping[str, yaml.Node], where: str) -> None:
+        if not keys:
+            self.refuse(
+                f"{where} promises nothing", f"write {', '.join(SECTIONS['expectation'])}, or leave it out", node
+            )
+        types = keys.get("model_types")
+        if isinstance(types, yaml.MappingNode) and not types.value:
+            self.refuse("model_types names no model type", "write for example bert: 6, or leave it out", types)
 
     def check_rule(self, keys: Mapping[str, yaml.Node], values: Mapping[str, Any]) -> None:
         pattern: Pattern | None = values["match"].get("pattern")

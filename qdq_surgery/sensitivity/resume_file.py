@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qdq_surgery.errors import ExportError, OptionError
 from qdq_surgery.match.site_names import STATE_SUFFIXES
 from qdq_surgery.onnx_file.writer import replace_text
+from qdq_surgery.safety.given_path import given_path
 from qdq_surgery.safety.untrusted import DamagedError, parse_json, read_regular_file
 from qdq_surgery.sensitivity.output_error import Sum
 from qdq_surgery.surgery.model_state import plan_of, quantizers
@@ -126,7 +127,7 @@ def open_figures(path: str | Path | None, subject: Mapping[str, str]) -> Figures
     Raises:
         OptionError: The file cannot be read, or is of something else; says of what.
     """
-    figures = Figures(None if path is None else Path(path), subject)
+    figures = Figures(None if path is None else given_path(path, "a file of figures (resume)"), subject)
     if "\0" in str(path):
         raise OptionError(f"resume: {str(path)!r} holds a NUL character; give another path")
     try:

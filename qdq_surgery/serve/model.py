@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from qdq_surgery.errors import ModelError
+from qdq_surgery.numerics.real_numbers import is_whole
 from qdq_surgery.onnx_file.origin import Origin, read_origin
+from qdq_surgery.safety.given_path import given_path
 from qdq_surgery.serve.feed import make_feed
 from qdq_surgery.targets.registry import DEFAULT, computed_in, session_on
 from qdq_surgery.targets.session import Session
@@ -24,6 +26,9 @@ _Self = TypeVar("_Self", bound="OnnxModel")
 
 #: What an option of the call asks for: fields of the output.
 _ASKED = {"output_attentions": ("attentions", "cross_attentions"), "output_hidden_states": ("hidden_states",)}
+
+#: More than any machine has cores: a runtime makes so many at once.
+_MOST_THREADS = 4096
 
 #: What to do about a file without them.
 _REMEDIES = {
@@ -53,7 +58,11 @@ def load_onnx(
     Raises:
         ModelError: No such file, one that ``export_onnx`` did not write, a runtime that is not there or cannot run it.
     """
-    session = session_on(runtime)(Path(path), threads, computed_in(runtime, precision))
+    if threads is not None:
+        if not (is_whole(threads) and 1 <= threads <= _MOST_THREADS):
+            raise ModelError(f"threads is {threads!r}; give 1 or more, or None for as many as PyTorch uses")
+        threads = int(threads)
+    session = session_on(runtime)(given_path(path, "an ONNX file"), threads, computed_in(runtime, precision))
     origin = read_origin(session.path, session.metadata, [port.name for port in session.outputs])
     # Another process may have another working directory.
     again = partial(_open_again, str(session.path.absolute()), runtime, threads, precision)

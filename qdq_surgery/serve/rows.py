@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qdq_surgery.errors import ModelError, OptionError, QdqSurgeryError
 from qdq_surgery.hf.config_facts import max_tokens
+from qdq_surgery.numerics.real_numbers import is_whole
 from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.sensitivity.output_error import is_by_token, is_score
 from qdq_surgery.serve.model import OnnxModel
@@ -97,7 +98,10 @@ def run_rows(
         OptionError: A row or an option is none; says which.
         ModelError: The file, or the model, cannot run it.
     """
-    if tokens < 1 or streams < 1 or (length is not None and length < 3):
+    if not callable(model) or not hasattr(model, "config"):
+        raise OptionError(f"found a {type(model).__name__}, wanted what load_onnx opened, or a model of transformers")
+    counts = [(tokens, 1), (streams, 1), *([] if length is None else [(length, 3)])]
+    if not all(is_whole(count) and count >= least for count, least in counts):
         raise OptionError(f"tokens={tokens}, streams={streams}, length={length}: give at least 1, 1 and 3")
     if streams > 1 and not isinstance(model, OnnxModel):
         raise OptionError(

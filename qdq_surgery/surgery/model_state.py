@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from qdq_surgery.errors import ModelError
+from qdq_surgery.hf.wrappers import models_inside
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.transaction import put_back_after
@@ -27,6 +28,7 @@ __all__ = [
     "quantized_forwards",
     "quantizers",
     "refuse_disabled",
+    "refuse_lost",
     "set_state",
     "state_of",
 ]
@@ -67,7 +69,12 @@ class ModelState:
 
 def is_converted(model: nn.Module) -> bool:
     """Whether :func:`convert` made the model, or it was loaded as one that it made."""
-    return isinstance(vars(model).get(_STATE), ModelState)
+    return isinstance(getattr(model, "__dict__", {}).get(_STATE), ModelState)
+
+
+def _check_module(qmodel: object) -> None:
+    if not isinstance(qmodel, nn.Module):
+        raise ModelError(f"found a {type(qmodel).__name__}, wanted a model that qdq_surgery.convert returned")
 
 
 def set_state(model: nn.Module, state: ModelState | None) -> None:
@@ -84,6 +91,7 @@ def state_of(qmodel: nn.Module) -> ModelState:
     Raises:
         ModelError: The model was not made by :func:`convert`.
     """
+    _check_module(qmodel)
     state = vars(qmodel).get(_STATE)
     if FROZEN_ATTRIBUTE in vars(qmodel):
         raise ModelError(
@@ -91,10 +99,17 @@ def state_of(qmodel: nn.Module) -> ModelState:
             "quantized model that it was made of"
         )
     if not isinstance(state, ModelState):
-        inside = hasattr(qmodel, "get_base_model")  # PEFT's
-        remedy = "pass model.get_base_model()" if inside else "call qdq_surgery.convert(model) first"
-        raise ModelError(f"this {type(qmodel).__name__} is not converted; {remedy}")
+        raise ModelError(f"this {type(qmodel).__name__} is not converted; {_remedy(qmodel)}")
     return state
+
+
+def _remedy(qmodel: nn.Module) -> str:
+    if hasattr(qmodel, "get_base_model"):  # PEFT's
+        return "pass model.get_base_model()"
+    for place, inside in models_inside(qmodel):
+        if is_converted(inside):
+            return f"it holds a {type(inside).__name__} that is, at model{place}: pass that one"
+    return "call qdq_surgery.convert(model) first"
 
 
 def plan_of(qmodel: nn.Module) -> Plan:
@@ -113,7 +128,12 @@ def quantized_forwards(block: nn.Module) -> dict[str, QuantizedForward]:
 
 
 def quantizers(qmodel: nn.Module) -> dict[str, TensorQuantizer]:
-    """All quantizers of a converted model by qualified name; a module that is shared has one name."""
+    """All quantizers of a converted model by qualified name; a module that is shared has one name.
+
+    Raises:
+        ModelError: It is no model.
+    """
+    _check_module(qmodel)
     return {name: module for name, module in qmodel.named_modules() if isinstance(module, TensorQuantizer)}
 
 
@@ -127,6 +147,25 @@ def refuse_disabled(qmodel: nn.Module, what: str) -> None:
         raise ModelError(
             f"the quantizers of this {type(qmodel).__name__} are off for a while; call {what} outside of "
             "quantization_disabled"
+        )
+
+
+def refuse_lost(qmodel: nn.Module, what: str) -> None:
+    """Refuse ``what`` of a model without a quantizer that its plan has, in a module that is still there.
+
+    Raises:
+        ModelError: Somebody has put another module in the place of one with quantizers, or taken one out.
+    """
+    own = quantizers(qmodel)
+    # (Beside adapters they have other names, and know those that they had.)
+    found = own.keys() | {each.provenance.quantizer for each in own.values() if each.provenance is not None}
+    modules = dict(qmodel.named_modules())
+    lost = [site for site in plan_of(qmodel).sites if site.quantizer not in found and site.owner in modules]
+    if lost:
+        raise ModelError(
+            f"this {type(qmodel).__name__} has lost {lost[0].quantizer} (rule '{lost[0].rule}') since its conversion, "
+            f"and {len(lost) - 1} more, so that {what} would leave this in float; disable() quantizers in place of "
+            "taking them out, and exchange modules before the conversion"
         )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ModelError
+from qdq_surgery.hf.arguments import takes_any
 from qdq_surgery.hf.config_facts import max_tokens
-from qdq_surgery.hf.example_inputs import takes_any
 from qdq_surgery.texts.samples import Sample
 from qdq_surgery.texts.tokenizers import REMEDY, load_tokenizer, special_tokens, unknown_token
 

@@ -58,8 +58,8 @@ def load_tokenizer(folder: str | Path, config: Any) -> Any:
         ModelError: There is none, its vocabulary is missing, or it does not fit the model.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise ModelError(f"{folder} is no folder, so it has no tokenizer; {REMEDY}")
+    if not str(folder) or not path.is_dir():
+        raise ModelError(f"{folder or 'an empty text'} is no folder, so it has no tokenizer; {REMEDY}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers and tokenizers make of missing and damaged files

@@ -78,8 +78,11 @@ def tune(
     check_batches(batches)
     if held_out is not None:
         check_batches(held_out, "held_out")
+    if name is not None and not (isinstance(name, str) and name.strip()):
+        raise OptionError(f"name={name!r} is no name of a rule set: give a text, or leave it out")
+    budget, float_share = None if budget is None else float(budget), float(float_share)
     base = load_rules(target)
-    wanted = f"{base.name}-tuned" if name is None else name
+    wanted = f"{base.name}-tuned" if name is None else str(name)
     check_name(wanted, "the name")  # not when all is done
     data, others = list(batches), None if held_out is None else list(held_out)
     qmodel = convert(model, base).eval()

@@ -37,6 +37,40 @@ def test_whole_or_not_at_all(name: str) -> None:
     assert outcome.is_right, str(outcome)
 
 
+SETTERS = {
+    "calibrate": "set_range",
+    "calibrate again": "set_range",
+    "equalize": "set_range",
+    "round_weights": "set_rounding",
+    "learn_ranges": "learn_amax",
+    "fix_ranges": "learn_amax",
+    "recalibrate_weights": "set_range",
+}
+
+
+@pytest.mark.parametrize("name", SETTERS)
+def test_between_two_quantizers_is_as_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a sample of lines may not come: the second of them is interrupted, when the first has its new state."""
+    operation = next(each for each in OPERATIONS if each.name == name)
+    model, complete = operation.start(), operation.start()
+    before, own, calls = state_of(model), getattr(qs.TensorQuantizer, SETTERS[name]), []
+
+    def interrupted(quantizer: qs.TensorQuantizer, *args: Any) -> Any:
+        calls.append(quantizer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(quantizer, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(qs.TensorQuantizer, SETTERS[name], interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            operation.act(model)
+    assert state_of(model) == before
+    operation.act(model)
+    operation.act(complete)
+    assert state_of(model) == state_of(complete) != before
+
+
 def test_every_operation_that_promises_it_is_there() -> None:
     promised = {"convert", "collect", "calibrate", "learn_ranges", "fix_ranges", "recalibrate_weights", "dequantize"}
     assert promised | {"equalize", "round_weights", "quantization_disabled", "save_pretrained"} <= set(COUNTS)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from exported import calibrated
+from transformers import BertModel
 
 import qdq_surgery as qs
 from qdq_surgery.errors import CalibrationError, ModelError, OptionError
@@ -34,6 +35,11 @@ TAKERS = {
         ([{"input_ids": np.array([[3, 4]])}], r"^batch 0: input_ids is a ndarray, wanted a tensor"),
         ([{"input_ids": IDS, "attention_mask": [[1, 1, 1]]}], r"^batch 0: attention_mask is a list, wanted a tensor"),
         ([{"input_ids": IDS, 5: IDS}], r"^batch 0: it has the key 5, a int; its keys are names of arguments"),
+        (
+            [{"input_ids": IDS}, {"input_ids": IDS[:0]}],
+            r"^batch 1: input_ids has the shape \(0, 3\), which holds nothing",
+        ),
+        ([{"input_ids": IDS[:, :0]}], r"^batch 0: input_ids has the shape \(1, 0\), which holds nothing"),
         ([{"input_ids": IDS}, {"input_ids": IDS + 90}], r"^batch 1: .* cannot run it: index out of range"),
         (  # which is not for the padding in it
             [{"input_ids": IDS, "token_type_ids": IDS + 90, "attention_mask": torch.tensor([[1, 1, 0]])}],
@@ -75,3 +81,15 @@ def test_what_is_no_model(name: str) -> None:
 def test_options_of_another_type(call: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         call([{"input_ids": IDS}])
+
+
+def test_a_misspelt_mask_is_seen_behind_a_forward_that_passes_on() -> None:
+    class Mine(BertModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    qmodel = qs.convert(Mine(calibrated("bert", "BertModel").config).eval())
+    with pytest.raises(
+        CalibrationError, match="it has 'attention_masks', which Mine does not know; write 'attention_mask'"
+    ):
+        qs.calibrate(qmodel, [{"input_ids": IDS, "attention_masks": torch.ones_like(IDS)}])

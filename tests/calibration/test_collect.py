@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -453,3 +454,51 @@ def test_zeros_do_not_coarsen_the_grid() -> None:
         both = wanted + made
         assert torch.equal(both.exponent, wanted.exponent)
         assert both.total == 100 + (0 if other.any() else 3)
+
+
+# Statistics of something else ----------------------------------------------------------------------------------------
+
+
+def grid_rules(spec: str, folder: Path) -> Path:
+    path = folder / "own.yaml"
+    path.write_text(f"schema: 1\nname: own\nextends: qdqbert-scaled\nspecs: {{activation: {spec}}}\n")
+    return path
+
+
+@pytest.mark.parametrize("act", [qs.calibrate, qs.equalize])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_hidden_layers": 3}, r"this BertModel has no encoder\.layer\.2\.attention\.self\.query, and they know"),
+        ({"hidden_size": 64}, "are of 64 channels, and its linear has 32 inputs; collect them from this model"),
+    ],
+    ids=["layers", "width"],
+)
+def test_those_of_another_model_are_refused(options: Batch, words: str, act: Callable[..., Any]) -> None:
+    found = qs.collect(qs.convert(build("bert", "BertModel", **options), "qdqbert-scaled"), [{"input_ids": ids_of(2)}])
+    made = qs.convert(build("bert", "BertModel"), "qdqbert-scaled")
+    with pytest.raises(CalibrationError, match=words):
+        act(made, found)
+    assert all(each.amax is None for each in qs.quantizers(made).values())
+
+
+def test_those_of_a_grid_without_a_zero_point_are_refused_by_one_that_has_it(tmp_path: Path) -> None:
+    """They do not know the lowest value, and what lies below the range would be cut off."""
+    model, batches = build("bert", "BertModel", num_hidden_layers=1), [{"input_ids": ids_of(2)}]
+    with_point = grid_rules("{unsigned: true, zero_point: 32}", tmp_path)
+    made = qs.convert(model, with_point)
+    with pytest.raises(CalibrationError, match="how far its values reach below 0, as its grid with a zero point needs"):
+        qs.calibrate(made, qs.collect(qs.convert(model, "qdqbert-scaled"), batches))
+    qs.calibrate(made, qs.collect(made, batches))
+
+
+def test_those_of_rules_that_see_more_are_taken() -> None:
+    model, batches = build("bert", "BertModel"), [{"input_ids": ids_of(2)}]
+    made = qs.calibrate(qs.convert(model, "linear-only"), qs.collect(qs.convert(model), batches), "max")
+    wanted = qs.calibrate(qs.convert(model, "linear-only"), batches, "max")
+    assert [each.amax for each in made.ranges] == [each.amax for each in wanted.ranges]
+
+
+def test_padding_alone_is_said_to_be_that(qmodel: PreTrainedModel) -> None:
+    with pytest.raises(CalibrationError, match=r"all tokens of the 2 rows are padding: their attention_mask is 0"):
+        qs.collect(qmodel, [{"input_ids": ids_of(2), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}])

@@ -101,12 +101,15 @@ LOCKS: dict[str, Callable[[str], str | None]] = {
 }
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["damaged", "forged"])
 @pytest.mark.parametrize("name", LOCKS)
-def test_without_it_the_model_is_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_it_the_model_is_the_same(
+    name: str, signed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     qmodel = calibrated()
     qmodel.save_pretrained(tmp_path)
     by_lock = BertForSequenceClassification.from_pretrained(tmp_path)
-    change_lock(tmp_path, LOCKS[name])
+    change_lock(tmp_path, LOCKS[name], signed)
     made = count_matches(monkeypatch)
     found = BertForSequenceClassification.from_pretrained(tmp_path)
     assert made == [CLASSIFIER]

@@ -292,3 +292,10 @@ def test_a_folder_that_cannot_be_made(name: str, said: str, tmp_path: Path) -> N
     with pytest.raises(qs.ModelError, match=said):
         calibrated().save_pretrained(tmp_path / name)
     assert os.listdir(tmp_path) == ["link"]
+
+
+def test_a_model_without_data_is_refused_in_words(tmp_path: Path) -> None:
+    qmodel = calibrated().to("meta")
+    with pytest.raises(qs.ModelError, match=r"_quantizer has no data .meta device.; load the model with its weights"):
+        qmodel.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

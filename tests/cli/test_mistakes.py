@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,8 @@ WRONG = {
         "full": NO_CONFIG,
         "model --rules bad.yaml": TYPO,
         "model --rules typo.yaml": NOTHING,
+        "model --rules ''": "'' is neither a shipped rule set nor a file",
+        "''": "an empty text is no folder; give one",
         "model --width 0": "'0' is no number of columns; give 1 to 10000",
         "model --class BertForMaskdLM": "'BertForMaskdLM' is asked for, .* lacks (did you mean BertForMaskedLM?)",
         "cal --rules qdqbert": CONVERTED,
@@ -103,6 +106,8 @@ WRONG = {
         "model texts.txt out --percentile 99": "--percentile goes with --method percentile only",
         "model texts.txt out --method percentile --percentile 200": "percentile 200.0 is outside (0, 100]; give for",
         "model texts.txt out --tokenizer full": "full .*tokenizer",
+        "model texts.txt out --tokenizer ''": "an empty text is no folder, so it has no tokenizer",
+        "model texts.txt out --rules ''": "'' is neither a shipped rule set nor a file",
         "cal texts.txt out --rules qdqbert": CONVERTED,
     },
     "evaluate": {
@@ -241,7 +246,7 @@ def test_a_mistake_is_said_in_a_line_and_writes_nothing(
     monkeypatch.chdir(files)
     before = sorted(files.rglob("*"))
     try:
-        code = main([command, *words.split()])
+        code = main([command, *shlex.split(words)])
     except SystemExit as stop:
         code = 2 if stop.code == 2 else -1
     said = capsys.readouterr().err

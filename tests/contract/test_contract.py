@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import pickle
+import re
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from architectures import batch_for, build, tensors_of
+import transformers
+from architectures import BY_TYPE, batch_for, build, kind_of, tensors_of
 from golden_case import Golden, assert_equal, flat
+from repository import PACKAGE
 from saved import change_config
-from transformers import BertForSequenceClassification, BertModel
+from transformers import BertModel
 
 import qdq_surgery as qs
 
@@ -39,18 +46,22 @@ def test_2_reference_exact(reference: Path) -> None:
     assert_equal(flat(output), wanted, tolerance=0.0)
 
 
-def test_3_same_class() -> None:
-    model = build("bert", "BertForSequenceClassification")
+@pytest.mark.parametrize("model_type", BY_TYPE)
+def test_3_same_class(model_type: str) -> None:
+    head = next(head for head in BY_TYPE[model_type].heads() if kind_of(head) == "sequence")
+    model = build(model_type, head)
     qmodel = qs.convert(model)
-    assert type(qmodel) is BertForSequenceClassification
+    assert type(qmodel) is getattr(transformers, head)
     assert qmodel.config.to_dict() == model.config.to_dict()
-    assert type(qmodel).forward is type(model).forward
+    assert inspect.signature(qmodel.forward) == inspect.signature(model.forward)
+    assert qmodel.forward.__func__ is type(model).forward
     before, after = model.state_dict(), qmodel.state_dict()
     assert list(before) == list(after)
     for quantizer in qs.quantizers(qmodel).values():
         quantizer.amax = 1.0
     added = set(qmodel.state_dict()) - set(before)
-    assert "bert.encoder.layer.0.attention.self.matmul_q_input_quantizer._amax" in added
+    assert model_type != "bert" or "bert.encoder.layer.0.attention.self.matmul_q_input_quantizer._amax" in added
+    assert len(added) == len(qs.quantizers(qmodel)) > 0
     assert all(name.endswith("_quantizer._amax") for name in added)
     assert set(before) < set(qmodel.state_dict())
 
@@ -71,6 +82,39 @@ def test_4_no_global_effects() -> None:
     assert torch.equal(other(**batch).last_hidden_state, of_other)
 
 
+def test_4_nothing_is_patched() -> None:
+    """No function of torch or transformers, and none of their classes' methods, is this package's."""
+    model = build("bert", "BertForSequenceClassification")
+    qmodel = qs.convert(model)
+    qs.calibrate(qmodel, [batch_for(model, (2, 5))])
+    qmodel(**batch_for(model, (3, 6), labels=True)).loss.backward()
+    assert [*patches()] == []
+    # The search finds one.
+    own = BertModel.forward
+    try:
+        BertModel.forward = vars(qs)["convert"]
+        assert [*patches()] == ["transformers.models.bert.modeling_bert.BertModel.forward"]
+    finally:
+        BertModel.forward = own
+
+
+def patches() -> Iterator[str]:
+    """Names in torch and transformers behind which there is code of the package."""
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] not in ("torch", "transformers") or type(module) is not types.ModuleType:
+            continue
+        for owner in [module, *(each for each in vars(module).values() if issubclass(type(each), type))]:
+            if owner is not module and owner.__module__ != name:
+                continue  # of another module
+            for attribute, value in [*vars(owner).items()]:
+                kind = type(value)  # some are proxies that fail when they are asked for anything
+                inner = value.fget if kind is property else value
+                function = value.__func__ if kind in (classmethod, staticmethod, types.MethodType) else inner
+                file = function.__code__.co_filename if type(function) is types.FunctionType else ""
+                if file.startswith(str(PACKAGE)):
+                    yield ".".join((name, *([] if owner is module else [owner.__qualname__]), attribute))
+
+
 def test_5_nothing_silent(tmp_path: Path) -> None:
     """In depth: test_matching.py, test_convert.py, test_onnx.py."""
     rules = tmp_path / "typo.yaml"
@@ -86,6 +130,12 @@ def test_5_nothing_silent(tmp_path: Path) -> None:
     with pytest.raises(qs.AttentionBypassError, match="'sdpa', which would bypass"):
         qmodel(**batch_for(model, (2, 5)))
     assert [refusal.path for refusal in qs.plan(model).refusals] == ["pooler.dense"]
+    without = next(iter(qs.quantizers(qmodel)))
+    qs.calibrate(qs.convert(model, inplace=True), [batch_for(model, (2, 5))])
+    qs.quantizers(model)[without].reset_amax()
+    with pytest.raises(qs.CalibrationError, match=re.escape(without)):
+        qs.export_onnx(model, tmp_path / "model.onnx", batch_for(model, (2, 5)), target="onnxruntime")
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_6_it_is_a_module() -> None:

@@ -298,3 +298,23 @@ def test_long_lists_are_cut(qmodel: PreTrainedModel) -> None:
 def test_pytorch_quantizations_own_calibrators_do_not_matter(qmodel: PreTrainedModel) -> None:
     qs.quantizers(qmodel)[SCORES]._calibrator = calib.MaxCalibrator(8, None, False)
     assert SCORES in read(qmodel)
+
+
+def test_a_range_for_each_channel_of_an_activation_is_refused(qmodel: PreTrainedModel) -> None:
+    """An integer product sums over them; the runtimes would say so in words of their own."""
+    quantizer = qs.quantizers(qmodel)[f"{QUERY}._input_quantizer"]
+    width = qmodel.config.hidden_size
+    quantizer.reset_amax()
+    quantizer.amax = torch.linspace(1, 2, width).reshape(1, 1, width)
+    with pytest.raises(qs.ExportError, match=rf"^{QUERY}\._input_quantizer has a range for each input .* axis: null"):
+        read(qmodel)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_broken_is_named(qmodel: PreTrainedModel, value: float) -> None:
+    """The certificate blamed the runtime."""
+    with torch.no_grad():
+        qmodel.get_submodule(QUERY).weight[0, 0] = value
+    for act in (read, qs.freeze):
+        with pytest.raises(qs.CalibrationError, match=rf"the weight of {QUERY} has a NaN or an infinite value"):
+            act(qmodel)

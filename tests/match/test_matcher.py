@@ -260,8 +260,35 @@ def test_what_the_example_does_not_reach_is_said() -> None:
             "exclude:\n  - {sites: 'ad_*', why: typo}\n",
             r"own\.yaml:5: an exclude entry excludes nothing .typo.; sites are called for example _input_q",
         ),
+        (
+            "rules:\n" + rule("brt", "linear(x, w)", "x: activation", more=", expect: {model_types: {brt: 7}}"),
+            r"own\.yaml:5: rule 'brt' expects something of the model type 'brt', .* and this model is a 'bert'",
+        ),
+        (
+            "rules:\n" + rule("Bert", "linear(x, w)", "x: activation", more=", expect: {model_types: {Bert: 7}}"),
+            r"of the model type 'Bert', which transformers does not know",
+        ),
+        (
+            "exclude:\n  - {within: '*', why: all}\n",
+            r"the rules of 'own' put no quantizer into Bert.*: their exclude entries leave all they match in float",
+        ),
+        (
+            "rules:\n" + rule("deep", "linear(x, w)", "x: activation", match="layers: [0, 11], "),
+            r"own\.yaml:5: rule 'deep' names layer 11, and the last encoder layer of Bert.* is 1; correct it, or mark",
+        ),
+        (
+            "exclude:\n  - {layers: [0, 2], sites: 'add_*', why: ends}\n",
+            r"own\.yaml:5: an exclude entry names layer 2, and the last encoder layer",
+        ),
+        (
+            "share:\n  - {layers: [0, 2], rules: residual-add, why: ends}\n",
+            r"own\.yaml:5: a share entry names layer 2, and the last encoder layer",
+        ),
     ],
-    ids=["matches-nothing", "nearest", "per-layer", "total", "model-type", "exclude-nothing"],
+    ids=[
+        *("matches-nothing", "nearest", "per-layer", "total", "model-type", "exclude-nothing"),
+        *("misspelt", "misspelt-case", "exclude-all", "no-such-layer", "exclude-no-layer", "share-no-layer"),
+    ],
 )
 def test_rules_that_do_not_fit_the_model(text: str, message: str, write: Write) -> None:
     model = build("bert", "BertForSequenceClassification")
@@ -269,6 +296,15 @@ def test_rules_that_do_not_fit_the_model(text: str, message: str, write: Write) 
         with pytest.raises(qs.MatchError, match=message):
             call(model, write(text))
     assert not qs.quantizers(model)
+
+
+def test_what_a_model_may_lack_is_no_mistake(write: Write) -> None:
+    """A layer of another depth where that is said, and a model type of somebody's own."""
+    more = ", expect: {model_types: {mybert: 7, roberta: 6}}, optional: true"
+    text = "rules:\n" + rule("own", "linear(x, w)", "x: activation", match="layers: [0, 11], ", more=more)
+    text += "exclude:\n  - {layers: [1, 11], sites: 'add_*', why: ends, optional: true}\n"
+    made = bert_plan(write(text))
+    assert {site.layer for site in made.sites if site.operator == "add"} == {0}
 
 
 def test_a_new_linear_in_bert_is_loud() -> None:
@@ -424,6 +460,7 @@ def test_a_narrower_residual_rule_of_a_users_own_leaves_the_other_adds_in_float(
         ("null", "-1", r"rule 'linears' gives 'w' .* axis: -1 at .*query.*, but that is for activations.*axis: 0"),
         ("null", "2", r"gives 'w' a spec with axis: 2 .* the tensor has 2 axes, counted from 0; write axis: 0"),
         ("0", "0", r"gives 'x' a spec with axis: 0 .* rows of an activation are others in each batch; .*axis: -1"),
+        ("1", "0", r"gives 'x' a spec with axis: 1 .* another size there where texts have another length; .*axis: -1"),
         ("3", "0", r"own.yaml:\d+: rule .* gives 'x' a spec with axis: 3 .* the tensor has 3 axes"),
     ],
 )

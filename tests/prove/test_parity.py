@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import build
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
@@ -369,6 +370,37 @@ def test_a_file_of_another_model() -> None:
     other = calibrated("distilbert")
     with pytest.raises(qs.ExportError, match="is of another model: this DistilBertModel has no quantizer encoder"):
         certify(other, path, inputs_for(other, (2, 9)))
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "words"),
+    [
+        ("BertModel", {"intermediate_size": 32}, r"has \d+ values at .*dense._weight_quantizer, and this model \d+"),
+        ("BertModel", {"num_attention_heads": 2}, r"has \d+ values at .*matmul_a_input_quantizer, and this model \d+"),
+        ("BertForPreTraining", {}, r"has no quantizer encoder"),
+    ],
+    ids=["width", "heads", "head"],
+)
+def test_a_file_of_a_model_with_other_sizes(head: str, options: dict[str, Any], words: str) -> None:
+    _, path = model_of("bert")
+    other = calibrated("bert", head, "onnxruntime", **{**OPTIONS["bert"], **options})
+    with pytest.raises(qs.ExportError, match=f"is of another model: .*{words}"):
+        certify(other, path, inputs_for(other, (2, 9)))
+
+
+def test_outputs_of_another_shape_are_another_models() -> None:
+    """Subtracted, they might be spread over each other."""
+    wanted, found = {"logits": np.zeros((2, 3), np.float32)}, {"logits": np.zeros((2, 1), np.float32)}
+    with pytest.raises(qs.ExportError, match=r"it gives logits of the shape \(2, 1\), and this model \(2, 3\)"):
+        parity._differences(wanted, found)
+    with pytest.raises(qs.ExportError, match="it gives logits of the shape none"):
+        parity._differences(wanted, {})
+
+
+def test_a_float_model_is_told_that_it_is_not_converted() -> None:
+    qmodel, path = model_of("bert")
+    with pytest.raises(qs.ModelError, match="is not converted"):
+        certify(build("bert", "BertModel"), path, inputs_for(qmodel, (2, 9)))
 
 
 def test_an_input_that_is_missing() -> None:

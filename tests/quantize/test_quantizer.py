@@ -118,6 +118,25 @@ def test_disabled_passes_the_same_object() -> None:
     assert not torch.equal(target(inputs), inputs)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_quantizer_is_switched_off_and_on() -> None:
+    target, inputs = quantizer(amax=0.1), data(5)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda values: target(values), backend="eager", fullgraph=True)
+    switches: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+        (target.disable, target.enable),
+        (target.disable_quant, target.enable_quant),
+        (lambda: target.hold_off(7), lambda: target.let_go(7)),
+    ]
+    rounded = target(inputs)
+    assert not torch.equal(rounded, inputs)
+    for off, on in switches:
+        off()
+        assert torch.equal(compiled(inputs), inputs)
+        on()
+        assert torch.equal(compiled(inputs), rounded)
+
+
 def test_disabled_does_not_calibrate() -> None:
     target = quantizer()
     target.enable_calib()

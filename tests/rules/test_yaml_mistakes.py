@@ -113,6 +113,12 @@ MISSING: Cases = {
         "write within, layers, sites, rules or captures$",
     ),
     "count-range": (with_count("^{}"), "per_layer says nothing", "min, max or both"),
+    "promise-of-nothing": (with_key("expect: ^{}"), "expect promises nothing", "per_layer, total, model_types"),
+    "promise-to-nobody": (
+        with_key("expect: {per_layer: 6, model_types: ^{}}"),
+        "model_types names no model type",
+        "for example bert: 6",
+    ),
     "count-list": (with_count("^[]"), "per_layer allows no number", r"6, \[6, 10\] or \{min: 1\}"),
     "quantize-captures": (
         with_quantize("{}").replace("- name", "- ^name"),

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from qdq_surgery.surgery.model_state import (
     is_converted,
     plan_of,
     quantized_forwards,
+    refuse_lost,
     set_state,
     state_of,
 )
@@ -99,3 +101,27 @@ def test_blocks_tell_what_they_run() -> None:
     assert [*quantized_forwards(qmodel.get_submodule("encoder.layer.0.attention.self"))] == ["attention"]
     assert [*quantized_forwards(qmodel.get_submodule("encoder.layer.0.output"))] == ["forward"]
     assert quantized_forwards(nn.Linear(2, 2)) == {}
+
+
+LOSE: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "another linear": lambda model: setattr(model.encoder.layer[0].output, "dense", nn.Linear(48, 32)),
+    "no quantizer": lambda model: setattr(model.encoder.layer[0].output.dense, "_input_quantizer", None),
+}
+
+
+@pytest.mark.parametrize("name", LOSE)
+def test_a_quantizer_that_was_lost_is_missed(name: str, tmp_path: Path) -> None:
+    """What was to be in INT8 would be in float without a word."""
+    qmodel, _ = calibrated()
+    LOSE[name](qmodel)
+    words = r"has lost encoder\.layer\.0\.output\.dense\._input_quantizer .rule 'encoder-linear'. since its conversion"
+    with pytest.raises(ModelError, match=words):
+        qs.export_onnx(qmodel, tmp_path / "model.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_layer_that_was_taken_out_is_not_missed() -> None:
+    qmodel, made = calibrated()
+    qmodel.encoder.layer = qmodel.encoder.layer[:1]
+    refuse_lost(qmodel, "the file")
+    assert len(made.now(qmodel).ranges) == 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_checkpoint import TEXTS, save_tiny_bert, write_texts
@@ -45,6 +46,22 @@ def test_it_gives_json(model: Path, texts: Path, tmp_path: Path, capsys: pytest.
     assert found["met"] is True
     assert found["in_float"] == 1.0
     assert found["rules"] == rules.read_text(encoding="utf-8")
+
+
+def test_what_is_asked_for_is_what_is_tuned_for(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def tune(_: Any, __: Any, target: Any, budget: float, **options: Any) -> None:
+        asked.update(options, target=target, budget=budget)
+        raise qs.OptionError("enough")
+
+    monkeypatch.setattr("qdq_surgery.cli.models.tune", tune)
+    options = ["--target", "openvino", "--budget", "0.25", "--float-share", "0.5", "--metric", "kl"]
+    assert main(["tune", str(model), str(texts), str(tmp_path / "mine.yaml"), *options]) == 1
+    wanted = {"target": "openvino", "budget": 0.25, "float_share": 0.5, "metric": "kl"}
+    assert {name: asked[name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(
