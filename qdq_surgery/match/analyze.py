@@ -157,12 +157,15 @@ def mark_baked_sizes(first: Survey, other: Survey) -> None:
 
 
 def _mark_open_axes(graph: Graph, other: Graph) -> None:
-    if len(graph.nodes) != len(other.nodes):
+    ours, theirs = list(graph.nodes), list(other.nodes)
+    if len(ours) != len(theirs):
         return  # chunks, of which there are more
-    for one, two in zip(graph.nodes, other.nodes, strict=True):
+    for one, two in zip(ours, theirs, strict=True):
         sizes, again = one.meta.get("shape"), two.meta.get("shape")
         if sizes and again and len(sizes) == len(again):
-            one.meta["open_axes"] = {axis for axis, size in enumerate(sizes) if size != again[axis]}
+            pairs = enumerate(zip(sizes, again, strict=True))
+            # (A size that was recorded itself would record that it is compared.)
+            one.meta["open_axes"] = {axis for axis, both in pairs if {*map(type, both)} == {int} and both[0] != both[1]}
 
 
 def _depends(graph: BlockGraph, other: BlockGraph | None) -> str | None:

@@ -55,7 +55,7 @@ rules:
     why: it pays
     match: {within: [a, b], layers: all, pattern: "linear(x, w)"}
     quantize: {x: {as: x_quantizer}, w: four}
-    expect: {}
+    # it promises nothing
     optional: false
 exclude:
   - {why: too sensitive, within: ['*.0.*', '*.1.*'], layers: 0, sites: x_quantizer, rules: [product, 'lin*']}
