@@ -41,12 +41,6 @@ def tiny() -> PreTrainedModel:
     return calibrated(num_hidden_layers=1)
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``tiny``, with whatever ranges, is traced once for all tests: most of an export is its tracing."""
-    monkeypatch.setattr(tracing, "trace", traced_once)
-
-
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +222,6 @@ def test_every_uncalibrated_quantizer_is_named(folder: Path) -> None:
     assert said.splitlines()[1:] == [f"  {name}" for name in inputs]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("package", ["onnx", "onnx_ir", "onnxscript", "onnxruntime"])
 def test_packages_that_are_not_installed(
     package: str, tiny: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -247,7 +240,6 @@ def test_packages_that_are_not_installed(
     )
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_runtime_that_is_not_installed_is_told_of(
     tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +251,6 @@ def test_a_runtime_that_is_not_installed_is_told_of(
     assert "not checked: OpenVINO, which is not installed; pip install 'qdq-surgery[openvino]'" in file.parity.to_text()
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("parity", [True, False])
 def test_what_was_built_is_passed_along(
     parity: bool, tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -332,7 +323,6 @@ def test_a_failed_export_leaves_nothing(
     assert not torch.equal(quantizer(values), values)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_failed_export_without_a_file_before(
     tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +331,6 @@ def test_a_failed_export_without_a_file_before(
     assert listing(tmp_path) == {}
 
 
-@pytest.mark.usefixtures("quick")
 def test_without_the_certificate_nothing_is_checked(
     tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +340,6 @@ def test_without_the_certificate_nothing_is_checked(
     assert "parity" not in file.to_text()
 
 
-@pytest.mark.usefixtures("quick")
 def test_what_a_runtime_has_no_kernel_for(tiny: PreTrainedModel, folder: Path) -> None:
     pytest.importorskip("openvino")
     quantizer = qs.quantizers(tiny)["encoder.layer.0.output.add_residual_input_quantizer"]

@@ -39,7 +39,6 @@ pytest.importorskip("onnxscript")
 
 from exported import assert_parity, calibrated, exported, inputs_for, listing, outputs_of, run, traced_once  # noqa: E402
 
-from qdq_surgery.export import onnx_trace as tracing  # noqa: E402
 from qdq_surgery.export.pipeline import build as build_graph  # noqa: E402
 
 #: Values half-way between two steps may go either way, which moves what comes after; more than this on average is more.
@@ -211,7 +210,6 @@ def test_closed_shapes(tmp_path: Path) -> None:
         run(file.path, inputs_for(qmodel, (1, 10)))
 
 
-@pytest.mark.usefixtures("quick")
 def test_signed_and_unsigned_activations_give_the_same(tiny: PreTrainedModel, tmp_path: Path) -> None:
     file, other = (
         export_onnx(tiny, tmp_path / f"{kind}.onnx", activations=kind, parity=False) for kind in ("uint8", "int8")
@@ -302,7 +300,6 @@ def stored_as(qmodel: PreTrainedModel, file: Export) -> dict[str, tuple[Any, Any
 ROUNDED = 3e-7
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("native", [False, True])
 def test_weights_are_what_pytorch_rounds_them_to(native: bool, tiny: PreTrainedModel, tmp_path: Path) -> None:
     qmodel = tiny
@@ -324,7 +321,6 @@ def test_weights_are_what_pytorch_rounds_them_to(native: bool, tiny: PreTrainedM
     assert {int(each.min()) for each in integers} == {-128}
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("native", [False, True])
 def test_weights_rounded_for_their_products_are_stored_so(native: bool, tmp_path: Path) -> None:
     qmodel = calibrated(num_hidden_layers=1)
@@ -461,7 +457,6 @@ def test_a_tied_embedding_is_looked_up_in_float(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("quick")
 def test_shared_ranges(tmp_path: Path) -> None:
     qmodel = calibrated(rules="fuse-qkv", num_hidden_layers=1)
     file = export_onnx(qmodel, tmp_path / "model.onnx", target="tensorrt", opset=20)  # in which ``tiny`` is traced
@@ -521,18 +516,12 @@ def tiny() -> PreTrainedModel:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``tiny``, with whatever ranges, is traced once for all tests: most of an export is its tracing."""
-    monkeypatch.setattr(tracing, "trace", traced_once)
-
-
-@pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if protobuf ended early."""
     monkeypatch.setattr(opened, "LARGEST", 1000)
 
 
-@pytest.mark.usefixtures("large", "quick")
+@pytest.mark.usefixtures("large")
 def test_weights_beside_the_file(tiny: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "one"
     folder.mkdir()

@@ -30,7 +30,7 @@ from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random, seed_generators
 from qdq_surgery.safety.transaction import kept_modes, put_back_after
-from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.surgery.model_state import check_module, plan_of, quantizers
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
@@ -212,7 +212,7 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     Raises:
         ModelError: There is none, or its tensors are offloaded.
     """
-    quantizers(qmodel)  # says it where this is no model
+    check_module(qmodel)
     model = qmodel
     while True:
         inner = getattr(model, "_orig_mod", None)

@@ -25,6 +25,7 @@ from qdq_surgery.cli.options import (
     show,
     text_options,
     texts_argument,
+    tokenizer_of,
 )
 from qdq_surgery.convert import convert
 from qdq_surgery.errors import OptionError
@@ -85,7 +86,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     check_method(arguments.method, arguments.percentile)
     check_new(arguments.output)
     samples = read_samples(arguments.texts, arguments.column)
-    tokenizer = arguments.model if arguments.tokenizer is None else arguments.tokenizer
+    tokenizer = tokenizer_of(arguments)
     with steps(2) as bar:
         bar.next("loading")
         model = load(arguments)

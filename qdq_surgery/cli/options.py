@@ -47,6 +47,7 @@ __all__ = [
     "show",
     "text_options",
     "texts_argument",
+    "tokenizer_of",
 ]
 
 #: The rules that are meant where none are named.
@@ -193,6 +194,11 @@ def rules_of(arguments: argparse.Namespace) -> str:
     return RULES if arguments.rules is None else str(arguments.rules)
 
 
+def tokenizer_of(arguments: argparse.Namespace) -> str:
+    """The folder of ``--tokenizer``, or the model's; an empty text is none, as of the rules."""
+    return str(arguments.model if arguments.tokenizer is None else arguments.tokenizer)
+
+
 def check_rules(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
     """Whether rules are named only where they are for something.
 
@@ -225,8 +231,7 @@ def batches(
     arguments: argparse.Namespace, samples: Sequence[Sample], model: PreTrainedModel, notes: bool = True
 ) -> list[dict[str, Tensor]]:
     """The texts as the model takes them; what was done to them is said, if ``notes``."""
-    tokenizer = arguments.model if arguments.tokenizer is None else arguments.tokenizer
-    data = text_batches(samples, model, tokenizer, arguments.batch, arguments.length)
+    data = text_batches(samples, model, tokenizer_of(arguments), arguments.batch, arguments.length)
     for note in data.notes if notes else ():
         say("note", note)
     return data.batches

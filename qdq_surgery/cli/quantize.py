@@ -30,6 +30,7 @@ from qdq_surgery.cli.options import (
     show,
     text_options,
     texts_argument,
+    tokenizer_of,
 )
 from qdq_surgery.cli.report import check_report, diff_of
 from qdq_surgery.cli.wording import say
@@ -125,7 +126,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         if arguments.tei:
             check_served(TARGETS[arguments.target], model.config)
         data, held_out = batches(arguments, samples, model), batches(arguments, others, model, notes=False)
-    tokenizer = arguments.model if arguments.tokenizer is None else arguments.tokenizer
+    tokenizer = tokenizer_of(arguments)
     with deployed_folder(arguments.output, arguments.model, tokenizer, max_tokens(model.config)) as draft:
         qmodel = convert(model, rules, inplace=True)
         made = _write(qmodel, draft, data, held_out, arguments)

@@ -18,9 +18,9 @@ from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
 from qdq_surgery.numerics.grid import Grid
 from qdq_surgery.quantize.embedding import QuantEmbedding
-from qdq_surgery.quantize.linear import QuantLinear, refuse_broken
+from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
-from qdq_surgery.surgery.model_state import quantizers
+from qdq_surgery.surgery.model_state import quantizers, refuse_broken
 from qdq_surgery.targets.target import Target
 
 __all__ = ["QParams", "read_qparams"]
@@ -122,10 +122,10 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
         )
     _check_ranges(acting)
     _refuse(acting, target)
+    refuse_broken(qmodel)
     found = {name: _qparams(name, each) for name, each in acting.items()}
     for name, linear in qmodel.named_modules():
         if isinstance(linear, QuantLinear):
-            refuse_broken(name, linear)
             for role in ("input", "weight"):
                 _check_summed(found.get(f"{name}.{LINEAR_NAMES[role]}"))
             _pass_scale(found, f"{name}.{LINEAR_NAMES['input']}", f"{name}.{LINEAR_NAMES['weight']}", linear)

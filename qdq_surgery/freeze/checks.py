@@ -11,8 +11,8 @@ from qdq_surgery.hf.tied_weights import tied_names
 from qdq_surgery.integers.choice import PLACES, PRODUCTS, unsupported
 from qdq_surgery.integers.weight import why_float
 from qdq_surgery.quantize.embedding import QuantEmbedding
-from qdq_surgery.quantize.linear import QuantLinear, refuse_broken
-from qdq_surgery.surgery.model_state import plan_of, quantizers
+from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.surgery.model_state import quantizers, refuse_broken, refuse_lost
 
 __all__ = ["Choice", "choose", "reasons_kept"]
 
@@ -42,12 +42,10 @@ def choose(qmodel: PreTrainedModel) -> Choice:
             integer products do not run here.
         CalibrationError: A quantizer has no range, or is collecting.
     """
-    plan_of(qmodel)
+    refuse_lost(qmodel, "the frozen model")
     _check_place(qmodel)
     _check_ranges(qmodel)
-    for name, linear in qmodel.named_modules():
-        if isinstance(linear, QuantLinear):
-            refuse_broken(name, linear)
+    refuse_broken(qmodel)
     linears, found = _linears(qmodel)
     integer = tuple(name for name, reason in found.items() if reason is None)
     kept = {name: reason for name, reason in found.items() if reason is not None}

@@ -157,10 +157,9 @@ def mark_baked_sizes(first: Survey, other: Survey) -> None:
 
 
 def _mark_open_axes(graph: Graph, other: Graph) -> None:
-    ours, theirs = list(graph.nodes), list(other.nodes)
-    if len(ours) != len(theirs):
+    if len(graph.nodes) != len(other.nodes):
         return  # chunks, of which there are more
-    for one, two in zip(ours, theirs, strict=True):
+    for one, two in zip(graph.nodes, other.nodes, strict=True):
         sizes, again = one.meta.get("shape"), two.meta.get("shape")
         if sizes and again and len(sizes) == len(again):
             pairs = enumerate(zip(sizes, again, strict=True))

@@ -20,7 +20,6 @@ __all__ = ["Tally", "check_expectations"]
 #: How alike two names are from which on one is the other with a mistake: 'brt' or 'Bert' is, 'mybert' is not.
 _MISSPELT = 0.82
 
-
 _ALL_EXCLUDED = "their exclude entries leave all they match in float"
 
 

@@ -8,12 +8,11 @@ from pytorch_quantization import nn as quant_nn
 from torch import Tensor
 from torch.nn import functional
 
-from qdq_surgery.errors import CalibrationError
 from qdq_surgery.quantize.export_node import is_tagged
 from qdq_surgery.quantize.misfits import rounding_misfit
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 
-__all__ = ["QuantLinear", "refuse_broken"]
+__all__ = ["QuantLinear"]
 
 
 class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
@@ -75,17 +74,3 @@ class QuantLinear(quant_nn.QuantLinear):  # type: ignore[misc]
                 problem = rounding_misfit(steps.dtype, steps.shape, weight)
                 if problem is not None:
                     args[-1].append(f"{prefix}{own}._rounding: {problem}")
-
-
-def refuse_broken(name: str, linear: QuantLinear) -> None:
-    """Refuse a weight that no integers can stand for.
-
-    Args:
-        name: The path of the linear.
-
-    Raises:
-        CalibrationError: It is quantized, and has a NaN or an infinite value.
-    """
-    quantizer = linear._weight_quantizer
-    if quantizer is not None and quantizer.quantizes and not bool(linear.weight.isfinite().all()):
-        raise CalibrationError(f"the weight of {name} has a NaN or an infinite value, which no integer stands for")

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from qdq_surgery.errors import ModelError
+from qdq_surgery.errors import CalibrationError, ModelError
 from qdq_surgery.hf.wrappers import models_inside
 from qdq_surgery.match.plan import Plan
+from qdq_surgery.quantize.embedding import QuantEmbedding
+from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.transaction import put_back_after
 from qdq_surgery.surgery.quantized_forward import QuantizedForward
@@ -22,11 +24,13 @@ __all__ = [
     "FROZEN_ATTRIBUTE",
     "CalibrationRecord",
     "ModelState",
+    "check_module",
     "is_converted",
     "plan_of",
     "quantization_disabled",
     "quantized_forwards",
     "quantizers",
+    "refuse_broken",
     "refuse_disabled",
     "refuse_lost",
     "set_state",
@@ -72,7 +76,12 @@ def is_converted(model: nn.Module) -> bool:
     return isinstance(getattr(model, "__dict__", {}).get(_STATE), ModelState)
 
 
-def _check_module(qmodel: object) -> None:
+def check_module(qmodel: object) -> None:
+    """Nothing, if it is a module.
+
+    Raises:
+        ModelError: It is something else.
+    """
     if not isinstance(qmodel, nn.Module):
         raise ModelError(f"found a {type(qmodel).__name__}, wanted a model that qdq_surgery.convert returned")
 
@@ -91,7 +100,7 @@ def state_of(qmodel: nn.Module) -> ModelState:
     Raises:
         ModelError: The model was not made by :func:`convert`.
     """
-    _check_module(qmodel)
+    check_module(qmodel)
     state = vars(qmodel).get(_STATE)
     if FROZEN_ATTRIBUTE in vars(qmodel):
         raise ModelError(
@@ -133,7 +142,7 @@ def quantizers(qmodel: nn.Module) -> dict[str, TensorQuantizer]:
     Raises:
         ModelError: It is no model.
     """
-    _check_module(qmodel)
+    check_module(qmodel)
     return {name: module for name, module in qmodel.named_modules() if isinstance(module, TensorQuantizer)}
 
 
@@ -167,6 +176,20 @@ def refuse_lost(qmodel: nn.Module, what: str) -> None:
             f"and {len(lost) - 1} more, so that {what} would leave this in float; disable() quantizers in place of "
             "taking them out, and exchange modules before the conversion"
         )
+
+
+def refuse_broken(qmodel: nn.Module) -> None:
+    """Refuse weights and tables that no integers can stand for.
+
+    Raises:
+        CalibrationError: One is quantized, and has a NaN or an infinite value; names the module.
+    """
+    for name, module in qmodel.named_modules():
+        if not isinstance(module, (QuantLinear, QuantEmbedding)):
+            continue
+        quantizer = module._weight_quantizer
+        if quantizer is not None and quantizer.quantizes and not bool(module.weight.isfinite().all()):
+            raise CalibrationError(f"the weight of {name} has a NaN or an infinite value, which no integer stands for")
 
 
 @contextmanager

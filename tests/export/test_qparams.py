@@ -311,10 +311,12 @@ def test_a_range_for_each_channel_of_an_activation_is_refused(qmodel: PreTrained
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_broken_is_named(qmodel: PreTrainedModel, value: float) -> None:
-    """The certificate blamed the runtime."""
+@pytest.mark.parametrize("place", [QUERY, "embeddings.word_embeddings"])
+def test_a_weight_that_is_broken_is_named(place: str, value: float) -> None:
+    """The certificate blamed the runtime; a table is one, too."""
+    qmodel = calibrated(rules="onnxruntime", num_hidden_layers=1, vocab_size=1100)
     with torch.no_grad():
-        qmodel.get_submodule(QUERY).weight[0, 0] = value
+        qmodel.get_submodule(place).weight[0, 0] = value
     for act in (read, qs.freeze):
-        with pytest.raises(qs.CalibrationError, match=rf"the weight of {QUERY} has a NaN or an infinite value"):
+        with pytest.raises(qs.CalibrationError, match=rf"the weight of {place} has a NaN or an infinite value"):
             act(qmodel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,7 +96,6 @@ def test_a_machine_without_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "reason"),
     [
         (lambda linear: linear._weight_quantizer.disable(), "its weight quantizer is disabled"),
-        (lambda linear: linear._modules.update(_input_quantizer=None), "no rule quantizes its input"),
         (lambda linear: vars(linear).update(forward=type(linear).forward), "it has a forward of its own"),
         (lambda linear: linear._weight_quantizer._amax.resize_(1, 32), "ranges along another axis"),
         (
@@ -111,6 +111,15 @@ def test_linears_that_stay(change: Callable[[Any], object], reason: str) -> None
     made = choose(qmodel)
     assert len(made.integer) == 11
     assert reason in made.kept[FIRST]
+
+
+def test_a_linear_whose_input_no_rule_quantizes(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    exclude = f"{{why: a test, within: {FIRST}, sites: _input_quantizer}}"
+    path.write_text(f"schema: 1\nname: without\nextends: linear-only\nexclude:\n  - {exclude}\n")
+    qmodel = qs.convert(build("bert", "BertModel"), str(path))
+    qs.calibrate(qmodel, [{"input_ids": torch.arange(3, 9)[None]}])
+    assert choose(qmodel).kept == {FIRST: "no rule quantizes its input"}
 
 
 def test_a_model_of_which_nothing_can_be_frozen() -> None:

@@ -118,6 +118,8 @@ def test_a_quantizer_that_was_lost_is_missed(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=words):
         qs.export_onnx(qmodel, tmp_path / "model.onnx")
     assert not any(tmp_path.iterdir())
+    with pytest.raises(ModelError, match=words):
+        qs.freeze(qmodel)
 
 
 def test_a_layer_that_was_taken_out_is_not_missed() -> None:

@@ -29,7 +29,9 @@ def scale_linear(
         pairs: By what they give.
 
     Returns:
-        The weight's pair, whose scales are others now; ``None`` where nothing was changed.
+        The weight's pair, whose steps are others now. ``None`` where nothing was changed: something else reads the
+        linear, its weight is float, or with a factor for each output, has one step for all or steps too small for the
+        file's precision.
     """
     node = value.producer()
     if node is None or only_reader(value) is not reader:
@@ -49,9 +51,19 @@ def scale_linear(
     constants = [(weight.dequantize, 1), *([] if bias is None else [(node, bias)])]
     if factor.ndim and any(_shape(each.inputs[at]) != factor.shape for each, at in constants):
         return None
+    if factor.ndim and not _holds(weight.dequantize.inputs[1], factor):
+        return None
     for each, at in constants:
         scale_constant(graph, each, at, factor)
     return weight
+
+
+def _holds(value: ir.Value | None, factor: NDArray[np.floating]) -> bool:
+    """Whether each step divided by an outlier's scale keeps its digits: half precision has fewer of them below 6e-5."""
+    assert value is not None
+    assert value.const_value is not None
+    steps = value.const_value.numpy()
+    return bool((steps.astype(np.float64) * factor >= np.finfo(steps.dtype).tiny).all())
 
 
 def _shape(value: ir.Value | None) -> tuple[int, ...] | None:

@@ -86,11 +86,11 @@ product (float[b,s,8] x) => (float[b,s,6] y) {
 }"""
 
 
-def linear_in_front(text: str, steps: int = 6) -> tuple[Any, tuple[Pair, ...]]:
+def linear_in_front(text: str, steps: int = 6, kind: type[np.floating] = np.float32) -> tuple[Any, tuple[Pair, ...]]:
     """The graph of a linear with 8 inputs and 6 outputs, and the pair of its weight."""
     given = {"steps": RANDOM.uniform(0.01, 0.1, size=steps), "bias": RANDOM.normal(size=6), "by": np.abs(BY[:6])}
     integers = RANDOM.integers(-127, 127, size=(8, 6), dtype=np.int8)
-    model = graph(text, integers=integers, **{name: np.float32(each) for name, each in given.items()})
+    model = graph(text, integers=integers, **{name: each.astype(kind) for name, each in given.items()})
     for node in model.graph:
         if node.op_type == "Mul":
             node.name = "add@2/divided"
@@ -125,6 +125,15 @@ def test_a_linear_that_something_else_reads_or_whose_weight_is_float_stays(old: 
     model, pairs = linear_in_front(WEIGHT.replace("ORDER", "p, bias").replace(old, new))
     assert fold_channel_scales(model.graph, pairs) == 0
     assert "Mul" in operators(model.graph)
+
+
+@pytest.mark.parametrize(("smallest", "folded"), [(0.5, 1), (2e-4, 0)])
+def test_steps_that_half_precision_cannot_hold_stay(smallest: float, folded: int) -> None:
+    model, pairs = linear_in_front(WEIGHT.replace("ORDER", "p, bias"), kind=np.float16)
+    by = np.array([1, 1, 1, 1, 1, smallest], np.float16)
+    model.graph.initializers["by"].const_value = ir.tensor(by, name="by")
+    assert fold_channel_scales(model.graph, pairs) == folded
+    assert pairs[0].site.divided == ("add" if folded else None)
 
 
 def test_one_step_for_a_whole_weight_stays_one() -> None:
@@ -243,6 +252,21 @@ def test_a_file_in_half_precision(tmp_path: Path) -> None:
     assert file.parity.agrees
     kinds = {each.data_type for each in onnx.load(str(file.path)).graph.initializer if "ided/scale" in each.name}
     assert kinds == {onnx.TensorProto.FLOAT16}
+
+
+@pytest.mark.slow
+def test_an_outlier_of_the_bias_in_half_precision(tmp_path: Path) -> None:
+    """Its row of the weight has small steps, which divided by its scale would be 0 in half precision."""
+    model = build("bert", "BertModel", num_hidden_layers=1)
+    dense = model.encoder.layer[0].output.dense
+    with torch.no_grad():
+        dense.weight[3] *= 0.1
+        dense.bias[3] = 50.0
+    qmodel = qs.convert(model, "tensorrt-both")
+    qs.calibrate(qmodel, [inputs_for(qmodel, (4, 12))])
+    file = qs.export_onnx(qmodel, tmp_path / "m.onnx", target="tensorrt", precision="float16", dynamic=False)
+    assert file.parity is not None
+    assert file.parity.agrees
 
 
 @pytest.mark.slow
