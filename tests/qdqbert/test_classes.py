@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from golden_case import Golden, assert_equal, flat, target_of
+from hearing import Heard
 from pytorch_quantization import nn as quant_nn
 from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor
@@ -97,7 +98,7 @@ def test_the_config_comes_back_from_a_folder(tmp_path: Path) -> None:
     assert qs.QDQBertConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
 
 
-def test_the_config_of_a_bert_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_config_of_a_bert_folder(tmp_path: Path, heard: Heard) -> None:
     BertConfig(**SIZES, num_labels=3, layer_norm_eps=1e-5).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     found = qs.QDQBertConfig.from_pretrained(tmp_path)
@@ -105,10 +106,10 @@ def test_the_config_of_a_bert_folder(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, None, None)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in saved.items() if not k.endswith("_token_id")}))
     assert qs.QDQBertConfig.from_pretrained(tmp_path).pad_token_id == 0
-    assert not caplog.records
+    assert not heard.records
     (tmp_path / "config.json").write_text(json.dumps({**saved, "model_type": "roberta"}))
     qs.QDQBertConfig.from_pretrained(tmp_path)
-    assert "of type `roberta`" in caplog.text
+    assert "of type `roberta`" in heard.text
 
 
 def test_a_bert_config_keeps_its_values() -> None:

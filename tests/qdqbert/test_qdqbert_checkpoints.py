@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hearing import Heard
 from safetensors import safe_open
 from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
@@ -78,16 +79,14 @@ def stored_ranges(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.usefixtures("threads_of_the_reference")
 @pytest.mark.parametrize("by", ["class", "auto"])
 @pytest.mark.parametrize("name", [*CALIBRATED, UNCALIBRATED])
-def test_an_old_checkpoint_computes_what_it_did(
-    name: str, by: str, checkpoints: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_old_checkpoint_computes_what_it_did(name: str, by: str, checkpoints: Path, heard: Heard) -> None:
     cls = class_of(name) if by == "class" else getattr(transformers, AUTO[name])
     model, info = cls.from_pretrained(checkpoints / name, output_loading_info=True)
     assert type(model) is class_of(name)
     assert not model.training
     assert_as_recorded(checkpoints / name, model)
     assert {what: [*keys] for what, keys in info.items() if keys} == {}
-    assert [record.getMessage() for record in caplog.records] == []
+    assert [record.getMessage() for record in heard.records] == []
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
@@ -120,16 +119,16 @@ def test_an_old_checkpoint_s_head_stays_tied(name: str, checkpoints: Path) -> No
     assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
 
 
-def test_an_old_checkpoint_for_another_head(checkpoints: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_checkpoint_for_another_head(checkpoints: Path, heard: Heard) -> None:
     body = qs.QDQBertModel.from_pretrained(checkpoints / "causal-lm")
     whole = qs.QDQBertLMHeadModel.from_pretrained(checkpoints / "causal-lm")
     for name, quantizer in qs.quantizers(body).items():
         assert quantizer.amax is not None
         assert torch.equal(quantizer.amax, qs.quantizers(whole)[f"bert.{name}"].amax), name
-    assert "_amax" not in caplog.text
+    assert "_amax" not in heard.text
     qs.QDQBertForTokenClassification.from_pretrained(checkpoints / "causal-lm", num_labels=4, is_decoder=False)
-    assert "_amax" not in caplog.text
-    assert "classifier.weight" in caplog.text  # what is not in the checkpoint is still said
+    assert "_amax" not in heard.text
+    assert "classifier.weight" in heard.text  # what is not in the checkpoint is still said
 
 
 @pytest.mark.usefixtures("threads_of_the_reference")
@@ -192,7 +191,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_bert_checkpoint_gives_what_convert_gives(bert: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bert_checkpoint_gives_what_convert_gives(bert: Path, heard: Heard) -> None:
     model = qs.QDQBertForMaskedLM.from_pretrained(bert)
     wanted = qs.convert(transformers.BertForMaskedLM.from_pretrained(bert))
     assert type(model) is qs.QDQBertForMaskedLM
@@ -202,7 +201,7 @@ def test_a_bert_checkpoint_gives_what_convert_gives(bert: Path, caplog: pytest.L
     assert model.config.layer_norm_eps == 1e-5
     assert model.config.pad_token_id == 0
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert [record.getMessage() for record in caplog.records] == []
+    assert [record.getMessage() for record in heard.records] == []
 
 
 def test_a_config_object_keeps_its_values(bert: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from absl import logging as absl_logging
+from hearing import Heard
 from made_quantizers import (
     HALF,
     HALF_IDS,
@@ -138,9 +139,7 @@ def life_of(target: quant_nn.TensorQuantizer, args: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize(("method", "args"), [("max", ()), ("histogram", ("percentile",))], ids=["max", "histogram"])
-def test_nothing_is_logged(
-    method: str, args: tuple[Any, ...], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_logged(method: str, args: tuple[Any, ...], heard: Heard, capfd: pytest.CaptureFixture[str]) -> None:
     target = quantizer(calib_method=method)
     life_of(target, args)
     target.amax = torch.tensor(1.0)
@@ -152,19 +151,19 @@ def test_nothing_is_logged(
     assert quantizer().step_size is None
     quantizer(amax=1.0, axis=None, unsigned=True)(data(4).abs())
     from_spec(QuantSpec(calibrator=CalibratorSpec("percentile", num_bins=200))).half()
-    assert caplog.records == []
+    assert heard.records == []
     assert capfd.readouterr() == ("", "")
 
 
-def test_pytorch_quantization_is_heard_by_that_test(caplog: pytest.LogCaptureFixture) -> None:
+def test_pytorch_quantization_is_heard_by_that_test(heard: Heard) -> None:
     before = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.INFO)  # what runs as a program has turned it down
     try:
         life_of(real(), ())
     finally:
         absl_logging.set_verbosity(before)
-    assert {record.name for record in caplog.records} == {"absl"}
-    assert any("Load calibrated amax" in record.getMessage() for record in caplog.records)
+    assert {record.name for record in heard.records} == {"absl"}
+    assert any("Load calibrated amax" in record.getMessage() for record in heard.records)
 
 
 def with_nan(target: quant_nn.TensorQuantizer) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pattern_trees import NAMES, PROPERTY, trees
 
@@ -158,8 +158,7 @@ def rule_sets(draw: st.DrawFn) -> RuleSet:
     )
 
 
-@pytest.mark.slow
-@PROPERTY
+@settings(PROPERTY, max_examples=50)  # 40 ms each
 @given(rules=rule_sets())
 def test_any_rules_come_back(rules: RuleSet) -> None:
     assert_same(through_json(rules), rules)

@@ -98,7 +98,7 @@ def test_a_python_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(smoke_versions, "MODELS", {"bert": smoke_versions.MODELS["bert"]})
+    monkeypatch.setattr(smoke_versions, "MODELS", {"bert": {**smoke_versions.MODELS["bert"], "num_hidden_layers": 1}})
     before = logging.get_verbosity()
     yield
     logging.set_verbosity(before)

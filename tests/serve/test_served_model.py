@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, batch_for, build, tensors_of
+from hearing import Heard
 from kept import kept
 from tiny_checkpoint import tiny_tokenizer
 from transformers import PreTrainedModel, pipeline
@@ -262,9 +263,7 @@ def close(found: Any, wanted: Any) -> None:
         ("zero-shot-classification", "BertForSequenceClassification", {"candidate_labels": ["cat", "dog"]}),
     ],
 )
-def test_pipelines(
-    task: Any, head: str, options: dict[str, Any], runtime: str, files: Files, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pipelines(task: Any, head: str, options: dict[str, Any], runtime: str, files: Files, heard: Heard) -> None:
     qmodel, path = files.get(head)
     texts = [text.replace("mat", "[MASK]") for text in TEXTS[::2]] if task == "fill-mask" else TEXTS
     found = [
@@ -272,7 +271,7 @@ def test_pipelines(
         for model in (load(path, runtime), qmodel)
     ]
     close(*found)
-    assert "not supported" not in caplog.text
+    assert "not supported" not in heard.text
 
 
 def test_a_pipeline_of_its_own_for_spans_as_transformers_had_it(spans: Path, files: Files) -> None:
