@@ -4,11 +4,11 @@
     python scripts/benchmark_accuracy.py --model rxnfp --reactions schneider50k.tsv     # or --model rxnfp-masked
 
 The model is all-MiniLM-L6-v2, the texts are docstrings of Python's standard library; or one of rxnfp's BERTs on
-reactions of US patents. Each contender is calibrated on the same texts, once for each sample of them, and judged by the
-embeddings of other texts against those of the float model: mean cosine, the share of texts whose nearest other text is
-the same one, and the cosine of the worst text; or by the masked tokens that it fills in. Figures are means over the
-samples, and the spread between the highest and the lowest first one. What runs on a runtime runs there, the whole file;
-"fake quantization" is the PyTorch model.
+reactions of US patents. A sample is some texts to calibrate on and others to judge by, drawn anew; each contender has
+the same ones. It is judged by embeddings against those of the float model: mean cosine, the share of texts whose
+nearest other text is the same one, and the cosine of the worst text; or by the masked tokens that it fills in. Figures
+are means over the samples, and the spread between the highest and the lowest first one. What runs on a runtime runs
+there, the whole file; "fake quantization" is the PyTorch model.
 
 "tuned" is :func:`qdq_surgery.tune` on the calibration texts, some minutes for each sample; ``--only`` leaves it out.
 
@@ -220,11 +220,29 @@ def say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def judged(subject: Subject, make: Make, samples: Sequence[list[Batch]], held_out: Sequence[Batch]) -> Any:
+@dataclass
+class Sample:
+    """What each contender is calibrated on, what it is judged by, and what the float model gives for that."""
+
+    calibration: list[Batch]
+    held_out: list[Batch]
+    wanted: list[Tensor]
+
+
+def drawn(own: Judged, calibration: int, held_out: int, seed: int) -> Sample:
+    """A sample of the data."""
+    texts = random.Random(seed).sample(list(own.data), calibration + held_out)
+    batches = own.batches(texts[calibration:])
+    return Sample(own.batches(texts[:calibration]), batches, own.run(own.model, batches))
+
+
+def judged(subject: Subject, make: Make, samples: Sequence[Sample]) -> Any:
     """Each figure, for every sample."""
     own = subject.judged
-    wanted = own.run(own.model, held_out)
-    found = [own.figures(list(held_out), wanted, own.run(make(subject, batches), held_out)) for batches in samples]
+    found = [
+        own.figures(each.held_out, each.wanted, own.run(make(subject, each.calibration), each.held_out))
+        for each in samples
+    ]
     return tuple(zip(*found, strict=True))
 
 
@@ -238,9 +256,9 @@ def row(words: str, figures: Any, subject: Judged) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=500, help="held-out texts (default 500)")
-    parser.add_argument("--calibration", type=int, default=256, help="texts of each sample (default 256)")
-    parser.add_argument("--samples", type=int, default=3, help="samples of calibration texts (default 3)")
+    parser.add_argument("--texts", type=int, default=500, help="held-out texts of each sample (default 500)")
+    parser.add_argument("--calibration", type=int, default=256, help="of each sample (default 256)")
+    parser.add_argument("--samples", type=int, default=3, help="draws of texts (default 3)")
     parser.add_argument("--only", default="", help="contenders whose names match this regular expression")
     parser.add_argument("--model", choices=JUDGED, default="minilm", help="what is judged (default minilm)")
     parser.add_argument("--reactions", type=Path, metavar="FILE", help="for rxnfp: a table with a column rxn")
@@ -252,20 +270,18 @@ def main() -> None:
         model = JUDGED[options.model](options)
     except Missing as missing:
         sys.exit(f"{options.model}: {missing}")
-    held_out, rest = model.data[: options.texts], model.data[options.texts :]
-    if len(held_out) < 2 or len(rest) < options.calibration:
+    if options.texts < 2 or len(model.data) < options.texts + options.calibration:
         sys.exit(f"there are {len(model.data)} texts: give fewer --texts or --calibration")
     rows = []
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         subject = Subject(model, Path(temporary), options.tools if options.model == "minilm" else None)
-        drawn = [random.Random(seed).sample(list(rest), options.calibration) for seed in range(options.samples)]
-        samples, held = [model.batches(texts) for texts in drawn], model.batches(held_out)
+        samples = [drawn(model, options.calibration, options.texts, seed) for seed in range(options.samples)]
         for name, (words, make) in CONTENDERS.items():
             if not re.search(options.only, name):
                 continue
             try:
-                rows.append(row(words, judged(subject, make, samples, held), model))
+                rows.append(row(words, judged(subject, make, samples), model))
             except Missing as missing:
                 say(f"{name} is skipped: {missing}")
                 continue
@@ -275,7 +291,7 @@ def main() -> None:
         print("| " + " | ".join(columns) + " |\n|---" + "|--:" * (len(columns) - 1) + "|")
         print("\n".join("| " + " | ".join(each) + " |" for each in rows))
         return
-    title = f"{model.words}: {options.samples} samples of {options.calibration} texts, {len(held_out)} held-out texts"
+    title = f"{model.words}: {options.samples} samples of {options.calibration} texts, {options.texts} others"
     Console(highlight=False).print(View(line(title), (Table((Column(""), *map(number, columns[1:])), tuple(rows)),)))
 
 

@@ -30,7 +30,7 @@ from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.safety.random_state import kept_random, seed_generators
 from qdq_surgery.safety.transaction import kept_modes, put_back_after
-from qdq_surgery.surgery.model_state import check_module, plan_of, quantizers
+from qdq_surgery.surgery.model_state import check_module, plan_of, quantizers, refuse_lost
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, line, number
 
@@ -210,7 +210,7 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
     """The converted model inside DistributedDataParallel, DataParallel, ``torch.compile`` or a PEFT model.
 
     Raises:
-        ModelError: There is none, or its tensors are offloaded.
+        ModelError: There is none, it has lost quantizers since it was converted, or its tensors are offloaded.
     """
     check_module(qmodel)
     model = qmodel
@@ -224,6 +224,7 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
             break
         model = inner
     plan_of(model)
+    refuse_lost(model, "it")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise ModelError(

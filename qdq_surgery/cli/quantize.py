@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from qdq_surgery.cli.wording import say
 from qdq_surgery.convert import convert
 from qdq_surgery.deployment.card import Deployed, base_name, card
 from qdq_surgery.deployment.folder import CARD, FILE, REPORT, deployed_folder, model_files, write_own_form, write_report
-from qdq_surgery.deployment.tei import check_served, write_served
+from qdq_surgery.deployment.tei import check_ports, check_served, write_served
 from qdq_surgery.deployment.triton import check_repository, write_repository
 from qdq_surgery.errors import AlreadyConvertedError, CalibrationError
 from qdq_surgery.hf.config_facts import max_tokens
@@ -126,6 +126,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
         if arguments.tei:
             check_served(TARGETS[arguments.target], model.config)
         data, held_out = batches(arguments, samples, model), batches(arguments, others, model, notes=False)
+        if arguments.tei:
+            _check_read(model, data[0])
     tokenizer = tokenizer_of(arguments)
     with deployed_folder(arguments.output, arguments.model, tokenizer, max_tokens(model.config)) as draft:
         qmodel = convert(model, rules, inplace=True)
@@ -152,6 +154,15 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.report is not None:
         _write_page(qmodel, made, arguments)
     _print(made, report, arguments)
+
+
+def _check_read(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """What the file would take and give, the model takes and gives: seen before the file is made, which takes long."""
+    with torch.no_grad():
+        outputs = model(**batch)
+    if isinstance(outputs, Mapping):
+        gives = {name: value.ndim for name, value in outputs.items() if isinstance(value, Tensor)}
+        check_ports(batch.keys(), gives)
 
 
 def _write_page(qmodel: PreTrainedModel, made: _Made, arguments: argparse.Namespace) -> None:

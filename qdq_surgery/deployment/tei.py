@@ -8,6 +8,7 @@ says, or a classifier's ``logits``. Of config.json it wants the sizes under BERT
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qdq_surgery.deployment.folder import FILE
 from qdq_surgery.errors import OptionError
 from qdq_surgery.targets.target import Target
 
-__all__ = ["SERVED", "check_served", "write_served"]
+__all__ = ["SERVED", "check_ports", "check_served", "write_served"]
 
 #: The name that the server looks for.
 SERVED = FILE.with_name("model.onnx")
@@ -62,18 +63,30 @@ def write_served(draft: Path, target: Target) -> None:
     """
     assert target.session is not None
     session = target.session(draft / FILE)
-    takes = {port.name for port in session.inputs}
+    check_ports({port.name for port in session.inputs}, {port.name: len(port.shape) for port in session.outputs})
+    # Weights that lie beside the one file are found by the other, too.
+    shutil.copy(draft / FILE, draft / SERVED)
+
+
+def check_ports(takes: Set[str], gives: Mapping[str, int]) -> None:
+    """Whether the server can feed a file, or a model, and read it.
+
+    Args:
+        takes: The names of its inputs.
+        gives: How many axes each of its outputs has, by name.
+
+    Raises:
+        OptionError: It takes what the server does not give, or gives nothing that it reads.
+    """
     wrong = sorted((takes - {*_ALWAYS, *_ASKED_FOR}) | (set(_ALWAYS) - takes))
     if wrong:
         raise OptionError(
             f"--tei: text-embeddings-inference gives {', '.join(_ALWAYS)} and on demand {', '.join(_ASKED_FOR)}, and "
             f"the file differs in {', '.join(wrong)}; leave it out"
         )
-    if not any(_READ.get(port.name) == len(port.shape) for port in session.outputs):
-        given = ", ".join(f"{port.name} with {len(port.shape)} axes" for port in session.outputs)
+    if not any(_READ.get(name) == axes for name, axes in gives.items()):
+        given = ", ".join(f"{name} with {axes} axes" for name, axes in gives.items())
         raise OptionError(
             "--tei: text-embeddings-inference reads last_hidden_state, or logits of whole texts, and the file gives "
             f"{given}; leave it out"
         )
-    # Weights that lie beside the one file are found by the other, too.
-    shutil.copy(draft / FILE, draft / SERVED)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdq_surgery.errors import CalibrationError, ExportError
+from qdq_surgery.graph.operators import PRODUCTS
 from qdq_surgery.match.site_names import LINEAR_NAMES
 from qdq_surgery.numerics.channel_scales import channel_scale
 from qdq_surgery.numerics.fake_quant import SMALLEST_AMAX, native_quantize, quantize
@@ -124,6 +125,7 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
     _refuse(acting, target)
     refuse_broken(qmodel)
     found = {name: _qparams(name, each) for name, each in acting.items()}
+    _refuse_axes(found, acting, target)
     for name, linear in qmodel.named_modules():
         if isinstance(linear, QuantLinear):
             for role in ("input", "weight"):
@@ -131,6 +133,29 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
             _pass_scale(found, f"{name}.{LINEAR_NAMES['input']}", f"{name}.{LINEAR_NAMES['weight']}", linear)
     tables = [f"{n}.{LINEAR_NAMES['weight']}" for n, each in qmodel.named_modules() if isinstance(each, QuantEmbedding)]
     return {**found, **{name: _of_table(found[name], target) for name in tables if name in found}}
+
+
+def _refuse_axes(found: dict[str, QParams], acting: dict[str, TensorQuantizer], target: Target) -> None:
+    """Ranges of an activation along an axis, such as that of the heads, are for what is no product.
+
+    Raises:
+        ExportError: Some are at a product, or the target has them for weights only.
+    """
+    for name, own in found.items():
+        provenance = acting[name].provenance
+        if own.axis is None or own.role == "weight" or provenance is None:
+            continue
+        operator = provenance.operand.partition("(")[0]
+        fix = "write axis: null, or axis: -1 for a scale for each channel, in its spec"
+        if operator in PRODUCTS - {"linear"}:
+            raise ExportError(
+                f"{name} has ranges along an axis of an operand of a {operator}, which runtimes multiply in integers "
+                f"with one scale for all of it; {fix}"
+            )
+        if operator != "linear" and not target.activation_axes:
+            raise ExportError(
+                f"{name} has ranges along an axis of an activation, and {target.title} takes them for weights; {fix}"
+            )
 
 
 def _check_summed(qparams: QParams | None) -> None:

@@ -66,6 +66,7 @@ class Target:
         unchecked: Why the certificate cannot ask a runtime without a session.
         precisions: What everything else is computed in; the first is the usual one.
         unsigned: Whether a quantizer with an unsigned grid (zero point 0, 255 steps) can be written.
+        activation_axes: Whether an activation can have a scale for each entry of an axis.
         plain_bias: Keep the runtime from fusing a bias with a GELU behind it, or with the product before it, and from
             leaving a product in float for the sake of a ReLU behind it.
         plain_skip_norm: Keep the runtime from fusing a residual add and the LayerNorm behind it.
@@ -85,6 +86,7 @@ class Target:
     unchecked: str = "which needs an engine"
     precisions: tuple[str, ...] = ("float32",)
     unsigned: bool = True
+    activation_axes: bool = True
     plain_bias: bool = False
     plain_skip_norm: bool = False
     scales_apart: bool = False

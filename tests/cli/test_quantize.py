@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tiny_checkpoint import TEXTS, save_tiny_bert, write_texts
+from transformers import AutoModelForTokenClassification
 
 import qdq_surgery as qs
 from qdq_surgery.cli.commands import main
@@ -33,6 +35,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a head for tokens."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("tokens") / "tiny")
+    AutoModelForTokenClassification.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 
@@ -199,6 +209,7 @@ def test_a_loss_is_a_number_from_0_on(loss: str, capsys: pytest.CaptureFixture[s
             ["{model}", "{texts}", "{out}", "--tei", "--target", "openvino"],
             "--tei: text-embeddings-inference runs ONNX",
         ),
+        (["{tokens}", "{texts}", "{out}", "--tei"], "the file gives logits with 3 axes; leave it out"),
         (["{model}", "{texts}", "{model}"], "exists and is not empty; give a new folder"),
         (["{model}", "{texts}", "{out}", "--rules", "nothing"], "nothing"),
         (["nowhere", "{texts}", "{out}"], "nowhere is no folder"),
@@ -212,12 +223,14 @@ def test_mistakes_are_said_and_leave_nothing(
     found: str,
     model: Path,
     calibrated: Path,
+    tokens: Path,
     texts: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "few").mkdir()
     named = {"model": model, "calibrated": calibrated, "texts": texts, "few": write_texts(tmp_path / "few")}
+    named["tokens"] = tokens
     before = sorted(path.name for path in model.parent.iterdir())
     assert main(["quantize", *(word.format(out=tmp_path / "out", **named) for word in words)]) == 1
     assert found in capsys.readouterr().err

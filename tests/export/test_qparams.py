@@ -22,6 +22,7 @@ pytest.importorskip("onnxruntime")
 from exported import calibrated
 
 QUERY = "encoder.layer.0.attention.self.query"
+SUM = "encoder.layer.0.output.add_local_input_quantizer"
 SCORES = "encoder.layer.0.attention.self.matmul_q_input_quantizer"
 
 
@@ -156,10 +157,10 @@ def test_the_native_formula_is_noted(qmodel: PreTrainedModel) -> None:
 def test_the_axis_is_the_one_along_which_pytorch_broadcasts(
     shape: tuple[int, ...], axis: int | None, qmodel: PreTrainedModel
 ) -> None:
-    quantizer = qs.quantizers(qmodel)[SCORES]
+    quantizer = qs.quantizers(qmodel)[SUM]
     quantizer.reset_amax()
     quantizer.amax = torch.rand(shape) + 0.1
-    found = read(qmodel)[SCORES]
+    found = read(qmodel)[SUM]
     assert found.axis == axis
     assert found.amax is not None
     assert found.amax.shape == (() if axis is None else (max(shape),))
@@ -308,6 +309,21 @@ def test_a_range_for_each_channel_of_an_activation_is_refused(qmodel: PreTrained
     quantizer.amax = torch.linspace(1, 2, width).reshape(1, 1, width)
     with pytest.raises(qs.ExportError, match=rf"^{QUERY}\._input_quantizer has a range for each input .* axis: null"):
         read(qmodel)
+
+
+def test_ranges_of_heads_are_for_what_is_no_product(qmodel: PreTrainedModel) -> None:
+    """The runtimes would say so in words of their own, or take nothing of it in integers."""
+    quantizer = qs.quantizers(qmodel)[SCORES]
+    quantizer.reset_amax()
+    quantizer.amax = torch.linspace(1, 2, 4).reshape(1, 4, 1, 1)
+    with pytest.raises(qs.ExportError, match=rf"^{SCORES} has ranges along an axis of an operand of a matmul, .* null"):
+        read(qmodel)
+    assert quantizer.provenance is not None
+    quantizer.provenance = quantizer.provenance._replace(operand="softmax(x)")
+    for target in ("openvino", "tensorrt"):
+        with pytest.raises(qs.ExportError, match=rf"^{SCORES} has ranges along an axis of an activation, and "):
+            read(qmodel, target)
+    assert read(qmodel, "onnxruntime")[SCORES].axis == -3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

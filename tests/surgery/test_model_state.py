@@ -29,10 +29,12 @@ from qdq_surgery.surgery.model_state import (
     state_of,
 )
 
+INPUTS = {"input_ids": torch.arange(3, 9)[None]}
+
 
 def calibrated() -> tuple[PreTrainedModel, qs.Calibration]:
     qmodel = qs.convert(build("bert", "BertModel"), inplace=True)
-    return qmodel, qs.calibrate(qmodel, [{"input_ids": torch.arange(3, 9)[None]}])
+    return qmodel, qs.calibrate(qmodel, [INPUTS])
 
 
 def test_a_converted_model_has_one_attribute_more_than_transformers_knows() -> None:
@@ -118,8 +120,9 @@ def test_a_quantizer_that_was_lost_is_missed(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=words):
         qs.export_onnx(qmodel, tmp_path / "model.onnx")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(ModelError, match=words):
-        qs.freeze(qmodel)
+    for use in (qs.freeze, lambda lost: qs.calibrate(lost, [INPUTS]), lambda lost: qs.sensitivity(lost, [INPUTS])):
+        with pytest.raises(ModelError, match=words):
+            use(qmodel)
 
 
 def test_a_layer_that_was_taken_out_is_not_missed() -> None:

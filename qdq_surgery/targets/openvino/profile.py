@@ -10,7 +10,7 @@ from qdq_surgery.targets.target import OwnForm, Target
 __all__ = ["OPENVINO"]
 
 #: Unsigned activations everywhere would keep OpenVINO from its fused attention, and cost a conversion in front of each
-#: GEMM.
+#: GEMM. Activations with scales along an axis it fails to compile, or leaves in float.
 OPENVINO = Target(
     "openvino",
     "OpenVINO",
@@ -20,6 +20,7 @@ OPENVINO = Target(
     lint="qdq_surgery.targets.openvino.lint",
     executed=run_by_openvino,
     session=OpenVinoSession,
+    activation_axes=False,
     scales_apart=True,
     # (As sentence-transformers and optimum call it.)
     own_form=OwnForm("openvino/openvino_model_qint8_quantized.xml", write_own_form, run_own_form),

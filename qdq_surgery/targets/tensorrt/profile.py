@@ -7,7 +7,8 @@ from qdq_surgery.targets.tensorrt.engine_graph import run_by_tensorrt
 
 __all__ = ["TENSORRT"]
 
-#: TensorRT is symmetric only: zero point 0, so no unsigned grid. Half-precision scales came with opset 19.
+#: TensorRT is symmetric only: zero point 0, so no unsigned grid. Scales along an axis are for weights. Half-precision
+#: scales came with opset 19.
 TENSORRT = Target(
     "tensorrt",
     "TensorRT",
@@ -19,5 +20,6 @@ TENSORRT = Target(
     unchecked="which needs an engine; scripts/benchmark_tensorrt.sh builds one",
     precisions=("float32", "float16"),
     unsigned=False,
+    activation_axes=False,
     int8_rows=False,
 )
