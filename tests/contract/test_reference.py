@@ -118,7 +118,10 @@ def test_own_calibrators_agree_but_for_the_grid(golden: Golden) -> None:
 
 @pytest.mark.slow
 def test_own_entropy_is_that_of_the_reference(reference: Path) -> None:
-    """On what the quantizers saw: pytorch-quantization's own function finds the same range on our histograms."""
+    """On what the quantizers saw: pytorch-quantization's own function finds the same range on our histograms.
+
+    In a quarter of the bins: that function is a loop in Python. Whole searches: tests/numerics/test_range_methods.py.
+    """
     golden = Golden(reference / "model-entropy.safetensors")
     qmodel = golden.converted()
     batches = [{**golden.group(f"calibration/{index}"), **golden.group("memory")} for index in range(2)]
@@ -127,6 +130,7 @@ def test_own_entropy_is_that_of_the_reference(reference: Path) -> None:
         histogram = seen[name].histogram
         assert histogram is not None
         counts, edges = histogram.table()
+        counts, edges = counts.reshape(-1, 4).sum(1), edges[::4]
         wanted = reference_histogram._compute_amax_entropy(counts.numpy().copy(), edges.numpy(), 8, False)
         assert entropy_amax(counts, edges) == pytest.approx(float(wanted), rel=1e-6), name
 
