@@ -19,7 +19,6 @@ from typing import Any
 import forked
 import pytest
 import torch
-from architectures import batch_for, build
 from ecosystem import calibrated
 from saved import assert_reloaded, metadata_of
 from torch import nn
@@ -84,10 +83,10 @@ def test_at_each_step_the_folder_holds_one_of_them(
 ) -> None:
     """As if the process ended there: no step takes anything back that is needed.
 
-    What one step of many files leaves is what the next one finds.
+    What one step of many files leaves is what the next one finds. (Linears alone are soon loaded.)
     """
-    qmodel, options = calibrated(num_hidden_layers=1), FEW_OF_ONE if sharded else {}
-    other = another(calibrated(num_hidden_layers=1))
+    qmodel, options = calibrated(rules="linear-only", num_hidden_layers=1), FEW_OF_ONE if sharded else {}
+    other = another(calibrated(rules="linear-only", num_hidden_layers=1))
     qmodel.save_pretrained(tmp_path / "before", **({} if sharded else FEW_OF_ONE))
     real: Callable[..., Any] = getattr(os, name)
     step = 0
@@ -132,11 +131,8 @@ def test_at_each_step_a_model_has_its_own_config(
     name: str, first: dict[str, Any], then: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights, quantizers and config are those of one model, of another size and by other rules than the other."""
-    before, after = (
-        calibrated(),
-        qs.convert(build("bert", KIND, num_hidden_layers=1, intermediate_size=64), "linear-only"),
-    )
-    qs.calibrate(after, [batch_for(after, (4, 9))])
+    before = calibrated(rules="linear-only")
+    after = calibrated(rules="pytorch", num_hidden_layers=1, intermediate_size=64)
     before.save_pretrained(tmp_path / "before", **first)
     real: Callable[..., Any] = getattr(os, name)
     kinds = []

@@ -57,8 +57,8 @@ CONFIGURATIONS = {
 }
 
 
-#: Traced with open shapes: a task's towers, boxes and entities have axes of their own. The others in half the time.
-OPEN = ("two-towers", "layoutlmv3", "luke")
+#: Traced with open shapes: towers and entities have axes of their own. The others in half the time.
+OPEN = ("two-towers", "luke")
 
 
 def outputs(model: Any, batch: dict[str, Tensor], masks: tuple[str, ...]) -> dict[str, Tensor]:

@@ -143,17 +143,15 @@ def check(name: str, call: Call) -> str:
     except TraceError:
         return "refused"
     rewritten = QuantizedForward("forward", Probe.forward, (), frozenset(), CompiledGraphs([variant]))
-    for rows, seed in ((3, 5), (2, 6)):
-        outputs, grads = [], []
-        for run in (block, lambda *args: rewritten(block, args, {})):
-            x, i, m = inputs(rows, seed)
-            x.requires_grad_()
-            torch.manual_seed(4)
-            output = run(x, i, m)
-            outputs.append([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves(output)])
-            grads.append(gradients(block, x, output))
-        if any(part in name for part in _UNWRITTEN):
-            continue
+    outputs, grads = [], []
+    for run in (block, lambda *args: rewritten(block, args, {})):
+        x, i, m = inputs(2, 6)  # other values than those that were recorded, and fewer rows
+        x.requires_grad_()
+        torch.manual_seed(4)
+        output = run(x, i, m)
+        outputs.append([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves(output)])
+        grads.append(gradients(block, x, output))
+    if not any(part in name for part in _UNWRITTEN):
         assert_alike(name, outputs[1], outputs[0])
         assert_alike(name, grads[1], grads[0])
     return "kept"
