@@ -221,13 +221,14 @@ def test_half_precision_runs() -> None:
 
 
 def test_compiled_it_computes_the_same() -> None:
+    """A layer, whose linears are all scaled; after a call in which it is recorded."""
     qmodel = calibrated()
-    compiled = torch.compile(qmodel, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
+        wanted = qmodel(**BATCH).last_hidden_state
+        torch._dynamo.reset()
+        qmodel.encoder.layer[1].compile(backend="aot_eager", fullgraph=True)
         # A fused multiplication may round once where eager rounds twice, so that a tie falls the other way.
-        torch.testing.assert_close(
-            compiled(**BATCH).last_hidden_state, qmodel(**BATCH).last_hidden_state, rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(qmodel(**BATCH).last_hidden_state, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

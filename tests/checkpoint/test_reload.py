@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,8 @@ def assert_same(found: PreTrainedModel, wanted: PreTrainedModel) -> None:
     for model in (in_fresh_memory(wanted), in_fresh_memory(found)):
         made: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            for mask in (True, False):
-                outputs = tensors_of(model(**batch_for(model, (2, 6), mask=mask), output_hidden_states=True))
-                made.update({f"{name} (mask {mask})": value for name, value in outputs.items()})
+            outputs = tensors_of(model(**batch_for(model, (2, 6), mask=False), output_hidden_states=True))
+            made.update({f"{name} (eval)": value for name, value in outputs.items()})
         model.train()
         torch.manual_seed(5)
         outputs = tensors_of(model(**batch_for(model, (3, 5), labels=True)))
@@ -112,7 +110,14 @@ def test_every_head(model_type: str, head: str, dtype: torch.dtype, calibrated: 
 
 @pytest.mark.parametrize(
     ("model_type", "rules"),
-    [*zip(BY_TYPE, itertools.cycle(["linear-only", "onnxruntime", "tensorrt"]))],
+    [
+        ("bert", "onnxruntime"),
+        ("albert", "linear-only"),
+        ("mobilebert", "tensorrt"),
+        ("distilbert", "onnxruntime"),
+        ("deberta-v2", "tensorrt"),
+        ("modernbert", "onnxruntime"),
+    ],
 )
 def test_other_rules(model_type: str, rules: str, tmp_path: Path) -> None:
     head = next(name for name in BY_TYPE[model_type].heads() if kind_of(name) == "sequence")

@@ -76,8 +76,17 @@ def test_over_another_model(
             assert first_file.read_bytes() == second_file.read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["replace", "link", "unlink"])
-@pytest.mark.parametrize(("sharded", "after"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("name", "sharded", "after"),
+    [
+        ("replace", False, False),
+        ("replace", True, False),
+        ("replace", False, True),
+        ("link", False, True),
+        ("unlink", True, False),
+        ("unlink", False, True),
+    ],
+)
 def test_at_each_step_the_folder_holds_one_of_them(
     name: str, sharded: bool, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,8 +134,11 @@ def test_at_each_step_the_folder_holds_one_of_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["replace", "link", "unlink"])
-@pytest.mark.parametrize(("first", "then"), [({}, {}), (FEW, FEW)], ids=["whole", "shards"])
+@pytest.mark.parametrize(
+    ("name", "first", "then"),
+    [("replace", {}, {}), ("replace", FEW, FEW), ("link", FEW, FEW), ("unlink", FEW, FEW)],
+    ids=["replace-whole", "replace-shards", "link-shards", "unlink-shards"],
+)
 def test_at_each_step_a_model_has_its_own_config(
     name: str, first: dict[str, Any], then: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,8 +198,9 @@ def on_both(model: nn.Module, folder: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("offload", [on_cpu, on_disk, on_both])
-@pytest.mark.parametrize("options", [{}, {"offload_buffers": True}], ids=["weights", "ranges-too"])
-@pytest.mark.parametrize("kind", [fixed, learned])
+@pytest.mark.parametrize(
+    ("options", "kind"), [({}, learned), ({"offload_buffers": True}, fixed)], ids=["weights", "ranges-too"]
+)
 @torch.no_grad()
 def test_offloaded_models(
     offload: Callable[..., None], options: dict[str, Any], kind: Callable[..., Any], tmp_path: Path

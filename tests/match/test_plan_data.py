@@ -58,7 +58,7 @@ def fits(model_type: str, rules: str) -> bool:
 @pytest.mark.slow
 def test_most_rules_fit_most_architectures() -> None:
     assert all(fits(model_type, "qdqbert") for model_type in BY_TYPE)
-    assert sum(fits(model_type, rules) for model_type in ("bert", "modernbert") for rules in shipped_rules()) >= 14
+    assert sum(fits("bert", rules) for rules in shipped_rules()) >= 8
 
 
 #: Each architecture by the reference's rules, and by others in turn.
