@@ -126,7 +126,7 @@ def encoded(*texts: Any) -> dict[str, Tensor]:
 
 
 def for_texts(head: str, **options: Any) -> PreTrainedModel:
-    qmodel = calibrated(head=head, vocab_size=len(tokenizer()), **options)
+    qmodel = calibrated(head=head, vocab_size=len(tokenizer()), num_hidden_layers=1, **options)
     qs.calibrate(qmodel, [encoded(TEXTS)])
     return qmodel
 
@@ -252,8 +252,8 @@ MASKED = [(model_type, head) for model_type, head in EVERY_HEAD if model_type in
 )
 @torch.no_grad()
 def test_resized_embeddings(model_type: str, head: str) -> None:
-    decoder = {"is_decoder": True} if head == "BertLMHeadModel" else {}
-    qmodel, plain = calibrated(model_type, head, **decoder), build(model_type, head, **decoder)
+    options = {"num_hidden_layers": 1, **({"is_decoder": True} if head == "BertLMHeadModel" else {})}
+    qmodel, plain = calibrated(model_type, head, **options), build(model_type, head, **options)
     names, before = list(qs.quantizers(qmodel)), ranges(qmodel)
     for model in (qmodel, plain):
         torch.manual_seed(0)
