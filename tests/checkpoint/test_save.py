@@ -169,9 +169,6 @@ def test_at_each_step_a_model_has_its_own_config(
     assert kinds == sorted(kinds, reverse=True), "the old model came back"
 
 
-KIND = "BertForSequenceClassification"
-
-
 def weight(model: PreTrainedModel) -> torch.Tensor:
     return model.classifier.weight  # type: ignore[no-any-return]
 
