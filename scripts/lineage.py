@@ -81,6 +81,14 @@ _TINY: dict[str, Any] = {
 }
 
 
+#: Of the parts that a text does not come to: what makes speech of it, and reads speech.
+_SPEECH = {
+    **dict.fromkeys(("speech_encoder_layers", "t2u_encoder_layers", "t2u_decoder_layers"), 1),
+    **dict.fromkeys(("speech_encoder_intermediate_size", "t2u_encoder_ffn_dim", "t2u_decoder_ffn_dim"), 48),
+    **dict.fromkeys(("t2u_vocab_size", "char_vocab_size", "unit_hifi_gan_vocab_size", "unit_embed_dim"), 60),
+    "upsample_initial_channel": 64,
+}
+
 #: Model types that are taken through the stages.
 KIN: tuple[Kin, ...] = (
     *(
@@ -121,8 +129,8 @@ KIN: tuple[Kin, ...] = (
     Kin("longformer", {"attention_window": [4, 4]}),
     Kin("longt5", {"local_radius": 4, "global_block_size": 4}),
     Kin("pegasus_x", {"block_size": 4, "num_global_tokens": 2}),
-    Kin("seamless_m4t"),
-    Kin("seamless_m4t_v2"),
+    Kin("seamless_m4t", _SPEECH),
+    Kin("seamless_m4t_v2", _SPEECH),
     Kin("siglip", {"text_config": {"projection_size": 32}}),
     Kin("lilt", {"channel_shrink_ratio": 4, "max_2d_position_embeddings": 100, "hidden_size": 48}),
     Kin("luke", {"entity_vocab_size": 20, "entity_emb_size": 16}),

@@ -25,12 +25,12 @@ TINY = {
     "attention_probs_dropout_prob": 0.1,
 }
 
-#: What ``load_calib_amax`` is called with. Of the entropy's candidates every 16th: the search is a loop in Python that
-#: takes seconds for each quantizer, and tests/test_ranges.py compares whole searches.
+#: What ``load_calib_amax`` is called with. Of the entropy's candidates every 64th: the search is a loop in Python that
+#: takes seconds for each quantizer, and tests/numerics/test_range_methods.py compares whole searches.
 AMAX: dict[str, dict[str, Any]] = {
     "max": {},
     "percentile": {"method": "percentile", "percentile": 99.0},
-    "entropy": {"method": "entropy", "stride": 16},
+    "entropy": {"method": "entropy", "stride": 64},
 }
 
 

@@ -181,10 +181,13 @@ def threads_of_the_reference() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def reference(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what the real QDQBERT computes here: scripts/make_reference.py says what lies in it."""
+def reference(pytestconfig: pytest.Config) -> Path:
+    """The folder with what the real QDQBERT computes here: scripts/make_reference.py says what lies in it.
+
+    Without pytest's cache it is made once in a run, for all workers.
+    """
     import reference_run
 
-    kept = pytestconfig.pluginmanager.hasplugin("cacheprovider")
-    cache = pytestconfig.cache.mkdir("reference") if kept else tmp_path_factory.mktemp("reference")
-    return reference_run.reference_in(cache)
+    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
+        return reference_run.reference_in(pytestconfig.cache.mkdir("reference"))
+    return kept.kept(reference_run.reference_in, "reference")

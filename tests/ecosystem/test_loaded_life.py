@@ -211,10 +211,10 @@ def test_another_attention_is_refused(folder: Path) -> None:
 
 
 def test_compiled_at_once_in_parts(small: Path) -> None:
-    """An attention: of a whole model torch compiles again, at each break, all that lies around it."""
+    """A block: of a whole model torch compiles again, at each break, all that lies around it."""
     model = load(small)
     torch._dynamo.reset()
-    model.bert.encoder.layer[0].attention.compile(backend="eager")
+    model.bert.encoder.layer[0].attention.output.compile(backend="eager")
     with torch.no_grad():
         found = model(**padded(model)).logits
     assert torch.equal(found, calibrated(num_hidden_layers=1)(**padded(model)).logits)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from padded_models import CASES, MORE, TINY, Case, Shared, Towers, spread
+from padded_models import CASES, TINY, Case, Shared, Towers, spread
 from torch import Tensor
 from transformers import BertConfig, EncoderDecoderModel, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -51,14 +51,13 @@ CONFIGURATIONS = {
     "two-towers": scoring(CASES["two-towers"], TwoTowers),
     "one-tower-twice": scoring(CASES["one-tower-twice"], OneTowerTwice),
     "bert2bert": CASES["bert2bert"],
-    "albert-chunks": MORE["albert-chunks"],
     "layoutlmv3": CASES["layoutlmv3"],
     "luke": CASES["luke"],
 }
 
 
-#: Traced with open shapes: a task's towers, boxes and entities have axes of their own. The others in half the time.
-OPEN = ("two-towers", "layoutlmv3", "luke")
+#: Traced with open shapes: towers and entities have axes of their own. The others in half the time.
+OPEN = ("two-towers", "luke")
 
 
 def outputs(model: Any, batch: dict[str, Tensor], masks: tuple[str, ...]) -> dict[str, Tensor]:

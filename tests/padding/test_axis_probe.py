@@ -87,11 +87,11 @@ def assert_close(found: Statistics, wanted: Statistics) -> None:
 @pytest.mark.parametrize(("name", "more"), [*((n, False) for n in CASES), *((n, True) for n in MORE)])
 def test_ranges_of_padded_batches_are_those_of_each_text_alone(name: str, more: bool) -> None:
     case, qmodel = converted(name, more)
-    batches = [case.batch(seed) for seed in (1, 2)]
-    found = qs.collect(qmodel, batches)
-    assert_close(found, qs.collect(qmodel, [case.alone(each, row) for each in batches for row in range(ROWS)]))
+    batch = case.batch(1)
+    found = qs.collect(qmodel, [batch])
+    assert_close(found, qs.collect(qmodel, [case.alone(batch, row) for row in range(ROWS)]))
     # All methods but entropy and mse, which can jump from one bin to the next, follow: here the largest value.
-    maxima = qs.collect(qmodel, batches, histograms=False)
+    maxima = qs.collect(qmodel, [batch], histograms=False)
     assert all(torch.equal(maxima.seen[n].amax, seen.amax) for n, seen in found.seen.items())
 
 

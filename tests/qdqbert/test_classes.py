@@ -23,7 +23,7 @@ from transformers import BertConfig, DynamicCache, EncoderDecoderCache, PreTrain
 import qdq_surgery as qs
 from qdq_surgery.qdqbert import classes as qdqbert
 from qdq_surgery.qdqbert.legacy_cache import as_cache
-from reference_cases import CASES, HEADS
+from reference_cases import HEADS
 
 SIZES = {
     "vocab_size": 32,
@@ -152,7 +152,7 @@ class Real(Golden):
 
 
 @pytest.mark.usefixtures("threads_of_the_reference")
-@pytest.mark.parametrize("case", [case.name for case in CASES])
+@pytest.mark.parametrize("case", ["model", "masked-lm", "multiple-choice", "decoder", "decoder-cross"])
 def test_outputs_are_those_of_the_real_one(case: str, reference: Path) -> None:
     golden = Real(reference / f"{case}.safetensors")
     output = golden.calibrated()(**golden.arguments(), output_hidden_states=True, output_attentions=True)
