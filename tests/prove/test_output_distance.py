@@ -20,7 +20,7 @@ from qdq_surgery.prove.output_distance import Distances, Texts, distances, joine
 
 pytest.importorskip("onnxruntime")
 
-from exported import calibrated
+from exported import calibrated, exported
 
 from qdq_surgery.prove import parity
 from qdq_surgery.serve.intermediates import Runtime, probe
@@ -216,12 +216,13 @@ def test_batches_become_one() -> None:
 
 @pytest.fixture(scope="module")
 def classifier() -> PreTrainedModel:
-    return calibrated("bert", "BertForSequenceClassification", "onnxruntime", num_hidden_layers=1)
+    return calibrated("bert", "BertForSequenceClassification", num_hidden_layers=1)
 
 
 def pair(seed: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    """Texts of the sizes that a file with fixed shapes is made with."""
+    ids = torch.randint(3, 60, (2, 21), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
 def off_by(model: PreTrainedModel, times: float, asked: list[int]) -> Any:
@@ -246,7 +247,7 @@ def off_by(model: PreTrainedModel, times: float, asked: list[int]) -> Any:
 def written(classifier: PreTrainedModel, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     dynamic = getattr(request, "param", True)
     path = tmp_path / "model.onnx"
-    qs.export_onnx(classifier, path, pair(0), dynamic=dynamic, parity=False)
+    qs.export_onnx(classifier, path, dynamic=dynamic, parity=False)
     return path
 
 
@@ -273,11 +274,10 @@ def test_a_worse_runtime_is_refused(
             qs.certify(classifier, written, pair(seed)).require()
 
 
-def test_an_output_is_judged_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small one with its sign turned round, beside a large one that agrees."""
-    qmodel = calibrated("bert", "BertForPreTraining", "onnxruntime", num_hidden_layers=1)
-    qs.export_onnx(qmodel, tmp_path / "model.onnx", pair(0), parity=False)
-    assert qs.certify(qmodel, tmp_path / "model.onnx", pair(0)).agrees
+    qmodel, file = exported("bert", "BertForPreTraining", rules="qdqbert", num_hidden_layers=1)
+    assert qs.certify(qmodel, file.path, pair(0)).agrees
 
     def turned(file: Any, inputs: Mapping[str, Any], values: Any, runtime: Runtime) -> dict[str, NDArray[Any]]:
         found = probe(file, inputs, values, runtime)
@@ -286,7 +286,7 @@ def test_an_output_is_judged_by_itself(tmp_path: Path, monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(parity, "probe", turned)
-    assert not qs.certify(qmodel, tmp_path / "model.onnx", pair(0)).agrees
+    assert not qs.certify(qmodel, file.path, pair(0)).agrees
 
 
 def test_garbage_in_a_padded_text_is_refused(

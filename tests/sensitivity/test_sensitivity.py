@@ -120,7 +120,7 @@ def test_outlier_channels_rank_first_and_are_named() -> None:
     assert not any(each.outliers for each in weights)
 
 
-ARCHITECTURES = ["bert", "distilbert", "deberta-v2", "modernbert", "albert"]
+ARCHITECTURES = ["bert", "deberta-v2", "modernbert", "albert"]
 
 
 @pytest.mark.parametrize("model_type", [each for each in ARCHITECTURES if each != "albert"])  # which has none
@@ -230,14 +230,18 @@ def test_a_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # Metrics --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["mse", "cosine", "kl"])
 @pytest.mark.parametrize(
-    ("head", "more"),
-    [("BertForTokenClassification", {}), ("BertForQuestionAnswering", {}), ("BertForSequenceClassification", {})],
+    ("head", "metric"),
+    [
+        ("BertForTokenClassification", "cosine"),
+        ("BertForQuestionAnswering", "mse"),
+        ("BertForQuestionAnswering", "kl"),  # which fills in another number
+        ("BertForSequenceClassification", "mse"),
+    ],
 )
-def test_padding_does_not_count(metric: str, head: str, more: dict[str, Any]) -> None:
+def test_padding_does_not_count(head: str, metric: str) -> None:
     qmodel = calibrated("bert", head)
-    batch = batch_for(qmodel, (4, 10), **more)
+    batch = batch_for(qmodel, (4, 10))
     other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])}
     wide = {name: torch.cat([value, torch.zeros_like(value[:, :5])], 1) for name, value in batch.items()}
     options: Any = {"sites": False, "kinds": False}
@@ -398,8 +402,8 @@ def start() -> PreTrainedModel:
 def test_interrupted_at_any_line_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = interruptions.Operation("sensitivity", start, measure)
     monkeypatch.setattr(interruptions, "OPERATIONS", (operation,))
-    outcome = interruptions.run(30, 0, ["sensitivity"])
-    assert outcome.read.total() == 30
+    outcome = interruptions.run(20, 0, ["sensitivity"])
+    assert outcome.read.total() == 20
     assert outcome.is_right, str(outcome)
 
 
