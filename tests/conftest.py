@@ -126,22 +126,31 @@ def _freeze() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def stores(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Equal traces are made once, and equal models recorded once in a process, but for tests of what looks at a model.
+
+    For whole files, so that what their fixtures make for all of their tests comes from the stores, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_EXPORTER:
+            import stored_traces
+
+            stored_traces.install(patch)
+        if not RECORDED_ANEW.intersection(request.path.parts) and request.path.stem not in RECORDED_ANEW:
+            import stored_recordings
+
+            stored_recordings.install(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal traces are made once, but for tests whose subject is the trace: those are marked ``traces``."""
-    if HAS_EXPORTER and request.node.get_closest_marker("traces") is None:
+    """Tests whose subject is the trace make their own: those are marked ``traces``."""
+    if HAS_EXPORTER and request.node.get_closest_marker("traces") is not None:
         import stored_traces
 
-        stored_traces.install(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def recordings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal models are recorded once in a process, but for tests of what looks at a model."""
-    if not RECORDED_ANEW.intersection(request.path.parts) and request.path.stem not in RECORDED_ANEW:
-        import stored_recordings
-
-        stored_recordings.install(monkeypatch)
+        stored_traces.uninstall(monkeypatch)
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ from architectures import BASE, batch_for, build, tensors_of
 from kept import kept
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BartConfig, BartModel, CLIPConfig, CLIPModel, PreTrainedModel
 
 import qdq_surgery as qs
 from qdq_surgery.export.onnx_trace import Traced, trace
-from qdq_surgery.hf.example_inputs import sample_inputs
+from qdq_surgery.hf.example_inputs import make_examples, sample_inputs
 from qdq_surgery.onnx_export import Export, export_onnx
 from qdq_surgery.prove.parity import Check, certify
 from qdq_surgery.quantize.export_node import FAKE_QUANT, FAKE_QUANT_DOMAIN
@@ -83,6 +83,34 @@ def exported(
     made: tuple[PreTrainedModel, Export]
     made = _export(model_type, head or BASE[model_type], target, tuple(sorted(options.items())))
     return made
+
+
+def two_towers() -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A calibrated model of texts and images, and its example."""
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = CLIPConfig(
+        text_config={**tower, "vocab_size": 60, "max_position_embeddings": 40, "eos_token_id": 2},
+        vision_config={**tower, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    return _with_examples(CLIPModel._from_config(config, attn_implementation="eager"), "onnxruntime")
+
+
+def encoder_decoder() -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A calibrated model of two texts, whose embeddings are multiplied by a number, and its example."""
+    side = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
+    sizes = {f"{name}_{size}": value for name in ("encoder", "decoder") for size, value in side.items()}
+    config = BartConfig(d_model=32, vocab_size=60, max_position_embeddings=40, scale_embedding=True, **sizes)
+    torch.manual_seed(0)
+    return _with_examples(BartModel._from_config(config, attn_implementation="eager"), "openvino")
+
+
+def _with_examples(model: PreTrainedModel, rules: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    qmodel = qs.convert(model.eval(), rules, inplace=True)
+    inputs = make_examples(qmodel, (2, 9))
+    qs.calibrate(qmodel, [inputs])
+    return qmodel, inputs
 
 
 @functools.cache

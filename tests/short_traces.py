@@ -14,19 +14,27 @@ from onnxscript.rewriter._rewrite_rule import RewriteRule
 from torch.fx import Node
 from torch.onnx._internal.fx.passes import type_promotion
 
-__all__ = ["install"]
+__all__ = ["install", "uninstall"]
 
 _Interpreter = type_promotion._TypePromotionInterpreter
 _run_node = _Interpreter.run_node
 _try_rewrite = RewriteRule.try_rewrite
+_emits_none = torch.fx.config.do_not_emit_stack_traces
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, traces are short."""
+    """Until it is undone, traces are short."""
     # Nodes keep where they were made, with the lines of all functions up to pytest's; nobody reads it here.
     monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", True)
     monkeypatch.setattr(_Interpreter, "run_node", _promoted)
     monkeypatch.setattr(RewriteRule, "try_rewrite", _tried)
+
+
+def uninstall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is undone, they are whole."""
+    monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", _emits_none)
+    monkeypatch.setattr(_Interpreter, "run_node", _run_node)
+    monkeypatch.setattr(RewriteRule, "try_rewrite", _try_rewrite)
 
 
 def _promoted(self: Any, node: Node) -> Any:

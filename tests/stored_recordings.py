@@ -62,7 +62,7 @@ _store: OrderedDict[str, _Seen] = OrderedDict()
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, recordings come from the store."""
+    """Until it is undone, recordings come from the store."""
     for module in _MODULES:
         monkeypatch.setattr(module, "analyze", _analyze)
         monkeypatch.setattr(module, "recordings_of", _recordings_of)

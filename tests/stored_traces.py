@@ -27,7 +27,7 @@ from qdq_surgery.export import onnx_trace
 from qdq_surgery.quantize.quantizer import TensorQuantizer
 from qdq_surgery.surgery.model_state import quantizers
 
-__all__ = ["fingerprint", "install"]
+__all__ = ["fingerprint", "install", "uninstall"]
 
 _real = onnx_trace._torch_graph
 _from_torchlib = _registration.ONNXRegistry.from_torchlib
@@ -43,11 +43,18 @@ def _registry(opset: int) -> _registration.ONNXRegistry:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, traces come from the store, and new ones are short."""
+    """Until it is undone, traces come from the store, and new ones are short."""
     short_traces.install(monkeypatch)
     monkeypatch.setattr(onnx_trace, "_torch_graph", _stored)
     own = staticmethod(lambda opset_version: _registry(opset_version))
     monkeypatch.setattr(_registration.ONNXRegistry, "from_torchlib", own)
+
+
+def uninstall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is undone, torch traces as it does elsewhere."""
+    short_traces.uninstall(monkeypatch)
+    monkeypatch.setattr(onnx_trace, "_torch_graph", _real)
+    monkeypatch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(_from_torchlib))
 
 
 def _stored(

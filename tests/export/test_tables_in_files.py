@@ -99,7 +99,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("openvino")
     qmodel = calibrated(rules="openvino", vocab_size=1100, num_hidden_layers=1)
     path, inputs = tmp_path_factory.mktemp("written") / "model.onnx", inputs_for(qmodel, (2, 8))
-    made = qs.export_onnx(qmodel, path, inputs, target="openvino", dynamic=False)
+    made = qs.export_onnx(qmodel, path, inputs, target="openvino")
     return {"model": qmodel, "path": path, "inputs": inputs, "export": made}
 
 

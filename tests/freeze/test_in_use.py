@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,27 +24,6 @@ WARNINGS = "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureW
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.filterwarnings(*WARNINGS)
-@torch.no_grad()
-def test_one_graph_of_torch_compile() -> None:
-    """Without a backend that generates code: one graph, in which each integer product is one operator."""
-    model = frozen("bert", "qdqbert", num_hidden_layers=1)
-    batch = batch_for(model, (2, 5))
-    wanted = outputs(model, batch)
-    torch._dynamo.reset()
-    seen: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        seen.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    # The arithmetic is the same; what a compiled graph writes anew is not in place.
-    assert apart(dict(compiled(**batch)), wanted) < 1e-6
-    nodes = [str(node.target) for node in seen[0].graph.nodes]
-    assert sum("integer_linear" in name for name in nodes) == 6
 
 
 @pytest.mark.slow

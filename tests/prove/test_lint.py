@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures import BY_TYPE, batch_for, build
-from transformers import PreTrainedModel
+from architectures import WIDTHS
 
 import qdq_surgery as qs
 from qdq_surgery.errors import ExportError
@@ -519,20 +518,14 @@ def layers_of_openvino(path: Path) -> Counter[tuple[str, bool]]:
 
 # --- exported models ----------------------------------------------------------------------------------------------
 
-#: A layer that runs twice, products of constants, and queries, keys and values from one GEMM. By their rules and sizes
-#: the first two are those of tests/test_onnx_export.py, and traced there or here.
+#: A layer that runs twice, products of constants, queries, keys and values from one GEMM, and quantized residual adds.
+#: By their rules and sizes they are those of tests/test_onnx_export.py, and traced there or here.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "albert": ("onnxruntime", {"num_hidden_layers": 2}),
-    "deberta-v2": ("onnxruntime", {"num_hidden_layers": 1}),
-    "modernbert": ("qdqbert", {"num_hidden_layers": 2}),
+    "albert": ("onnxruntime", WIDTHS["albert"]),
+    "deberta-v2": ("onnxruntime", WIDTHS["deberta-v2"]),
+    "modernbert": ("onnxruntime", WIDTHS["modernbert"]),
+    "bert": ("qdqbert", {"num_hidden_layers": 1}),
 }
-
-
-def quantized(model_type: str, rules: str, layers: int) -> PreTrainedModel:
-    head = next(head for head in BY_TYPE[model_type].heads() if head.endswith("ForSequenceClassification"))
-    model = qs.convert(build(model_type, head, num_hidden_layers=layers), rules, inplace=True)
-    qs.calibrate(model, [batch_for(model, (3, 12))])
-    return model
 
 
 @pytest.mark.slow
@@ -554,11 +547,11 @@ def test_exported_models_fuse_as_the_linter_says(model_type: str, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_the_shipped_rules_block_nothing_on_their_target(target: str, tmp_path: Path) -> None:
-    model = quantized("bert", target, 1)
+    model = calibrated("bert", "BertForQuestionAnswering", target, **WIDTHS["bert"])  # as in test_receipt.py
     export_onnx(model, tmp_path / "m.onnx", target=target, parity=False)
     findings = lint(tmp_path / "m.onnx")
     assert findings.target == target
-    assert findings.model == "BertForSequenceClassification"
+    assert findings.model == "BertForQuestionAnswering"
     acting = {name for name, each in qs.quantizers(model).items() if each.enabled}
     assert {name for finding in findings.with_verdict("enables") for name in finding.sites} == acting
     assert not findings.with_verdict("idle")

@@ -20,7 +20,7 @@ from qdq_surgery.prove.output_distance import Distances, Texts, distances, joine
 
 pytest.importorskip("onnxruntime")
 
-from exported import calibrated
+from exported import exported
 
 from qdq_surgery.prove import parity
 from qdq_surgery.serve.intermediates import Runtime, probe
@@ -214,14 +214,24 @@ def test_batches_become_one() -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def classifier() -> PreTrainedModel:
-    return calibrated("bert", "BertForSequenceClassification", "onnxruntime", num_hidden_layers=1)
+#: Files of two logits that other tests use, too, by whether batch and sequence are open.
+FILES: dict[bool, tuple[str, dict[str, Any]]] = {
+    True: ("BertForSequenceClassification", {"rules": "qdqbert"}),
+    False: ("BertForNextSentencePrediction", {"dynamic": False}),
+}
+
+
+@pytest.fixture
+def written(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Path]:
+    head, options = FILES[getattr(request, "param", True)]
+    qmodel, file = exported("bert", head, num_hidden_layers=1, **options)
+    return qmodel, file.path
 
 
 def pair(seed: int) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    """Texts of the sizes that a file with fixed shapes is made with."""
+    ids = torch.randint(3, 60, (2, 21), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
 def off_by(model: PreTrainedModel, times: float, asked: list[int]) -> Any:
@@ -242,42 +252,33 @@ def off_by(model: PreTrainedModel, times: float, asked: list[int]) -> Any:
     return probed
 
 
-@pytest.fixture
-def written(classifier: PreTrainedModel, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    dynamic = getattr(request, "param", True)
-    path = tmp_path / "model.onnx"
-    qs.export_onnx(classifier, path, pair(0), dynamic=dynamic, parity=False)
-    return path
-
-
 @pytest.mark.parametrize(("written", "asked_for"), [(True, [2, 62]), (False, [2] * 32)], indirect=["written"])
 def test_no_pair_of_texts_refuses_a_good_classifier(
-    written: Path, asked_for: list[int], classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    written: tuple[PreTrainedModel, Path], asked_for: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of its few logits: more texts are asked for, at once where the file takes them."""
+    classifier, path = written
     for seed in range(2):
         asked: list[int] = []
         monkeypatch.setattr(parity, "probe", off_by(classifier, 1.2, asked))
-        found = [check for check in qs.certify(classifier, written, pair(seed)).checks if not check.sites]
+        found = [check for check in qs.certify(classifier, path, pair(seed)).checks if not check.sites]
         assert [check.words() for check in found] == ["agrees"]
         assert [check.error for check in found] == [pytest.approx(1.2, rel=1e-3)]
         assert asked == asked_for
 
 
-def test_a_worse_runtime_is_refused(
-    written: Path, classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worse_runtime_is_refused(written: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, path = written
     monkeypatch.setattr(parity, "probe", off_by(classifier, 3.0, []))
     for seed in range(3):
         with pytest.raises(ParityError, match="from the float model by"):
-            qs.certify(classifier, written, pair(seed)).require()
+            qs.certify(classifier, path, pair(seed)).require()
 
 
-def test_an_output_is_judged_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small one with its sign turned round, beside a large one that agrees."""
-    qmodel = calibrated("bert", "BertForPreTraining", "onnxruntime", num_hidden_layers=1)
-    qs.export_onnx(qmodel, tmp_path / "model.onnx", pair(0), parity=False)
-    assert qs.certify(qmodel, tmp_path / "model.onnx", pair(0)).agrees
+    qmodel, file = exported("bert", "BertForPreTraining", rules="qdqbert", num_hidden_layers=1)
+    assert qs.certify(qmodel, file.path, pair(0)).agrees
 
     def turned(file: Any, inputs: Mapping[str, Any], values: Any, runtime: Runtime) -> dict[str, NDArray[Any]]:
         found = probe(file, inputs, values, runtime)
@@ -286,12 +287,13 @@ def test_an_output_is_judged_by_itself(tmp_path: Path, monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(parity, "probe", turned)
-    assert not qs.certify(qmodel, tmp_path / "model.onnx", pair(0)).agrees
+    assert not qs.certify(qmodel, file.path, pair(0)).agrees
 
 
 def test_garbage_in_a_padded_text_is_refused(
-    written: Path, classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    written: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    classifier, path = written
     inputs = {name: torch.cat([value] * 4) for name, value in pair(0).items()}
     inputs["attention_mask"][3, 5:] = 0
 
@@ -302,13 +304,15 @@ def test_garbage_in_a_padded_text_is_refused(
         return found
 
     monkeypatch.setattr(parity, "probe", broken)
-    assert not qs.certify(classifier, written, inputs).agrees
+    assert not qs.certify(classifier, path, inputs).agrees
 
 
 @pytest.mark.parametrize("what", [np.nan, np.inf])
 def test_outputs_that_are_no_numbers_are_refused(
-    what: float, written: Path, classifier: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    what: float, written: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    classifier, path = written
+
     def broken(file: Any, given: Mapping[str, Any], values: Any, runtime: Runtime) -> dict[str, NDArray[Any]]:
         found = probe(file, given, values, runtime)
         if runtime.optimized and not values:
@@ -317,4 +321,4 @@ def test_outputs_that_are_no_numbers_are_refused(
 
     monkeypatch.setattr(parity, "probe", broken)
     with np.errstate(invalid="ignore"):
-        assert not qs.certify(classifier, written, pair(0)).agrees
+        assert not qs.certify(classifier, path, pair(0)).agrees

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import build
+from architectures import WIDTHS, build
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.hf.example_inputs import sample_inputs
 from qdq_surgery.onnx_file.metadata import Site, dump_sites, load_sites
 from qdq_surgery.onnx_file.opened import open_exported
 from qdq_surgery.prove import parity
@@ -33,11 +32,10 @@ MODELS = {
     "modernbert": ("layers.1.attn.matmul_a_input_quantizer", "layers.1.mlp.Wi"),
 }
 
-#: One file with open shapes; the others with fixed ones, traced in half the time.
 OPTIONS: dict[str, dict[str, Any]] = {
     "bert": {"num_hidden_layers": 1},
-    "deberta-v2": {"num_hidden_layers": 1, "dynamic": False},
-    "modernbert": {"dynamic": False},
+    "deberta-v2": WIDTHS["deberta-v2"],
+    "modernbert": WIDTHS["modernbert"],
 }
 
 
@@ -141,7 +139,7 @@ def test_it_names_the_site(model_type: str, change: Callable[[Any, Any], None], 
     qmodel, path = model_of(model_type)
     activation, weight = MODELS[model_type]
     site = site_of(path, activation if change in ACTIVATION else f"{weight}._weight_quantizer")
-    inputs = inputs_for(qmodel, (3, 17)) if model_type == "bert" else sample_inputs(qmodel, None, False)
+    inputs = inputs_for(qmodel, (3, 17))
     certificate = certify(qmodel, corrupted(path, site, change, tmp_path), inputs)
     check = next(check for check in certificate.checks if check.sites)
     assert not check.agrees
@@ -189,7 +187,7 @@ def test_a_pair_of_several_quantizers_is_named_by_its_first(tmp_path: Path) -> N
 
 def test_the_second_run_of_a_layer(tmp_path: Path) -> None:
     """ALBERT's: the pair of the second run is held against the second call."""
-    qmodel, file = exported("albert")
+    qmodel, file = exported("albert", **WIDTHS["albert"])
     first, second = (site for site in file.sites if site.name.endswith("attention.matmul_k_input_quantizer"))
     for site, wrong in ((first, 0), (second, 1)):
         check = site_checks(
@@ -244,11 +242,16 @@ def test_a_model_whose_weights_went_on() -> None:
 # --- ties ---------------------------------------------------------------------------------------------------------
 
 
+#: Many values, of sums of many products: some lie half-way.
+MANY = (6, 64)
+
+
 @pytest.fixture(scope="module")
-def wide() -> tuple[PreTrainedModel, Path]:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
     options = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 80}
-    qmodel, file = exported("bert", num_hidden_layers=2, **options)
-    return qmodel, file.path
+    qmodel = calibrated(rules="onnxruntime", num_hidden_layers=1, **options)
+    path = tmp_path_factory.mktemp("wide") / "model.onnx"
+    return qmodel, qs.export_onnx(qmodel, path, inputs_for(qmodel, MANY), dynamic=False, parity=False).path
 
 
 @pytest.mark.slow
@@ -256,7 +259,7 @@ def wide() -> tuple[PreTrainedModel, Path]:
 def test_ties_are_no_differences(runtime: str, wide: tuple[PreTrainedModel, Path]) -> None:
     pytest.importorskip(runtime)
     qmodel, path = wide
-    certificate = certify(qmodel, path, inputs_for(qmodel, (6, 64)), (runtime,))
+    certificate = certify(qmodel, path, inputs_for(qmodel, MANY), (runtime,))
     assert certificate.agrees, certificate.to_text()
     (check,) = (check for check in certificate.checks if check.sites)
     ties, elements = (sum(getattr(site, name) for site in check.sites) for name in ("ties", "elements"))
@@ -270,7 +273,7 @@ def test_half_a_step_off_is_no_tie(wide: tuple[PreTrainedModel, Path], tmp_path:
     qmodel, path = wide
     site = site_of(path, "layer.0.output.dense._input_quantizer")
     check = site_checks(
-        qmodel, corrupted(path, site, quantize_scale, tmp_path), inputs_for(qmodel, (2, 16)), "onnxruntime"
+        qmodel, corrupted(path, site, quantize_scale, tmp_path), inputs_for(qmodel, MANY), "onnxruntime"
     )
     assert check.first is not None
     assert check.first.quantizer == site.name

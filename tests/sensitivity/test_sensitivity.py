@@ -83,7 +83,8 @@ def test_it_is_what_one_finds_by_hand(rules: str, monkeypatch: pytest.MonkeyPatc
     plain, whole = (run_with(qmodel, names, batch).last_hidden_state for names in (set(), every))
     found = qs.sensitivity(qmodel, [batch])
     assert found.int8 == relative_error(whole, plain)
-    sites = [name for name in sorted(every) if "layer.1" in name or name.endswith("query._weight_quantizer")]
+    places = ("query._weight_", "layer.1.output.dense._input_", "layer.1.output.dense._weight_", "layer.1.output.add_")
+    sites = [name for name in sorted(every) if any(place in name for place in (*places, "layer.1.attention.self.mat"))]
     for name in sites:
         cost = figures(found)["site", name]
         assert cost.alone == relative_error(run_with(qmodel, {name}, batch).last_hidden_state, plain)
@@ -98,6 +99,12 @@ def test_it_is_what_one_finds_by_hand(rules: str, monkeypatch: pytest.MonkeyPatc
     assert cost.left == relative_error(run_with(qmodel, every - kind, batch).last_hidden_state, plain)
 
 
+@functools.cache
+def of_outliers() -> qs.Sensitivity:
+    """What several tests look at."""
+    return qs.sensitivity(calibrated("spoiled"), batches_for(spoiled()))
+
+
 def qmodel_sites(qmodel: PreTrainedModel) -> tuple[qs.Site, ...]:
     from qdq_surgery.surgery.model_state import plan_of
 
@@ -106,7 +113,7 @@ def qmodel_sites(qmodel: PreTrainedModel) -> tuple[qs.Site, ...]:
 
 def test_outlier_channels_rank_first_and_are_named() -> None:
     """The residual stream has them, and the linears that read it; values and attention have not."""
-    found = qs.sensitivity(calibrated("spoiled"), batches_for(spoiled()))
+    found = of_outliers()
     kinds = found.of("kind")
     assert [each.name for each in kinds[:2]] == ["residual-add(residual)", "encoder-linear(x)"]
     assert sorted(kinds[0].outliers) == list(CHANNELS)
@@ -120,7 +127,7 @@ def test_outlier_channels_rank_first_and_are_named() -> None:
     assert not any(each.outliers for each in weights)
 
 
-ARCHITECTURES = ["bert", "distilbert", "deberta-v2", "modernbert", "albert"]
+ARCHITECTURES = ["bert", "deberta-v2", "modernbert", "albert"]
 
 
 @pytest.mark.parametrize("model_type", [each for each in ARCHITECTURES if each != "albert"])  # which has none
@@ -230,14 +237,18 @@ def test_a_weight_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 # Metrics --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["mse", "cosine", "kl"])
 @pytest.mark.parametrize(
-    ("head", "more"),
-    [("BertForTokenClassification", {}), ("BertForQuestionAnswering", {}), ("BertForSequenceClassification", {})],
+    ("head", "metric"),
+    [
+        ("BertForTokenClassification", "cosine"),
+        ("BertForQuestionAnswering", "mse"),
+        ("BertForQuestionAnswering", "kl"),  # which fills in another number
+        ("BertForSequenceClassification", "mse"),
+    ],
 )
-def test_padding_does_not_count(metric: str, head: str, more: dict[str, Any]) -> None:
+def test_padding_does_not_count(head: str, metric: str) -> None:
     qmodel = calibrated("bert", head)
-    batch = batch_for(qmodel, (4, 10), **more)
+    batch = batch_for(qmodel, (4, 10))
     other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 7, batch["input_ids"])}
     wide = {name: torch.cat([value, torch.zeros_like(value[:, :5])], 1) for name, value in batch.items()}
     options: Any = {"sites": False, "kinds": False}
@@ -398,8 +409,8 @@ def start() -> PreTrainedModel:
 def test_interrupted_at_any_line_the_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = interruptions.Operation("sensitivity", start, measure)
     monkeypatch.setattr(interruptions, "OPERATIONS", (operation,))
-    outcome = interruptions.run(30, 0, ["sensitivity"])
-    assert outcome.read.total() == 30
+    outcome = interruptions.run(20, 0, ["sensitivity"])
+    assert outcome.read.total() == 20
     assert outcome.is_right, str(outcome)
 
 
@@ -481,7 +492,7 @@ def test_one_number_has_no_direction_and_no_other_class(metric: str) -> None:
 
 
 def test_the_table() -> None:
-    found = qs.sensitivity(calibrated("spoiled"), batches_for(spoiled()))
+    found = of_outliers()
     for what in ("site", "kind", "layer"):
         errors = [each.alone for each in found.of(what)]
         assert errors == sorted(errors, reverse=True)
@@ -495,7 +506,7 @@ def test_the_table() -> None:
 
 
 def test_sites_folded_by_layer() -> None:
-    found = qs.sensitivity(calibrated("spoiled"), batches_for(spoiled()))
+    found = of_outliers()
     folded = found.folded()
     sites = {each.name: each for each in folded.of("site")}
     assert len(sites) == 20

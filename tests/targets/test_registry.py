@@ -181,7 +181,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Target:
     vars(module)["Rules"] = Rules
     monkeypatch.setitem(sys.modules, "toy_lint", module)
     target = Target(
-        "toy", "Toys", 19, (19, 20), ("uint8", "int8"), "toy_lint", toy_executed, ToySession, precisions=("float32",)
+        "toy", "Toys", 20, (19, 20), ("uint8", "int8"), "toy_lint", toy_executed, ToySession, precisions=("float32",)
     )
     monkeypatch.setitem(registry.TARGETS, "toy", target)
     ToySession.calls.clear()
@@ -200,8 +200,8 @@ def test_a_target_that_is_registered_goes_all_the_way(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: real("sys" if name == "toy" else name, *a))
     model = calibrated("bert", num_hidden_layers=1)
     batch = inputs_for(model, (2, 9))
-    made = qs.export_onnx(model, tmp_path / "toy.onnx", batch, toy.name)
-    assert (made.target, made.opset) == ("toy", 19)
+    made = qs.export_onnx(model, tmp_path / "toy.onnx", target=toy.name)
+    assert (made.target, made.opset) == ("toy", 20)
     assert made.parity is not None
     assert [check.runtime for check in made.parity.checks][2:] == ["toy, optimisations off", "toy"]
     assert ToySession.calls == ["probe False", "probe True"]

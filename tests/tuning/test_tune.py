@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import BASE, BY_TYPE, batch_for, build, layers
+from architectures import BASE, batch_for, build, layers
 from outlier_model import spoiled
 from transformers import PreTrainedModel
 
 import qdq_surgery as qs
+from qdq_surgery.numerics.range_choice import RANGE_METHODS
 from qdq_surgery.rules.spec import RuleSet
+from qdq_surgery.tuning import candidates
 from qdq_surgery.tuning.measure import Measure
 from qdq_surgery.tuning.trial import Trial
 
@@ -34,12 +37,26 @@ def error_of(
     return Measure(qmodel, data if on is None else on, metric).error()
 
 
-@pytest.mark.parametrize("target", ["openvino", "fuse-qkv", "linear-only", "tensorrt"])
+@functools.cache
+def tuned(target: str) -> qs.Tuning:
+    """By all that is tried, without a budget; what several tests look at."""
+    model = spoiled(1)
+    return qs.tune(model, batches_of(model), target, held_out=[batch_for(model, (5, 8))])
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of sites has few other specs, so that the search is short."""
+    monkeypatch.setattr(candidates, "_THRESHOLDS", (1.0, 2.0))
+    monkeypatch.setattr(candidates, "_ALPHAS", (0.5,))
+    some = {name: RANGE_METHODS[name] for name in ("max", "mse")}
+    monkeypatch.setattr(candidates, "RANGE_METHODS", some)
+
+
+@pytest.mark.parametrize("target", ["openvino", "fuse-qkv", "qdqbert"])
 def test_the_figures_are_those_of_its_rules(target: str, tmp_path: Path) -> None:
-    model = spoiled(2 if target == "openvino" else 1)
-    before = copy.deepcopy(model.state_dict())
+    model, made = spoiled(1), tuned(target)
     data, others = batches_of(model), [batch_for(model, (5, 8))]
-    made = qs.tune(model, data, target, held_out=others)
     assert made.error == error_of(model, made.rules, data) < made.start == error_of(model, target, data)
     assert made.held_out == (error_of(model, target, data, others), error_of(model, made.rules, data, others))
     assert made.steps[0].before == made.start
@@ -51,18 +68,26 @@ def test_the_figures_are_those_of_its_rules(target: str, tmp_path: Path) -> None
     assert error_of(model, qs.load_rules(tmp_path / "own.yaml"), data) == made.error
     assert made.rules.extends == target
     assert f"extends: {target}\n" in made.rules.text
-    # Nothing is seen of it on the model.
+
+
+@pytest.mark.usefixtures("few")
+def test_nothing_is_seen_of_it_on_the_model() -> None:
+    model = spoiled(2)
+    before = copy.deepcopy(model.state_dict())
+    made = qs.tune(model, batches_of(model), "tensorrt")
+    assert made.error == error_of(model, made.rules, batches_of(model)) < made.start
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(isinstance(each, qs.TensorQuantizer) for each in model.modules())
 
 
-#: Their layers are BERT's: they count positions otherwise, or have other embeddings, or norms in another place.
-COPIES = ("roberta", "xlm-roberta", "camembert", "electra", "roberta-prelayernorm")
+#: With other blocks than BERT: a layer that runs twice, more linears, products of positions, one linear for three.
+ARCHITECTURES = ("albert", "mobilebert", "deberta-v2", "modernbert")
 
 
-@pytest.mark.parametrize("model_type", [each for each in BY_TYPE if each not in COPIES])
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_architecture(model_type: str) -> None:
-    deep = model_type in ("albert", "mpnet", "modernbert")  # the second layer: the same again, another, a local one
+    deep = model_type in ("albert", "modernbert")  # the second layer: the same again, a local one
     model = build(model_type, BASE[model_type], **layers(model_type, 2 if deep else 1))
     data = batches_of(model)
     made = qs.tune(model, data, "qdqbert-scaled")
@@ -70,9 +95,7 @@ def test_every_architecture(model_type: str) -> None:
 
 
 def test_every_entry_has_its_reason_with_figures() -> None:
-    model = spoiled(1)
-    base = qs.load_rules("openvino")
-    made = qs.tune(model, batches_of(model), base)
+    base, made = qs.load_rules("openvino"), tuned("openvino")
     known = {rule.name: rule for rule in base.rules}
     changed = [rule for rule in made.rules.rules if rule.why != known[rule.name].why]
     assert changed
@@ -93,6 +116,7 @@ def rules_with(spec: str, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("few")
 def test_rules_of_a_users_own_are_written_whole(tmp_path: Path) -> None:
     path = rules_with("{calibrator: max}", tmp_path)
     model = spoiled(1)
@@ -102,11 +126,11 @@ def test_rules_of_a_users_own_are_written_whole(tmp_path: Path) -> None:
     assert error_of(model, made.rules, batches_of(model)) == made.error
 
 
-@pytest.mark.parametrize("target", ["qdqbert-scaled", "fuse-qkv"])
+@pytest.mark.parametrize("target", ["qdqbert", "fuse-qkv"])
 def test_a_budget_leaves_as_little_as_it_takes_in_float(target: str) -> None:
     model = spoiled(1)
     data = batches_of(model)
-    free = qs.tune(model, data, target)
+    free = tuned(target)
     budget = 0.95 * free.error
     made = qs.tune(model, data, target, budget, float_share=0.5)
     assert made.met
@@ -121,11 +145,12 @@ def test_a_budget_leaves_as_little_as_it_takes_in_float(target: str) -> None:
     assert all("-> " in each.why and "% of the multiply-adds" in each.why for each in excluded)
 
 
+@pytest.mark.usefixtures("few")
 def test_adds_are_left_in_float_first() -> None:
     """They have no multiply-adds."""
     model = spoiled(1)
     data = batches_of(model)
-    made = qs.tune(model, data, "qdqbert", 0.5 * qs.tune(model, data, "qdqbert").error)
+    made = qs.tune(model, data, "qdqbert", 0.5 * tuned("qdqbert").error)
     left = [step.what.rpartition("(")[2] for step in made.steps if step.change.startswith("left in float")]
     assert left[0] == "add)"
 
@@ -146,6 +171,7 @@ def test_what_stays_in_float_has_no_part_in_a_shared_range() -> None:
     assert all(torch.equal(each.amax, ranges[name]) for name, each in found.items())
 
 
+@pytest.mark.usefixtures("few")
 def test_ranges_by_channel_of_an_activation_stay(tmp_path: Path) -> None:
     """No other method is for them."""
     path = rules_with("{axis: 2}", tmp_path)
@@ -156,13 +182,13 @@ def test_ranges_by_channel_of_an_activation_stay(tmp_path: Path) -> None:
 
 def test_a_budget_that_is_met_by_specs_leaves_nothing_in_float() -> None:
     model = spoiled(1)
-    data = batches_of(model)
-    free = qs.tune(model, data, "qdqbert")
-    made = qs.tune(model, data, "qdqbert", free.error)
+    free = tuned("qdqbert")
+    made = qs.tune(model, batches_of(model), "qdqbert", free.error)
     assert made.met
     assert made.steps == free.steps
 
 
+@pytest.mark.usefixtures("few")
 def test_a_budget_that_cannot_be_met_is_said_with_the_best() -> None:
     model = spoiled(1)
     data = batches_of(model)
@@ -203,8 +229,9 @@ def test_the_work_is_counted_in_multiply_adds() -> None:
     assert {each.work for each in found if each.operator == "add"} == {0}
 
 
+@pytest.mark.usefixtures("few")
 def test_a_users_metric() -> None:
-    model = build("bert", "BertForSequenceClassification")
+    model = build("bert", "BertForSequenceClassification", num_hidden_layers=1)
     data = batches_of(model)
 
     def score(outputs: Any, inputs: Mapping[str, Any]) -> float:
@@ -243,8 +270,7 @@ def test_a_converted_model_is_refused() -> None:
 
 
 def test_a_file_that_is_there_needs_a_word(tmp_path: Path) -> None:
-    model = spoiled(1)
-    made = qs.tune(model, batches_of(model), "linear-only")
+    made = tuned("openvino")
     path = tmp_path / "own.yaml"
     path.write_text("mine")
     with pytest.raises(qs.ExportError, match="exists"):
