@@ -20,13 +20,8 @@ import forked
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
-from architectures import ARCHITECTURES, batch_for, build, tensors_of
-from hearing import Heard
-from kept import kept
-=======
 from architectures import ARCHITECTURES, batch_for, build, layers, tensors_of
->>>>>>> tb
+from hearing import Heard
 from tiny_checkpoint import tiny_tokenizer
 from transformers import PreTrainedModel, pipeline
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -267,13 +262,7 @@ def close(found: Any, wanted: Any) -> None:
         ("zero-shot-classification", "BertForSequenceClassification", {"candidate_labels": ["cat", "dog"]}),
     ],
 )
-<<<<<<< HEAD
-def test_pipelines(task: Any, head: str, options: dict[str, Any], runtime: str, files: Files, heard: Heard) -> None:
-=======
-def test_pipelines(
-    task: Any, head: str, options: dict[str, Any], files: Files, caplog: pytest.LogCaptureFixture
-) -> None:
->>>>>>> tb
+def test_pipelines(task: Any, head: str, options: dict[str, Any], files: Files, heard: Heard) -> None:
     qmodel, path = files.get(head)
     texts = [text.replace("mat", "[MASK]") for text in TEXTS[::2]] if task == "fill-mask" else TEXTS
     found = [
