@@ -16,6 +16,7 @@ from qdq_surgery.match.analyze import analyze, recordings_of
 from qdq_surgery.match.plan import Plan
 from qdq_surgery.rules.spec import RuleSet
 from qdq_surgery.rules.yaml_file import load_rules
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.safety.random_state import alone
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.apply import Recordings, operate
@@ -51,7 +52,9 @@ def convert(
         AlreadyConvertedError: It holds quantizers.
         ModelError: It is no model that can be converted, or the example inputs are wrong.
         TraceError: A block that is to be rewritten cannot be, in training mode or without a mask.
+        OptionError: ``inplace`` is neither true nor false.
     """
+    check_flags(inplace=inplace)
     made, recordings = _recorded(model, load_rules(rules), example_inputs)
     target = model if inplace else _copied(model)
     with all_or_nothing(target):

@@ -24,6 +24,7 @@ from qdq_surgery.onnx_file.opened import OnnxFile, open_file
 from qdq_surgery.onnx_file.writer import data_beside, draft, writable
 from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.lint import lint
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.surgery.model_state import plan_of, refuse_disabled, refuse_lost
 from qdq_surgery.targets.registry import DEFAULT, REFERENCE, get_target
 from qdq_surgery.targets.target import ACTIVATIONS, PRECISIONS, Target, full_precision
@@ -126,9 +127,11 @@ def export_onnx(
         ExportError: There is no such target, opset, precision; a quantizer's grid has no form in ONNX; the file cannot
             be written, or is there already; the model cannot be traced.
         ParityError: The file computes something else; names the first site. Nothing is left behind.
+        OptionError: A flag is neither true nor false.
         ModelError: The model is not converted, is in train mode or in ``quantization_disabled``, or a package is
             missing; says which extra has it.
     """
+    check_flags(dynamic=dynamic, parity=parity, overwrite=overwrite)
     chosen = get_target(target)
     precision = None if precision is None else full_precision(precision)
     form = _Form(

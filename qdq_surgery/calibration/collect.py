@@ -28,6 +28,7 @@ from qdq_surgery.quantize.calibrators import HistogramCalibrator, MaxCalibrator,
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.linear import QuantLinear
 from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.safety.random_state import kept_random, seed_generators
 from qdq_surgery.safety.transaction import kept_modes, put_back_after
 from qdq_surgery.surgery.model_state import check_module, plan_of, quantizers, refuse_lost
@@ -175,7 +176,9 @@ def collect(
         CalibrationError: No quantizer is enabled, there are no batches, one cannot be used, an activation has a NaN or
             an infinite value, or a quantizer saw nothing, or it cannot be told what is padding in what one sees; names
             the quantizer and the batch.
+        OptionError: A flag is neither true nor false.
     """
+    check_flags(histograms=histograms, moments=moments)
     model = unwrapped(qmodel)
     watched = activation_quantizers(model)
     if not watched:

@@ -7,6 +7,7 @@ from torch import nn
 from qdq_surgery.calibration.collect import planned_name, unwrapped, weight_quantizers
 from qdq_surgery.calibration.ranges import share_ranges_found, weight_range
 from qdq_surgery.errors import CalibrationError
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.model_state import plan_of, quantizers, refuse_disabled
 
@@ -29,7 +30,9 @@ def learn_ranges(qmodel: nn.Module, *, weights: bool = False) -> list[nn.Paramet
     Raises:
         CalibrationError: A quantizer has no range; none is changed then.
         ModelError: The model is not converted, or is in ``quantization_disabled``.
+        OptionError: ``weights`` is neither true nor false.
     """
+    check_flags(weights=weights)
     model = unwrapped(qmodel)
     refuse_disabled(model, "learn_ranges")
     shared = {name for group in plan_of(model).shared for name in group}

@@ -24,6 +24,7 @@ from qdq_surgery.match.analyze import mark_baked_sizes
 from qdq_surgery.quantize.embedding import QuantEmbedding
 from qdq_surgery.quantize.integer_embedding import make_integer_embedding
 from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.safety.random_state import alone, kept_random
 from qdq_surgery.safety.transaction import all_or_nothing
 from qdq_surgery.surgery.apply import base_class, quantized_class
@@ -62,7 +63,9 @@ def freeze(qmodel: _Model, *, example_inputs: Mapping[str, Any] | None = None, i
         ModelError: The model is not converted, is on another device, holds no linear that can be frozen, or one with a
             grid of other than 8 bits, or integer products do not run on this machine or in this dtype.
         CalibrationError: A quantizer has no range.
+        OptionError: ``inplace`` is neither true nor false.
     """
+    check_flags(inplace=inplace)
     choice = choose(qmodel)
     target = qmodel if inplace else _copied(qmodel, choice)
     with alone(), all_or_nothing(target), kept_random([]), torch.no_grad():

@@ -21,6 +21,7 @@ from qdq_surgery.onnx_graph.findings import Findings
 from qdq_surgery.prove.parity import Parity
 from qdq_surgery.prove.receipt import Receipt
 from qdq_surgery.report.diff import Diff
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.sensitivity.evaluate import Evaluation
 from qdq_surgery.sensitivity.result import Sensitivity
 from qdq_surgery.surgery.model_state import plan_of
@@ -115,6 +116,7 @@ def report(
         OptionError: An argument is something else than it should be.
     """
     file = writable(path, overwrite, "a report", ".html")
+    check_flags(overwrite=overwrite)
     for package in ("bokeh", "jinja2"):
         require(package, "a report", "report")
     given = Given(

@@ -14,6 +14,7 @@ from qdq_surgery.calibration.batches import NO_BATCHES, check_batches, counted
 from qdq_surgery.calibration.collect import check_free, unwrapped
 from qdq_surgery.errors import CalibrationError, OptionError
 from qdq_surgery.quantize.quantizer import TensorQuantizer
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.sensitivity.outlier_channels import ChannelTops, Tokens, outliers
 from qdq_surgery.sensitivity.output_error import Judge, Metric, judge_of, token_mask
 from qdq_surgery.sensitivity.parts import KIND, LAYER, SITE, Part, parts_of, sees_channels, sites_of
@@ -76,6 +77,7 @@ def sensitivity(
         OptionError: The metric is none, or not for such a model; nothing is to be measured; or ``resume`` is of another
             model, of other rules, ranges, batches or of another metric: says which.
     """
+    check_flags(sites=sites, kinds=kinds, layers=layers)
     check_batches(batches)
     judge = judge_of(metric)
     wanted = [what for what, asked in ((SITE, sites), (KIND, kinds), (LAYER, layers)) if asked]

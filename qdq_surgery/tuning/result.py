@@ -9,6 +9,7 @@ from typing import Any
 
 from qdq_surgery.onnx_file.writer import replace_text, writable
 from qdq_surgery.rules.spec import RuleSet
+from qdq_surgery.safety.given_flags import check_flags
 from qdq_surgery.text.view import Column, Line, Part, Result, Table, data_words, line, number
 
 __all__ = ["Step", "Tuning", "rule_file"]
@@ -85,6 +86,7 @@ class Tuning(Result):
         Raises:
             ExportError: It has another name, something is there, or whatever the system says.
         """
+        check_flags(overwrite=overwrite)
         replace_text(rule_file(path, overwrite), self.rules.text, overwrite)
 
     def to_json(self) -> dict[str, Any]:
