@@ -33,9 +33,11 @@ from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
 from qdq_surgery.calibration.collect import activation_quantizers
-from qdq_surgery.cli.demo import checkpoint, standard_library_texts, token_batches
+from qdq_surgery.cli.demo.files import checkpoint
+from qdq_surgery.cli.demo.run import token_batches
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.numerics.range_methods import entropy_amax, mse_amax, percentile_amax
+from qdq_surgery.texts.standard_library import standard_library_texts
 
 ROWS, TOKENS = 8, 128
 

@@ -31,9 +31,11 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.cli.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
+from qdq_surgery.cli.demo.files import checkpoint
+from qdq_surgery.cli.demo.run import agreement, embed, token_batches
 from qdq_surgery.freeze.linear import IntegerLinear
 from qdq_surgery.quantize.linear import QuantLinear
+from qdq_surgery.texts.standard_library import standard_library_texts
 from runtimes.with_torch import inductor_in, quantize_by_pt2e
 from runtimes.workspace import Missing
 

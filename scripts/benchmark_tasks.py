@@ -34,10 +34,12 @@ from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from qdq_surgery.cli.demo import agreement, checkpoint, embed, standard_library_texts, token_batches
+from qdq_surgery.cli.demo.files import checkpoint
+from qdq_surgery.cli.demo.run import agreement, embed, token_batches
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.numerics.range_choice import BEST, RANGE_METHODS
 from qdq_surgery.onnx_file.writer import replace_text
+from qdq_surgery.texts.standard_library import standard_library_texts
 from run_classification import Classification
 from run_ner import NamedEntities
 from run_qa import QuestionAnswering

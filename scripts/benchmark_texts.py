@@ -29,10 +29,12 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import qdq_surgery as qs
-from qdq_surgery.cli.demo import checkpoint, standard_library_texts, token_batches
+from qdq_surgery.cli.demo.files import checkpoint
+from qdq_surgery.cli.demo.run import token_batches
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.text.view import Column, Table, View, line, number
+from qdq_surgery.texts.standard_library import standard_library_texts
 
 _LENGTH = 256
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qdq_surgery.cli.demo import checkpoint
+from qdq_surgery.cli.demo.files import checkpoint
 from qdq_surgery.onnx_file.writer import replace_text
 
 try:

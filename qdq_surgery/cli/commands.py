@@ -12,11 +12,11 @@ import importlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from qdq_surgery.cli.wording import in_words_of_the_command, say
+from qdq_surgery.cli.wording import in_words_of_the_command, quiet, say
 from qdq_surgery.errors import QdqSurgeryError
 from qdq_surgery.safety.interrupt import COMMAND
 from qdq_surgery.text.optional_imports import require
@@ -38,11 +38,13 @@ class Command:
         name: What is typed.
         help: What it is for.
         module: The module of this package with a function ``add_NAME``, which gives a parser its arguments.
+        light: Whether it begins without the package, whose imports take seconds; it imports that when it needs it.
     """
 
     name: str
     help: str
     module: str
+    light: bool = False
 
     def add_to(self, command: argparse.ArgumentParser) -> None:
         """Give a parser the command's arguments."""
@@ -71,7 +73,7 @@ COMMANDS = (
     Command("receipt", "open a file on its runtime, and say what of it runs in INT8", "files"),
     Command("report", "write all that is known of a converted model as one HTML file", "report"),
     Command("rules", "list, show and check rule files", "views"),
-    Command("demo", "convert, calibrate, compare and export the real all-MiniLM-L6-v2", "demo"),
+    Command("demo", "convert, calibrate, compare and export the real all-MiniLM-L6-v2", "demo.command", light=True),
     Command("completion", "print what makes a shell complete these commands and their options", "commands"),
 )
 
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(options=())
     try:
         arguments = _parsed(words)
-        with _quiet():
+        with nullcontext() if arguments.light else quiet():
             arguments.run(arguments)
     except QdqSurgeryError as error:
         say("error", in_words_of_the_command(str(error), arguments.options))
@@ -132,22 +134,6 @@ def _hint(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What transformers would say, this command says itself; whoever calls it from Python has it back afterwards."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """All commands, in the order of a user's way.
 
@@ -160,13 +146,13 @@ def parser(chosen: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=f"{COMMAND} {__version__}")
     commands = made.add_subparsers(title="commands", required=True, metavar="COMMAND")
     wanted = [each for each in COMMANDS if chosen in (None, each.name)]
-    if wanted:
+    if not all(each.light for each in wanted):
         importlib.import_module("qdq_surgery.api")  # the whole package, in its order, as `import qdq_surgery` does
     for each in COMMANDS:
         command = commands.add_parser(each.name, help=each.help)
         if each in wanted:
             each.add_to(command)
-            command.set_defaults(options=re.findall(r"--[\w-]+", command.format_help()))
+            command.set_defaults(light=each.light, options=re.findall(r"--[\w-]+", command.format_help()))
     return made
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from qdq_surgery.safety.interrupt import COMMAND
 
-__all__ = ["ADVICE", "in_words_of_the_command", "say"]
+__all__ = ["ADVICE", "in_words_of_the_command", "quiet", "say"]
 
 _EXAMPLES = "the command makes its example inputs from config.json: correct that, or convert the model in Python"
 _CALIBRATE = "qdq-surgery calibrate MODEL_DIR TEXTS OUTPUT_DIR"
@@ -53,3 +54,19 @@ def say(what: str, text: str) -> None:
     # Without anything that a terminal obeys: names and texts of others may be in it.
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     print(f"{COMMAND}: {what}: {shown}", file=sys.stderr)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What transformers would say, this command says itself; whoever calls it from Python has it back afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
-from qdq_surgery.cli.demo import agreement, checkpoint, standard_library_texts, token_batches
+from qdq_surgery.cli.demo.files import checkpoint
+from qdq_surgery.cli.demo.run import agreement, token_batches
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.padding.token_masks import token_means
+from qdq_surgery.texts.standard_library import standard_library_texts
 from runtimes.workspace import Missing, write_float_onnx
 
 __all__ = ["JUDGED", "Batch", "Judged", "inputs_of"]

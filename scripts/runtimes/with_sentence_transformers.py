@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qdq_surgery.cli.demo import checkpoint
+from qdq_surgery.cli.demo.files import checkpoint
 from runtimes.workspace import Missing
 from versions.environments import MissingError, run
 

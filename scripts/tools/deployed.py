@@ -17,10 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qdq_surgery as qs
 from qdq_surgery.cli.commands import main as command
-from qdq_surgery.cli.demo import checkpoint, standard_library_texts
+from qdq_surgery.cli.demo.files import checkpoint
 from qdq_surgery.deployment.folder import FILE
 from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.targets.registry import session_on
+from qdq_surgery.texts.standard_library import standard_library_texts
 from tools.compared import Rows
 from tools.given import EMBEDDINGS, MOST_TOKENS
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from transformers import BertForTokenClassification, GPT2Config, GPT2Model
 
 import qdq_surgery as qs
-from qdq_surgery.cli import demo
 from qdq_surgery.cli.commands import COMMANDS, main
 from qdq_surgery.cli.folder import load_model, save_model
 from qdq_surgery.surgery.model_state import plan_of
 from qdq_surgery.text import progress
+from qdq_surgery.texts import standard_library
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,9 @@ def test_mistakes_end_in_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(demo, "_prose", lambda: ("a text", "another"))  # reading all of Python's own takes seconds
+    monkeypatch.setattr(
+        standard_library, "_prose", lambda: ("a text", "another")
+    )  # reading all of Python's own takes seconds
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "bert"}')
@@ -202,15 +204,17 @@ def test_what_is_misspelt_is_told_what_was_meant(
     assert meant in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "nothing-of-the-kind"])
-def test_torch_is_not_imported_for_what_needs_no_command(words: str) -> None:
+@pytest.mark.parametrize("words", ["--help", "--version", "nothing-of-the-kind", "demo --files x --texts 1"])
+def test_torch_is_not_imported_for_what_does_not_need_it(words: str) -> None:
     """A process that is the command, whose first argument is its own name."""
     code = (
         "import sys; sys.argv = ['qdq-surgery', *sys.argv[1:]]\n"
         "from qdq_surgery.cli import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    print(*sys.modules.keys() & {'torch', 'transformers', 'numpy'})\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\nprint(*sys.modules.keys() & {'torch', 'transformers', 'numpy'})\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.endswith("\n")
     assert done.stdout.splitlines()[-1] == ""
 

