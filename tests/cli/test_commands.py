@@ -210,7 +210,8 @@ def test_torch_is_not_imported_for_what_does_not_need_it(words: str) -> None:
     code = (
         "import sys; sys.argv = ['qdq-surgery', *sys.argv[1:]]\n"
         "from qdq_surgery.cli import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\nprint(*sys.modules.keys() & {'torch', 'transformers', 'numpy'})\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(*sys.modules.keys() & {'torch', 'transformers', 'numpy'})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *words.split()], capture_output=True, text=True, timeout=60, check=True
