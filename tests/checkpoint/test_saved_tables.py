@@ -48,6 +48,13 @@ def test_rounding_for_products_leaves_tables_alone(qmodel: PreTrainedModel) -> N
     assert WORDS not in {each.quantizer for each in done.weights} | set(done.left)
 
 
+def test_dequantized_it_is_the_float_model(qmodel: PreTrainedModel) -> None:
+    plain = build("bert", "BertModel")
+    qmodel.dequantize()
+    assert [type(module) for module in qmodel.modules()] == [type(module) for module in plain.modules()]
+    assert torch.equal(states(qmodel), states(plain))
+
+
 @pytest.mark.parametrize("learn", [False, True])
 def test_training_moves_table_and_ranges(qmodel: PreTrainedModel, learn: bool) -> None:
     learned = qs.learn_ranges(qmodel, weights=learn)
