@@ -33,10 +33,12 @@ def config(**options: Any) -> LoraConfig:
 
 
 def random_adapters(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
-    """Adapters start as zero: give them something to say."""
+    """Adapters start as zero: give them something to say, the same whatever has run before."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if "lora_A" in name:  # as PEFT draws them
+                nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
             if "lora_B" in name:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
