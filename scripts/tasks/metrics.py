@@ -28,7 +28,7 @@ def answer_scores(questions: Sequence[Question], answers: dict[str, str]) -> dic
         }
         for question in questions
     ]
-    found: dict[str, Tensor] = squad(predictions, targets)  # wider than its own alias
+    found: dict[str, Tensor] = squad(predictions, targets)
     return {name: float(found[name]) for name in ("exact_match", "f1")}
 
 
