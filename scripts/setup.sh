@@ -9,9 +9,9 @@ stamp=$venv/.installed-$1-$(
 )
 if [ ! -e "$stamp" ]; then
   [ -x "$python" ] || "${PYTHON:-python3}" -m venv "$venv"
-  export PIP_CONSTRAINT=$PWD/scripts/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
-  # Most of 18,000 modules are never imported: Python compiles those that are, when they first are.
-  export PIP_NO_COMPILE=1
+  # Most of 18,000 modules are never imported: Python compiles those that are, when they first are. (pip takes
+  # PIP_NO_COMPILE for the value of what --no-compile turns off.)
+  export PIP_CONSTRAINT=$PWD/scripts/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=0
   echo "Installing into $venv..."
   if [ "$1" = dev ]; then
     # The real QDQBERT, beside the others. Anew each time: pip leaves what already lies in a --target as it is.
