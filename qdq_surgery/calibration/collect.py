@@ -227,7 +227,7 @@ def unwrapped(qmodel: nn.Module) -> PreTrainedModel:
             break
         model = inner
     plan_of(model)
-    refuse_lost(model, "it")
+    refuse_lost(model, "the model")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise ModelError(

@@ -128,48 +128,44 @@ def read_qparams(qmodel: PreTrainedModel, target: Target) -> dict[str, QParams]:
     _refuse_axes(found, acting, target)
     for name, linear in qmodel.named_modules():
         if isinstance(linear, QuantLinear):
-            for role in ("input", "weight"):
-                _check_summed(found.get(f"{name}.{LINEAR_NAMES[role]}"))
             _pass_scale(found, f"{name}.{LINEAR_NAMES['input']}", f"{name}.{LINEAR_NAMES['weight']}", linear)
     tables = [f"{n}.{LINEAR_NAMES['weight']}" for n, each in qmodel.named_modules() if isinstance(each, QuantEmbedding)]
     return {**found, **{name: _of_table(found[name], target) for name in tables if name in found}}
 
 
 def _refuse_axes(found: dict[str, QParams], acting: dict[str, TensorQuantizer], target: Target) -> None:
-    """Ranges of an activation along an axis, such as that of the heads, are for what is no product.
+    """What goes into a product of integers has one scale, and a linear's weight one for each output channel.
 
     Raises:
-        ExportError: Some are at a product, or the target has them for weights only.
+        ExportError: Some have others, or an activation elsewhere has some where the target takes them for weights only.
     """
     for name, own in found.items():
-        provenance = acting[name].provenance
-        if own.axis is None or own.role == "weight" or provenance is None:
+        if own.axis is None:
             continue
-        operator = provenance.operand.partition("(")[0]
+        operator = _operator(name, acting[name])
         fix = "write axis: null, or axis: -1 for a scale for each channel, in its spec"
-        if operator in PRODUCTS - {"linear"}:
+        if own.role == "weight":
+            if operator == "linear" and own.axis == -1:
+                raise ExportError(
+                    f"{name} has a range for each input channel of a linear, over which an integer product sums; write "
+                    "axis: 0 in its spec"
+                )
+        elif operator in PRODUCTS:
             raise ExportError(
-                f"{name} has ranges along an axis of an operand of a {operator}, which runtimes multiply in integers "
-                f"with one scale for all of it; {fix}"
+                f"{name} has ranges along an axis of what goes into a {operator}, and runtimes multiply integers with "
+                f"one scale for all of them; {fix}"
             )
-        if operator != "linear" and not target.activation_axes:
+        elif not target.activation_axes:
             raise ExportError(
                 f"{name} has ranges along an axis of an activation, and {target.title} takes them for weights; {fix}"
             )
 
 
-def _check_summed(qparams: QParams | None) -> None:
-    """A product of integers is scaled by its row and its output channel, and sums over the input channels.
-
-    Raises:
-        ExportError: The ranges are of the latter.
-    """
-    if qparams is not None and qparams.axis is not None and (qparams.role != "weight" or qparams.axis == -1):
-        fix = "axis: 0" if qparams.role == "weight" else "axis: null, or axis: -1 for a scale for each channel,"
-        raise ExportError(
-            f"{qparams.name} has a range for each input channel of a linear, over which an integer product sums; write "
-            f"{fix} in its spec"
-        )
+def _operator(name: str, quantizer: TensorQuantizer) -> str:
+    """Of which operator it quantizes an operand, as far as is known of one that was put in by hand."""
+    if quantizer.provenance is not None:
+        return quantizer.provenance.operand.partition("(")[0]
+    return "linear" if name.rpartition(".")[2] in LINEAR_NAMES.values() else ""
 
 
 def _of_table(qparams: QParams, target: Target) -> QParams:

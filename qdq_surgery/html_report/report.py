@@ -115,8 +115,8 @@ def report(
             has it.
         OptionError: An argument is something else than it should be.
     """
-    file = writable(path, overwrite, "a report", ".html")
     check_flags(overwrite=overwrite)
+    file = writable(path, overwrite, "a report", ".html")
     for package in ("bokeh", "jinja2"):
         require(package, "a report", "report")
     given = Given(

@@ -241,6 +241,7 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
 
     Raises:
         TraceError: A block has a graph in one of these that holds for one shape only, or none at all.
+        MatchError: One of them lacks what gets a quantizer.
     """
     kept: dict[tuple[str, str], list[BlockGraph]] = {key: [] for key in made.edits() if key[1] != "module"}
     if not kept:
@@ -262,7 +263,27 @@ def recordings_of(model: PreTrainedModel, look: Look, made: Plan) -> dict[tuple[
                 check_replay(graph)
             except TraceError as error:
                 raise TraceError(f"{path}: {error}") from error
+    _check_reached(made, kept)
     return kept
+
+
+def _check_reached(made: Plan, recordings: Mapping[tuple[str, str], list[BlockGraph]]) -> None:
+    """Whether every kind of call computes whatever gets a quantizer.
+
+    Raises:
+        MatchError: One does not.
+    """
+    computed = {
+        key: [{node.meta.get("origin") for node in routine.graph.nodes} for routine in routines]
+        for key, routines in recordings.items()
+    }
+    for site in made.sites:
+        if not all(site.origin in origins for origins in computed.get((site.owner, site.routine), ())):
+            raise MatchError(
+                f"rule '{site.rule}' puts {site.quantizer} at {site.operator} ({site.source}), which some calls do not "
+                "compute (another mask, cache or mode), and it would stay unused there; quantize what every call "
+                "computes: write a longer pattern, or exclude this one"
+            )
 
 
 def _surveys(model: PreTrainedModel, look: Look, edited: Wanted) -> Iterator[tuple[str, Survey]]:

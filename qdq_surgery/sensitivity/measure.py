@@ -74,8 +74,8 @@ def sensitivity(
     Raises:
         CalibrationError: No quantizer is enabled, one has no range, there are no batches, or one cannot be used.
         ModelError: The model is not converted.
-        OptionError: The metric is none, or not for such a model; nothing is to be measured; or ``resume`` is of another
-            model, of other rules, ranges, batches or of another metric: says which.
+        OptionError: The metric is none, or not for such a model; nothing is to be measured; a flag is neither true nor
+            false; or ``resume`` is of another model, of other rules, ranges, batches or of another metric: says which.
     """
     check_flags(sites=sites, kinds=kinds, layers=layers)
     check_batches(batches)

@@ -180,7 +180,6 @@ class _Surgeon:
             if self.edited.setdefault(id(routine), edits) != edits:
                 continue  # edited for a block whose sites are others: this block's graph is recorded at its first call
             if id(routine) not in self.compiled:
-                _check_reached(routine, sites)
                 self.compiled[id(routine)] = rewritten.compile_recorded(routine)
             if self.compiled[id(routine)] not in variants.found:
                 variants.found.append(self.compiled[id(routine)])
@@ -201,22 +200,6 @@ class _Surgeon:
             raise MatchError(f"a quantizer is to be '{name}', which this {type(owner).__name__} has already; rename it")
         quantizer = None if site is None else self.maker.make(site, device, owner.training)
         self.implants.append(Implant(owner, name, site, quantizer))
-
-
-def _check_reached(routine: BlockGraph, sites: list[Site]) -> None:
-    """Whether a kind of call that was recorded computes whatever gets a quantizer.
-
-    Raises:
-        MatchError: It does not.
-    """
-    computed = {node.meta["origin"] for node in routine.graph.nodes if "origin" in node.meta}
-    for site in sites:
-        if site.origin not in computed:
-            raise MatchError(
-                f"rule '{site.rule}' puts {site.quantizer} at {site.operator} ({site.source}), which some calls do not "
-                "compute (another mask, cache or mode), and it would stay unused there; quantize what every call "
-                "computes: write a longer pattern, or exclude this one"
-            )
 
 
 def _is_taken(owner: nn.Module, name: str) -> bool:

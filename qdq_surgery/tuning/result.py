@@ -85,6 +85,7 @@ class Tuning(Result):
 
         Raises:
             ExportError: It has another name, something is there, or whatever the system says.
+            OptionError: ``overwrite`` is neither true nor false.
         """
         check_flags(overwrite=overwrite)
         replace_text(rule_file(path, overwrite), self.rules.text, overwrite)

@@ -1,4 +1,4 @@
-"""The demo, small: its text, its figures' meaning, and the run from end to end where its checkpoint is installed."""
+"""The demo, small: its figures' meaning, and the run from end to end where its checkpoint is installed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,6 @@ from transformers import AutoModel
 
 import qdq_surgery as qs
 from qdq_surgery.cli.demo import files, run
-from qdq_surgery.texts.standard_library import standard_library_texts
-
-
-def test_the_text_is_english_and_always_the_same() -> None:
-    texts = standard_library_texts(120)
-    assert len(texts) == 120
-    assert texts == standard_library_texts(120)
-    assert texts[:40] == standard_library_texts(40)
-    assert len(set(texts)) == len(texts)
-    assert all(40 <= len(text) <= 400 and text[0].isupper() for text in texts)
 
 
 def test_agreement() -> None:

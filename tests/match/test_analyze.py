@@ -84,3 +84,25 @@ def test_graphs_are_compared_to_the_ends_of_their_slices() -> None:
     difference = _difference(sliced(lambda _: slice(0, 7)), sliced(lambda _: slice(0, 9)))
     assert difference is not None
     assert "slice(0, 7" in difference
+
+
+MASKED = """
+schema: 1
+name: masked
+why: a test
+rules:
+  - {name: every-add, why: a test, match: {layers: all, pattern: "add(a, _)"}, quantize: {a: {as: sum_quantizer}}}
+"""
+
+
+def test_what_only_some_calls_compute_gets_no_quantizer(tmp_path: Path) -> None:
+    """The mask is added where there is one."""
+    (tmp_path / "masked.yaml").write_text(MASKED)
+    model = build("bert", "BertModel")
+    words = (
+        r"rule 'every-add' puts encoder\.layer\.0\.attention\.self\.sum_quantizer at add .*, which some calls do not"
+    )
+    for use in (qs.convert, qs.plan):
+        with pytest.raises(qs.MatchError, match=words):
+            use(model, tmp_path / "masked.yaml")
+    assert not qs.quantizers(model)

@@ -10,26 +10,6 @@ from architectures import batch_for, build
 
 import qdq_surgery as qs
 
-MASKED = """
-schema: 1
-name: masked
-why: a test
-rules:
-  - {name: every-add, why: a test, match: {layers: all, pattern: "add(a, _)"}, quantize: {a: {as: sum_quantizer}}}
-"""
-
-
-def test_what_only_some_calls_compute_gets_no_quantizer(tmp_path: Path) -> None:
-    """The mask is added where there is one."""
-    (tmp_path / "masked.yaml").write_text(MASKED)
-    model = build("bert", "BertModel")
-    words = (
-        r"rule 'every-add' puts encoder\.layer\.0\.attention\.self\.sum_quantizer at add .*, which some calls do not"
-    )
-    with pytest.raises(qs.MatchError, match=words):
-        qs.convert(model, tmp_path / "masked.yaml")
-    assert not qs.quantizers(model)
-
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("choice", ["rules: attention-scores", "sites: add_residual_*"])

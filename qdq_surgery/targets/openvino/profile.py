@@ -10,7 +10,7 @@ from qdq_surgery.targets.target import OwnForm, Target
 __all__ = ["OPENVINO"]
 
 #: Unsigned activations everywhere would keep OpenVINO from its fused attention, and cost a conversion in front of each
-#: GEMM. Activations with scales along an axis it fails to compile, or leaves in float.
+#: GEMM. Activations with scales along an axis it fails to compile.
 OPENVINO = Target(
     "openvino",
     "OpenVINO",
