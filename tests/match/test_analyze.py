@@ -9,6 +9,7 @@ import gc
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
