@@ -127,7 +127,7 @@ def test_a_linear_multiplies_integers_that_one_step_each_belongs_to(features: tu
 # What holds as ever ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["bert", "mobilebert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("model_type", BY_TYPE)
 def test_with_the_quantizers_off_it_is_the_float_model(model_type: str) -> None:
     model = build(model_type, next(head for head in BY_TYPE[model_type].heads() if head.endswith("Model")))
     qmodel = qs.convert(model, "qdqbert-scaled")

@@ -46,7 +46,7 @@ def test_2_reference_exact(reference: Path) -> None:
     assert_equal(flat(output), wanted, tolerance=0.0)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "albert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("model_type", BY_TYPE)
 def test_3_same_class(model_type: str) -> None:
     head = next(head for head in BY_TYPE[model_type].heads() if kind_of(head) == "sequence")
     model = build(model_type, head)
