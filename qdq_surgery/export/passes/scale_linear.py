@@ -40,9 +40,10 @@ def scale_linear(
     if node.op_type == "Add":
         bias = next((at for at, each in enumerate(node.inputs) if each is not None and each.is_initializer()), None)
         inner = node.inputs[1 - bias] if bias is not None else None
-        if inner is None or only_reader(inner) is not node or inner.producer() is None:
+        summed = None if inner is None or only_reader(inner) is not node else inner.producer()
+        if summed is None:
             return None
-        product = inner.producer()  # type: ignore[assignment]
+        product = summed
     if product.op_type != "MatMul" or product.inputs[1] is None:
         return None
     weight = pairs.get(product.inputs[1])
